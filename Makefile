@@ -1,0 +1,57 @@
+# Everything from a bare clone, with Python 3.11 or newer and nothing else: make demo, make test, make test-oldest.
+
+PYTHON ?= python3
+# A plain torch brings gigabytes of CUDA on Linux where an index offers no other build; pinned, so that it is known.
+TORCH ?= torch==2.13.0
+OLDEST ?= transformers==5.17.*
+
+VENV := .venv
+OLDEST_VENV := .venv-oldest
+
+# Threads that spin while they wait make tiny models up to a hundred times slower on a busy machine.
+export OMP_WAIT_POLICY = PASSIVE
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: help demo test test-oldest lint format clean
+
+help:
+	@echo "make demo         read 14,000 tokens with and without Everlong (a few minutes; fetches a small model once)"
+	@echo "make test         linter, types, all tests"
+	@echo "make test-oldest  all tests under the oldest transformers that is supported"
+	@echo "make lint         linter and types only;  make format: rewrite the files as the linter wants them"
+	@echo "make clean        remove the virtual environments (models stay: see everlong models)"
+
+demo: $(VENV)/ready
+	$(VENV)/bin/everlong demo
+
+test: lint
+	$(VENV)/bin/python -m pytest
+
+test-oldest: $(OLDEST_VENV)/ready
+	$(OLDEST_VENV)/bin/python -m pytest
+
+lint: $(VENV)/ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy --strict src
+
+format: $(VENV)/ready
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+$(VENV)/ready: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Everlong needs Python 3.11 or newer: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet "$(TORCH)"
+	$(VENV)/bin/python -m pip install --quiet -e ".[dev]"
+	touch $@
+
+$(OLDEST_VENV)/ready: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Everlong needs Python 3.11 or newer: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(OLDEST_VENV)
+	$(OLDEST_VENV)/bin/python -m pip install --quiet "$(TORCH)"
+	$(OLDEST_VENV)/bin/python -m pip install --quiet -e ".[dev]" "$(OLDEST)"
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(OLDEST_VENV)

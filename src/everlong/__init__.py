@@ -1,0 +1,69 @@
+"""Endless context for any off-the-shelf language model.
+
+``import everlong`` costs nothing: PyTorch and transformers are imported when a name below is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from everlong.attention import (
+        POLICIES,
+        Attachment,
+        FullAttention,
+        LMInfinite,
+        Policy,
+        StreamCache,
+        StreamingLLM,
+        attach,
+        make_policy,
+    )
+    from everlong.llm import LLM, load
+    from everlong.models.catalogue import CATALOGUE
+    from everlong.reading import Sampling, Session
+
+_HOMES = {
+    "everlong.attention": (
+        *("POLICIES", "Attachment", "FullAttention", "LMInfinite", "Policy", "StreamCache", "StreamingLLM"),
+        *("attach", "make_policy"),
+    ),
+    "everlong.llm": ("LLM", "load"),
+    "everlong.models.catalogue": ("CATALOGUE",),
+    "everlong.reading": ("Sampling", "Session"),
+}
+_MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "CATALOGUE",
+    "LLM",
+    "POLICIES",
+    "Attachment",
+    "FullAttention",
+    "LMInfinite",
+    "Policy",
+    "Sampling",
+    "Session",
+    "StreamCache",
+    "StreamingLLM",
+    "__version__",
+    "attach",
+    "load",
+    "make_policy",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what `name` stands for when it is first used."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'everlong' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

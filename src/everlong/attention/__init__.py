@@ -1,0 +1,21 @@
+"""Short-term memory: attention policies, and the seam through which a loaded model follows one."""
+
+from everlong.attention.attach import Attachment, attach
+from everlong.attention.cache import StreamCache
+from everlong.attention.full import FullAttention
+from everlong.attention.lm_infinite import LMInfinite
+from everlong.attention.policy import POLICIES, Policy, make_policy, policy_options
+from everlong.attention.streaming_llm import StreamingLLM
+
+__all__ = [
+    "POLICIES",
+    "Attachment",
+    "FullAttention",
+    "LMInfinite",
+    "Policy",
+    "StreamCache",
+    "StreamingLLM",
+    "attach",
+    "make_policy",
+    "policy_options",
+]

@@ -1,0 +1,352 @@
+"""Makes one loaded model follow a policy, and leaves no trace when it ends."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from everlong.attention.cache import StreamCache
+from everlong.attention.inputs import Inputs, clamped_positions, read_padding, refuse_foreign_cache
+from everlong.attention.parts import attend
+from everlong.attention.policy import Policy, make_policy
+from everlong.attention.positions import Rotation
+from everlong.attention.view import LayerCall
+from everlong.attention.window import LocalWindow
+from everlong.errors import StateError, UnsupportedModelError, UnsupportedUseError
+from everlong.models.anatomy import LayerAnatomy, decoder_of, dissect, replaced_rotaries
+from everlong.models.rotary import IdentityRotary
+from everlong.models.seam import Seam
+
+GROUP = 256
+"""Queries that are attended together in prefill."""
+
+_CHUNKS_CONTINUE = tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= (5, 21)
+
+
+@dataclass
+class _Forward:
+    """One forward under way."""
+
+    attachment: Attachment
+    cache: StreamCache
+    tokens: int
+    is_kept: bool
+    outer: _Forward | None = None
+    attended: int = 0
+    memo: dict[Any, Any] = field(default_factory=dict)
+
+
+_forward: ContextVar[_Forward | None] = ContextVar("everlong_forward", default=None)
+
+
+class Attachment:
+    """An attached model; what :func:`attach` returns. Ends with :meth:`detach` or its ``with`` block.
+
+    Attributes
+    ----------
+    model : nn.Module
+        The model as it was given.
+    decoder : nn.Module
+        The model without its head.
+    policy : Policy
+        What full-attention layers follow, resolved for this model.
+    training_length : int or None
+        Tokens the model was trained on at most.
+    """
+
+    def __init__(self, model: nn.Module, policy: Policy) -> None:
+        inner: Any = model
+        if hasattr(inner, "get_base_model") and hasattr(inner, "peft_config"):
+            _refuse_prompt_learning(inner)
+            inner = inner.get_base_model()
+        decoder = decoder_of(model)
+        if "_everlong_attachment" in decoder.__dict__:
+            raise UnsupportedUseError("this model is attached already: detach it first, policies do not nest")
+        anatomy = dissect(model)
+        self.model = model
+        self.decoder = decoder
+        self.training_length = anatomy.training_length
+        self.policy = policy.resolve(anatomy.training_length)
+        self.owner = uuid.uuid4().hex
+        self._generator = inner
+        self._layers = {layer.index: layer for layer in anatomy.layers}
+        self._local_windows = {layer.index: layer.window for layer in anatomy.layers}
+        self._local_policies = {w: LocalWindow(w) for w in self._local_windows.values() if w is not None}
+        self._closing = self._open()
+        self.is_attached = True
+
+    # --- opening and closing -----------------------------------------------------------------------
+
+    def _open(self) -> ExitStack:
+        """Put ourselves under the model; closing the stack undoes it. Undone at once if a step fails."""
+        with ExitStack() as stack:
+            stack.enter_context(replaced_rotaries(self.decoder, IdentityRotary))
+            stack.enter_context(Seam(self.decoder, self._attention))
+            stack.enter_context(_instance_attribute(self.decoder, "_everlong_attachment", self.owner))
+            if hasattr(self._generator, "_prepare_cache_for_generation"):
+                ours = _instance_attribute(self._generator, "_prepare_cache_for_generation", self._prepare_cache)
+                stack.enter_context(ours)
+            before = self.decoder.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True)
+            stack.callback(before.remove)
+            after = self.decoder.register_forward_hook(self._after, with_kwargs=True, always_call=True)
+            stack.callback(after.remove)
+            return stack.pop_all()
+
+    def detach(self) -> None:
+        """Give the model back exactly as it was. A second call does nothing."""
+        if not self.is_attached:
+            return
+        self.is_attached = False
+        self._end_forward()  # one that a KeyboardInterrupt ended is still open: no hook runs after it
+        self._closing.close()
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse copies: a copied or pickled model would half belong to this attachment."""
+        raise UnsupportedUseError("an attached model cannot be copied or pickled: detach it first")
+
+    # --- caches ------------------------------------------------------------------------------------
+
+    def new_cache(self, policy: Policy | None = None, *, offset: int = 0) -> StreamCache:
+        """Return an empty cache for one stream.
+
+        Parameters
+        ----------
+        policy : Policy, optional
+            This stream's own policy instead of the attachment's.
+        offset : int
+            Stream position of its first token, for streams that continue an earlier count.
+        """
+        resolved = self.policy if policy is None else policy.resolve(self.training_length)
+        return StreamCache(resolved, self._local_windows, self.owner, offset)
+
+    def restore_cache(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> StreamCache:
+        """Rebuild a cache from what :meth:`StreamCache.state` returned.
+
+        Raises
+        ------
+        StateError
+            The state is incomplete, or of a model with other layers.
+        """
+        try:
+            span, seen = make_policy(meta["policy"], meta["options"]).span, int(meta["seen"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise StateError(f"the saved state is not complete: {error!r}") from error
+        length = seen if span is None else min(seen, span)
+        rotations = {index: self._rotation(layer, length, {}) for index, layer in self._layers.items()}
+        return StreamCache.from_state(tensors, meta, self._local_windows, self.owner, rotations)
+
+    def _rotation(self, layer: LayerAnatomy, length: int, memo: dict[Any, Any]) -> Rotation:
+        frequencies = None
+        if layer.rotary is not None:
+            reach = length if layer.window is None else min(length, layer.window)
+            key = (layer.rotary, reach)  # one table for all layers of a forward, whatever other threads ask for
+            if key not in memo:
+                memo[key] = layer.rotary.frequencies(reach)
+            frequencies = memo[key]
+        return Rotation(frequencies, layer.layout, memo)
+
+    def _prepare_cache(
+        self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, *_: Any, **__: Any
+    ) -> None:
+        """Stand in for ``GenerationMixin._prepare_cache_for_generation``."""
+        mode = str(getattr(generation_mode, "value", generation_mode))
+        if "assist" in mode or getattr(generation_config, "is_assistant", False):
+            raise UnsupportedUseError(
+                "assisted decoding takes tokens back from the cache, which an attached model's ring cannot give: "
+                "generate without assistant_model, prompt_lookup_num_tokens or early exit, or detach first"
+            )
+        if generation_config.cache_implementation is not None:
+            raise UnsupportedUseError(
+                f"cache_implementation={generation_config.cache_implementation!r} cannot follow a policy: leave it out "
+                "(where the model brings it along, set model.generation_config.cache_implementation = None)"
+            )
+        given = model_kwargs.get("past_key_values")
+        if given is not None:
+            refuse_foreign_cache(given, self.owner)
+            if given.seen and generation_config.prefill_chunk_size is not None and not _CHUNKS_CONTINUE:
+                raise UnsupportedUseError(
+                    f"transformers {transformers.__version__} begins a chunked prefill at position 0, whatever the cache "
+                    "holds: leave prefill_chunk_size out when going on from a cache, or use transformers 5.21 or newer"
+                )
+        elif generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = self._implicit_cache()
+
+    def _implicit_cache(self) -> StreamCache:
+        if self.policy.needs_surprisal:
+            raise UnsupportedUseError(
+                f"{type(self.policy).__name__} needs the surprisal of each token, which generate() and forward() do "
+                "not report: use a session (everlong.load(...).session())"
+            )
+        return self.new_cache()
+
+    # --- one forward -------------------------------------------------------------------------------
+
+    def _before(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Read the decoder's inputs, choose the cache, and take padding and positions over."""
+        inputs = Inputs.read(decoder, args, kwargs)
+        given = inputs.arguments.get("past_key_values")
+        use_cache = inputs.arguments.get("use_cache")
+        if use_cache is None:
+            use_cache = getattr(decoder.config, "use_cache", True)
+        if given is not None:
+            refuse_foreign_cache(given, self.owner)
+        cache = self._implicit_cache() if given is None else given
+        is_kept = given is not None or bool(use_cache)
+        pads = read_padding(inputs, cache)
+        positions = clamped_positions(inputs, cache, pads, cache.window)
+        outer = self._end_forward()
+        cache.begin(inputs.rows, pads)
+        _forward.set(_Forward(self, cache, inputs.tokens, is_kept, outer))
+        inputs.arguments.update(
+            past_key_values=cache if is_kept else None, use_cache=is_kept, attention_mask=None, position_ids=positions
+        )
+        return (), inputs.arguments
+
+    def _after(self, decoder: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """Count the tokens if the forward came through; called after an error too."""
+        forward = _forward.get()
+        self._end_forward()
+        if forward is None or forward.attachment is not self or output is None:
+            return
+        if forward.attended != len(self._layers):
+            raise UnsupportedUseError(
+                f"{forward.attended} of {len(self._layers)} layers followed the policy: the attention implementation "
+                "was changed while attached; call set_attn_implementation() before attach() or after detach()"
+            )
+        forward.cache.end(forward.tokens)
+
+    def _end_forward(self) -> _Forward | None:
+        """Close this attachment's forward if one is open in this thread; return the one around it."""
+        forward = _forward.get()
+        if forward is None or forward.attachment is not self:
+            return forward
+        forward.cache.abandon()
+        _forward.set(forward.outer)
+        return forward.outer
+
+    def _attention(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        """Attend as the policy says; transformers' attention interface. Returns (batch, n, heads, d)."""
+        forward = _forward.get()
+        if forward is None or forward.attachment is not self:
+            raise StateError("an attached model's layers were called outside its decoder's forward")
+        if dropout:
+            raise UnsupportedUseError("attention dropout is not supported under a policy: call model.eval()")
+        cache, layer = forward.cache, self._layers[int(module.layer_idx)]  # type: ignore[arg-type]
+        policy = cache.policy if layer.window is None else self._local_policies[layer.window]
+        memory = cache.memories[layer.index]
+        length = cache.seen + forward.tokens
+        if policy.span is not None:
+            length = min(length, policy.span)
+        call = LayerCall(
+            layer.index,
+            self._rotation(layer, length, forward.memo),
+            cache.pads,
+            query.shape[-1] ** -0.5 if scaling is None else scaling,
+            softcap,
+        )
+        view = memory.append(key, value, call, provisional=cache.is_provisional)
+        placed = view.place(query)
+        first, total = view.stop - query.shape[2], query.shape[2]
+        outputs = []
+        for begin, stop in _groups(first, view.stop, policy):
+            near = slice(begin - first, stop - first)
+            queries = view.queries(query[:, :, near], placed[:, :, near], begin)
+            parts = policy.parts(queries, view)
+            outputs.append(attend(parts, scaling=call.scaling, softcap=softcap, sink_logits=s_aux))
+        if forward.is_kept:
+            memory.settle(view)
+        forward.attended += 1
+        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+        assert output.shape[2] == total
+        return output.transpose(1, 2).contiguous(), None
+
+
+def attach(model: nn.Module, policy: Policy) -> Attachment:
+    """Make `model` follow `policy`, in stock ``generate()`` and ``forward()``, until detached.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A loaded transformers causal language model, or a PEFT model around one.
+    policy : Policy
+        For example ``LMInfinite(window=4096)``.
+
+    Returns
+    -------
+    Attachment
+        A context manager: ``with everlong.attach(model, policy) as handle: model.generate(...)``.
+
+    Raises
+    ------
+    UnsupportedModelError
+        The model's attention cannot be driven; the message names what is missing.
+    UnsupportedUseError
+        The model is attached already, or wrapped in a way that cannot be followed.
+    """
+    return Attachment(model, policy)
+
+
+@contextmanager
+def _instance_attribute(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """Set an attribute of this one object, past the class's; give back what the object had."""
+    missing = object()
+    before = module.__dict__.get(name, missing)
+    module.__dict__[name] = value
+    try:
+        yield
+    finally:
+        del module.__dict__[name]
+        if before is not missing:
+            module.__dict__[name] = before
+
+
+def _groups(first: int, stop: int, policy: Policy) -> list[tuple[int, int]]:
+    """Cut queries [first, stop) into groups of at most `GROUP`, and where the policy changes its form."""
+    if stop - first == 1:
+        return [(first, stop)]
+    cuts = [at for at in sorted(set(policy.breaks())) if first < at < stop]
+    edges = [first, *cuts, stop]
+    size = GROUP if policy.span is None else max(1, min(GROUP, policy.span))
+    return [
+        (begin, min(begin + size, high))
+        for low, high in zip(edges, edges[1:], strict=False)
+        for begin in range(low, high, size)
+    ]
+
+
+def _refuse_prompt_learning(model: Any) -> None:
+    for name, config in model.peft_config.items():
+        if getattr(config, "is_prompt_learning", False):
+            raise UnsupportedModelError(
+                f"adapter {name!r} ({config.peft_type}) hands over keys that are rotated already; "
+                "prompt-learning adapters are not supported, weight adapters such as LoRA are"
+            )

@@ -1,0 +1,295 @@
+"""The cache of a stream: one memory per attention layer behind transformers' cache interface."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from everlong.attention.policy import Policy, make_policy, policy_options
+from everlong.attention.positions import Rotation
+from everlong.attention.window import LocalWindow
+from everlong.errors import StateError, UnsupportedUseError
+
+
+class StreamCache(Cache):
+    """What an attached model remembers of a stream. Made by ``handle.new_cache()`` or by ``generate()``.
+
+    It never refers to the model. It counts tokens seen, not kept: :meth:`get_seq_length` is what
+    transformers continues from.
+
+    Parameters
+    ----------
+    policy : Policy
+        The resolved policy of the full-attention layers.
+    local_windows : dict of int to int or None
+        Layer number to its own sliding window; None: a full-attention layer, which follows the policy.
+    owner : str
+        The attachment this cache belongs to.
+    offset : int
+        Stream position of the first token.
+    """
+
+    def __init__(self, policy: Policy, local_windows: dict[int, int | None], owner: str, offset: int = 0) -> None:
+        super().__init__(layers=[])
+        self.policy = policy
+        self.owner = owner
+        self.offset = offset
+        self.seen = 0
+        self.pads: tuple[int, ...] | None = None
+        self.rows: int | None = None
+        self.memories = {
+            layer: (policy if window is None else LocalWindow(window)).memory(layer, offset)
+            for layer, window in local_windows.items()
+        }
+        self._local_windows = dict(local_windows)
+        self._is_provisional = False
+        self._provisional_seen = 0
+        self._half_done = False
+        self._in_forward = False
+
+    # --- accounts ----------------------------------------------------------------------------------
+
+    @property
+    def window(self) -> int | None:
+        """Keys a query sees at most in a full-attention layer; None: no limit."""
+        return self.policy.span
+
+    @property
+    def kept(self) -> int:
+        """Tokens per row that stand in the window of some layer."""
+        return max(memory.held for memory in self.memories.values())
+
+    @property
+    def recallable(self) -> int:
+        """Tokens per row that left the window and can be recalled."""
+        return max(0 if m.tier is None else len(m.tier) for m in self.memories.values())
+
+    @property
+    def forgotten(self) -> int:
+        """Tokens per row that no layer holds any more."""
+        return self.seen - self._provisional_seen - self.kept - self.recallable
+
+    def bytes(self) -> dict[str, int]:
+        """Bytes held, by tier."""
+        total: dict[str, int] = {}
+        for memory in self.memories.values():
+            for tier, held in memory.nbytes().items():
+                total[tier] = total.get(tier, 0) + held
+        return total
+
+    # --- taking back -------------------------------------------------------------------------------
+
+    @contextmanager
+    def provisional(self) -> Iterator[None]:
+        """Within the block, tokens are seen but not settled: follow with :meth:`commit` or :meth:`rollback`."""
+        self._is_provisional = True
+        try:
+            yield
+        finally:
+            self._is_provisional = False
+
+    @property
+    def is_provisional(self) -> bool:
+        """Whether appended tokens are kept aside at present."""
+        return self._is_provisional
+
+    def commit(self, which: list[int] | None = None) -> None:
+        """Settle provisional tokens: all, or those numbered `which`, as if they had followed one another."""
+        count = self._provisional_seen
+        if which is not None and (len(set(which)) != len(which) or any(not 0 <= i < count for i in which)):
+            raise StateError(f"commit({which}): there are {count} provisional tokens, numbered from 0, each once")
+        with torch.no_grad():
+            for memory in self.memories.values():
+                memory.commit(which, self.pads)
+        self.seen -= count - (count if which is None else len(which))
+        self._provisional_seen = 0
+
+    def rollback(self) -> None:
+        """Forget the provisional tokens."""
+        for memory in self.memories.values():
+            memory.rollback()
+        self.seen -= self._provisional_seen
+        self._provisional_seen = 0
+
+    # --- one forward -------------------------------------------------------------------------------
+
+    def begin(self, rows: int, pads: tuple[int, ...] | None) -> None:
+        """Enter a forward of `rows` rows."""
+        if self._half_done:
+            raise StateError(
+                "an earlier forward on this cache ended in an error, some layers ahead of others: "
+                "start a new stream, or go on from a copy made before (fork, or a saved state)"
+            )
+        if self._provisional_seen and not self._is_provisional:
+            raise StateError("there are provisional tokens: commit() or rollback() first")
+        if self.rows is not None and rows != self.rows:
+            raise StateError(f"this cache holds {self.rows} rows, the input has {rows}")
+        self.rows = rows
+        self.pads = pads
+        self._half_done = True
+        self._in_forward = True
+
+    def end(self, tokens: int) -> None:
+        """Leave a forward that went through all layers."""
+        self.seen += tokens
+        if self._is_provisional:
+            self._provisional_seen += tokens
+        self._half_done = False
+        self._in_forward = False
+
+    def abandon(self) -> None:
+        """Leave a forward, however it ended; unless :meth:`end` follows, the cache stays half-done."""
+        self._in_forward = False
+
+    # --- hooks of policies --------------------------------------------------------------------------
+
+    @property
+    def needs_surprisal(self) -> bool:
+        """Whether the policy must be told the surprisal of each token."""
+        return self.policy.needs_surprisal
+
+    def after_forward(self, tokens: Tensor, surprisal: Tensor | None) -> None:
+        """Tell the policy what was read; both (batch, n), surprisal in nats."""
+        self.policy.after_forward(self, tokens, surprisal)
+
+    def end_of_prefill(self) -> None:
+        """Tell the policy that reading is over for now."""
+        self.policy.end_of_prefill(self)
+
+    # --- copies and state ---------------------------------------------------------------------------
+
+    def fork(self) -> StreamCache:
+        """Return an independent copy."""
+        return copy.deepcopy(self)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return tensors and JSON-able numbers from which ``handle.restore_cache`` continues bit by bit."""
+        if self._half_done:
+            raise StateError("the cache was left half-done by an error and cannot be saved")
+        name, options = policy_options(self.policy)
+        tensors: dict[str, Tensor] = {}
+        numbers: dict[str, Any] = {}
+        for layer, memory in self.memories.items():
+            held, counts = memory.state()
+            tensors.update({f"layer.{layer}.{key}": tensor for key, tensor in held.items()})
+            numbers[str(layer)] = counts
+        meta = {
+            "policy": name,
+            "options": options,
+            "seen": self.seen,
+            "offset": self.offset,
+            "pads": self.pads,
+            "rows": self.rows,
+            "local_windows": {str(layer): window for layer, window in self._local_windows.items()},
+            "layers": numbers,
+        }
+        return tensors, meta
+
+    @classmethod
+    def from_state(
+        cls,
+        tensors: dict[str, Tensor],
+        meta: dict[str, Any],
+        local_windows: dict[int, int | None],
+        owner: str,
+        rotations: dict[int, Rotation],
+    ) -> StreamCache:
+        """Rebuild a cache from :meth:`state`; `rotations` are the layers' tables at the saved length."""
+        try:
+            saved_windows = {int(layer): window for layer, window in meta["local_windows"].items()}
+            if saved_windows != local_windows:
+                raise StateError("the saved state has other layers than this model")
+            cache = cls(make_policy(meta["policy"], meta["options"]), local_windows, owner, int(meta["offset"]))
+            cache.seen = int(meta["seen"])
+            cache.pads = None if meta["pads"] is None else tuple(meta["pads"])
+            cache.rows = meta["rows"]
+            for layer, memory in cache.memories.items():
+                prefix = f"layer.{layer}."
+                own = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+                memory.load(own, meta["layers"][str(layer)], rotations[layer])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise StateError(f"the saved state is not complete: {error!r} is missing or of another kind") from error
+        return cache
+
+    # --- transformers' interface --------------------------------------------------------------------
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Hand keys and values on: the attention function puts them away, together with their queries."""
+        if not self._in_forward:
+            raise StateError(
+                "this cache belongs to a model attached by Everlong; the model has been detached, or is another one"
+            )
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen so far, padding included."""
+        return self.seen
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """No limit."""
+        return -1
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Length and offset of a mask over everything seen."""
+        return self.seen + query_length, 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder the rows, for beam search."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row."""
+        if self.rows is not None:
+            self.batch_select_indices(torch.arange(self.rows).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the given rows, in that order."""
+        if self.rows is None:
+            return
+        chosen = torch.arange(self.rows)[indices.cpu()]
+        for memory in self.memories.values():
+            memory.pick_rows(chosen)
+        self.pads = None if self.pads is None else tuple(self.pads[row] for row in chosen.tolist())
+        self.rows = len(chosen)
+
+    @property
+    def batch_size(self) -> int:
+        """Rows held; -1 before the first forward."""
+        return -1 if self.rows is None else self.rows
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether anything was read."""
+        return self.rows is not None
+
+    @property
+    def is_croppable(self) -> bool:
+        """A ring cannot be cropped: use :meth:`provisional`."""
+        return False
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse: what left the ring cannot come back."""
+        raise UnsupportedUseError(
+            "a stream's cache cannot be cropped (assisted decoding needs that): use cache.provisional() and rollback()"
+        )
+
+    def reset(self) -> None:
+        """Forget everything and begin again."""
+        fresh = type(self)(self.policy, self._local_windows, self.owner, self.offset)
+        self.__dict__.update(fresh.__dict__)
+
+    def __len__(self) -> int:
+        return len(self.memories)
+
+    def __repr__(self) -> str:
+        return f"StreamCache({self.policy!r}, seen={self.seen}, kept={self.kept}, forgotten={self.forgotten})"
+
+

@@ -1,0 +1,307 @@
+"""What one attention layer holds between two forwards: sinks, a ring of local keys, and the tier below.
+
+One buffer of W slots has a static shape once the window is full: the first G slots belong to the sinks,
+the other L = W - G form the ring. Token t stands in slot t until the window is full, then in slot
+G + (t - G) mod L. Local keys are stored once, rotated at their position in the frame; sinks are also
+stored raw, since their distance does not follow the stream. Buffers double up to the window.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from everlong.attention.positions import FRAME, Rotation
+from everlong.attention.tiers import RamTier
+from everlong.attention.view import LayerCall, LayerView
+from everlong.errors import StateError
+from everlong.models.rotary import Frequencies, Layout
+
+_FIRST_CAPACITY = 256
+_BUFFERS = ("keys", "values", "raw", "sink_keys", "sink_values")
+
+
+class LayerMemory:
+    """Sinks and ring of one layer, for a batch of rows that advance together.
+
+    Parameters
+    ----------
+    sinks : int
+        G, the first real tokens of each row, kept for good.
+    local : int or None
+        L, the latest tokens kept beside them; None: all.
+    keep_raw : bool
+        Whether the ring's keys are stored unrotated too (a ceiling inside the window, recall).
+    keep_middle : bool
+        Whether tokens that leave the window go to a tier in RAM; otherwise they are forgotten.
+    start : int
+        Stream position of the first token.
+    """
+
+    def __init__(
+        self,
+        sinks: int,
+        local: int | None,
+        *,
+        keep_raw: bool = False,
+        keep_middle: bool = False,
+        start: int = 0,
+    ) -> None:
+        self.sinks = sinks
+        self.local = local
+        self.window = None if local is None else sinks + local
+        self.keep_raw = keep_raw or keep_middle
+        self.tier = RamTier() if keep_middle else None
+        self.seen = 0
+        self.start = start
+        self.origin = start
+        self.frequencies: Frequencies | None = None
+        self.layout: Layout = "halves"
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+        self.raw: Tensor | None = None
+        self.sink_keys: Tensor | None = None
+        self.sink_values: Tensor | None = None
+        self.pending: tuple[Tensor, Tensor] | None = None
+
+    # --- reading ---------------------------------------------------------------------------------
+
+    @property
+    def held(self) -> int:
+        """Tokens per row in sinks and ring."""
+        return self.seen if self.window is None else min(self.seen, self.window)
+
+    def frame(self, index: int) -> int:
+        """Return the frame position of token `index`."""
+        return self.start + index - self.origin
+
+    def slot(self, index: int) -> int:
+        """Return the slot of token `index`."""
+        if self.local is None or index < self.sinks + self.local:
+            return index
+        return self.sinks + (index - self.sinks) % self.local
+
+    def ordered(self, buffer: Tensor) -> Tensor:
+        """Return a buffer's local tokens in stream order: all from 0, or the last L once the ring turned."""
+        if self.window is None or self.seen <= self.window:
+            return buffer[:, :, : self.seen]
+        head = self.slot(self.seen)
+        return torch.cat((buffer[:, :, head : self.window], buffer[:, :, self.sinks : head]), dim=2)
+
+    @property
+    def first(self) -> int:
+        """Index of the first token that :meth:`ordered` returns."""
+        if self.window is None or self.local is None or self.seen <= self.window:
+            return 0
+        return self.seen - self.local
+
+    # --- writing ---------------------------------------------------------------------------------
+
+    def append(
+        self,
+        raw_keys: Tensor,
+        values: Tensor,
+        call: LayerCall,
+        *,
+        provisional: bool = False,
+    ) -> LayerView:
+        """Take in the n tokens of one forward and return what its queries may see.
+
+        Parameters
+        ----------
+        raw_keys, values : Tensor
+            Shape (batch, key-value heads, n, d).
+        call : LayerCall
+            The layer's rotation and the rows' padding in this forward.
+        provisional : bool
+            Keep the tokens aside until :meth:`commit` or :meth:`rollback`.
+        """
+        rotation = call.rotation
+        self._follow(rotation, raw_keys.shape[2])
+        if self.pending is not None:
+            raw_keys = torch.cat((self.pending[0], raw_keys), dim=2)
+            values = torch.cat((self.pending[1], values), dim=2)
+        if provisional:
+            self.pending = (raw_keys, values)
+        n = raw_keys.shape[2]
+        keys = rotation(raw_keys, range(self.frame(self.seen), self.frame(self.seen + n)))
+        self._fill_sinks(raw_keys, values, call.pads)
+        if n == 1 and not provisional and not torch.is_grad_enabled():
+            self._put(keys, values, raw_keys)
+            return LayerView(self, call, stop=self.seen, new=None)
+        return LayerView(self, call, stop=self.seen + n, new=(keys, values, raw_keys))
+
+    def settle(self, view: LayerView) -> None:
+        """Copy the tokens of a forward into the ring; what they push out goes to the tier below."""
+        if view.new is None or self.pending is not None:
+            return
+        stop, local = view.stop, self.local
+        if self.tier is not None and local is not None:
+            begin, end = self.sinks + len(self.tier), stop - local
+            if end > begin:
+                raw, values = view.raw(begin, end), view.values(begin, end)
+                self.tier.append(raw, values)
+        new_keys, new_values, new_raw = view.new
+        self._reserve(stop, new_keys, new_values)
+        begin = self.seen
+        if local is not None and stop - local > begin:
+            self._write(begin, min(self.sinks, stop), new_keys, new_values, new_raw)
+            begin = max(stop - local, min(self.sinks, stop), self.seen)
+        self._write(begin, stop, new_keys, new_values, new_raw)
+        self.seen = stop
+
+    def commit(self, which: list[int] | None, pads: tuple[int, ...] | None) -> None:
+        """Settle the provisional tokens numbered `which`, in that order (None: all)."""
+        if self.pending is None:
+            return
+        raw_keys, values = self.pending
+        self.pending = None
+        if which is not None:
+            picked = torch.tensor(which, dtype=torch.long, device=raw_keys.device)
+            raw_keys, values = raw_keys[:, :, picked], values[:, :, picked]
+        if raw_keys.shape[2]:
+            call = LayerCall(0, Rotation(self.frequencies, self.layout), pads)
+            self.settle(self.append(raw_keys, values, call))
+
+    def rollback(self) -> None:
+        """Forget the provisional tokens."""
+        self.pending = None
+
+    def pick_rows(self, rows: Tensor) -> None:
+        """Keep the given rows of the batch, in that order (repeats allowed)."""
+        for name in _BUFFERS:
+            buffer = getattr(self, name)
+            if buffer is not None:
+                setattr(self, name, buffer[rows.to(buffer.device)])
+        if self.pending is not None:
+            at = rows.to(self.pending[0].device)
+            self.pending = (self.pending[0][at], self.pending[1][at])
+        if self.tier is not None:
+            self.tier.pick_rows(rows)
+
+    # --- accounts and state ----------------------------------------------------------------------
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes held, by tier: ``window`` (sinks and ring included) and ``ram``."""
+        held = [getattr(self, name) for name in _BUFFERS] + list(self.pending or ())
+        window = sum(buffer.nbytes for buffer in held if buffer is not None)
+        return {"window": window, "ram": 0 if self.tier is None else self.tier.nbytes()}
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return tensors and numbers from which :meth:`load` continues bit by bit."""
+        if self.pending is not None:
+            raise StateError("provisional tokens cannot be saved: commit or roll back first")
+        tensors = {
+            name: buffer[:, :, : self.held].contiguous() if name in ("keys", "values", "raw") else buffer
+            for name in _BUFFERS
+            if (buffer := getattr(self, name)) is not None
+        }
+        if self.tier is not None:
+            tensors.update(self.tier.state())
+        return tensors, {"seen": self.seen, "start": self.start, "origin": self.origin}
+
+    def load(self, tensors: dict[str, Tensor], numbers: dict[str, Any], rotation: Rotation) -> None:
+        """Take over what :meth:`state` returned."""
+        self.frequencies, self.layout = rotation.frequencies, rotation.layout
+        self.seen, self.start, self.origin = (int(numbers[key]) for key in ("seen", "start", "origin"))
+        for name in _BUFFERS:
+            setattr(self, name, tensors.get(name))
+        if self.keys is not None and self.values is not None:
+            self._reserve(self.seen + 1, self.keys, self.values)
+        if self.tier is not None:
+            self.tier.load(tensors)
+
+    # --- inside ----------------------------------------------------------------------------------
+
+    def _follow(self, rotation: Rotation, n: int) -> None:
+        """Bring the stored keys to this forward's table and, when the frame is long, to a new origin."""
+        old = Rotation(self.frequencies, self.layout)
+        self.layout = rotation.layout
+        new = rotation.frequencies
+        if (
+            self.frequencies is not None
+            and new is not None
+            and not new.same_as(self.frequencies)
+            and self.seen
+        ):
+            assert self.keys is not None
+            tokens = torch.arange(self.held)
+            if self.window is not None and self.local is not None and self.seen > self.window:
+                ring = torch.arange(self.seen - self.local, self.seen)
+                tokens[self.sinks + (ring - self.sinks) % self.local] = ring
+            at = tokens + (self.start - self.origin)
+            held = self.keys[:, :, : self.held]
+            held.copy_(rotation(old.undo(held, at), at))
+        self.frequencies = new
+        if self.local is not None and self.keys is not None and self.frame(self.seen + n) > FRAME:
+            shift = self.frame(max(0, self.seen - self.local))
+            if shift > 0:
+                held = self.keys[:, :, : self.held]
+                held.copy_(rotation.move(held, -shift))
+                self.origin += shift
+
+    def _fill_sinks(self, raw_keys: Tensor, values: Tensor, pads: tuple[int, ...] | None) -> None:
+        """Store the raw keys and the values of the sinks among the new tokens."""
+        begin, stop = self.seen, self.seen + raw_keys.shape[2]
+        if not self.sinks or begin >= self.sinks + max(pads or (0,)):
+            return
+        if self.sink_keys is None or self.sink_values is None:
+            batch, heads, _, size = raw_keys.shape
+            with torch.inference_mode(False):
+                self.sink_keys = raw_keys.new_zeros(batch, heads, self.sinks, size)
+                self.sink_values = values.new_zeros(batch, heads, self.sinks, values.shape[-1])
+        for row in range(raw_keys.shape[0]):
+            pad = pads[row] if pads else 0
+            low, high = max(begin, pad), min(stop, pad + self.sinks)
+            if low < high:
+                to, source = slice(low - pad, high - pad), slice(low - begin, high - begin)
+                self.sink_keys[row, :, to] = raw_keys[row, :, source].detach()
+                self.sink_values[row, :, to] = values[row, :, source].detach()
+
+    def _reserve(self, length: int, keys: Tensor, values: Tensor) -> None:
+        """Make room for `length` tokens: buffers double up to the window."""
+        needed = length if self.window is None else min(length, self.window)
+        have = 0 if self.keys is None else self.keys.shape[2]
+        if have >= needed:
+            return
+        capacity = max(needed, 2 * have, _FIRST_CAPACITY)
+        if self.window is not None:
+            capacity = min(capacity, self.window)
+        for name, like in (("keys", keys), ("values", values), ("raw", keys)):
+            if name == "raw" and not self.keep_raw:
+                continue
+            old = getattr(self, name)
+            with torch.inference_mode(False):  # later forwards, in whatever mode, write into it
+                grown = like.new_empty((*like.shape[:2], capacity, like.shape[3]))
+            if old is not None:
+                grown[:, :, :have] = old
+            setattr(self, name, grown)
+
+    def _put(self, keys: Tensor, values: Tensor, raw_keys: Tensor) -> None:
+        """Write one token into its slot, over the one that leaves the window."""
+        self._reserve(self.seen + 1, keys, values)
+        assert self.keys is not None and self.values is not None
+        at = self.slot(self.seen)
+        if self.tier is not None and self.window is not None and self.seen >= self.window:
+            assert self.raw is not None
+            self.tier.append(self.raw[:, :, at : at + 1], self.values[:, :, at : at + 1])
+        self.keys[:, :, at : at + 1] = keys
+        self.values[:, :, at : at + 1] = values
+        if self.raw is not None:
+            self.raw[:, :, at : at + 1] = raw_keys
+        self.seen += 1
+
+    def _write(self, begin: int, stop: int, keys: Tensor, values: Tensor, raw_keys: Tensor) -> None:
+        """Copy new tokens [begin, stop) into their slots, run by run."""
+        assert self.keys is not None and self.values is not None
+        while begin < stop:
+            at = self.slot(begin)
+            run = stop - begin if self.window is None else min(stop - begin, self.window - at)
+            source, to = slice(begin - self.seen, begin - self.seen + run), slice(at, at + run)
+            self.keys[:, :, to] = keys[:, :, source].detach()
+            self.values[:, :, to] = values[:, :, source].detach()
+            if self.raw is not None:
+                self.raw[:, :, to] = raw_keys[:, :, source].detach()
+            begin += run

@@ -1,0 +1,176 @@
+"""Attention over several parts as one softmax.
+
+A policy answers, for a group of queries, a list of parts. Each is attended with the best kernel there
+is, and the partial results are merged by their log-sum-exp in float32: exactly one softmax.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from everlong.attention.positions import working_dtype
+
+_FLASH_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Some keys as a group of queries sees them, everything rotated to its place.
+
+    Attributes
+    ----------
+    queries : Tensor
+        Shape (batch, heads, n, d).
+    keys, values : Tensor
+        Shape (batch, key-value heads, m, d).
+    visible : Tensor or None
+        Boolean, shape (batch or 1, 1 or heads, n, m): which query sees which key; None: all see all.
+        Rows that see nothing have no weight in the merge; at least one part must show each query a key.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    visible: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Partial:
+    """A part that was attended already.
+
+    Attributes
+    ----------
+    output : Tensor
+        Shape (batch, heads, n, d): the softmax over this part alone.
+    lse : Tensor
+        float32, shape (batch, heads, n): the log of the sum of the exponentials of its logits.
+    """
+
+    output: Tensor
+    lse: Tensor
+
+
+def attend(
+    parts: Sequence[Part | Partial],
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+) -> Tensor:
+    """Attend to all `parts` under one softmax.
+
+    Parameters
+    ----------
+    parts : sequence of Part or Partial
+        What one group of n queries sees. No key may stand in two parts.
+    scaling : float
+        Factor on the products of queries and keys.
+    softcap : float, optional
+        Logits become ``softcap * tanh(logit / softcap)`` (Gemma 2).
+    sink_logits : Tensor, optional
+        Shape (heads,): one more logit per head that takes weight but has no value (gpt-oss).
+
+    Returns
+    -------
+    Tensor
+        Shape (batch, heads, n, d), the dtype of the values.
+    """
+    partials = [p if isinstance(p, Partial) else _attend_one(p, scaling, softcap) for p in parts]
+    if len(partials) == 1 and sink_logits is None:
+        return partials[0].output
+    lses = [p.lse for p in partials]
+    if sink_logits is not None:
+        lses.append(sink_logits.to(lses[0].dtype)[None, :, None].expand_as(lses[0]))
+    total = torch.logsumexp(torch.stack(lses), dim=0)
+    weights = [(p.lse - total).exp().unsqueeze(-1) for p in partials]
+    merged = partials[0].output.to(total.dtype) * weights[0]
+    for partial, weight in zip(partials[1:], weights[1:], strict=True):
+        merged = torch.addcmul(merged, partial.output.to(total.dtype), weight)
+    return merged.to(partials[0].output.dtype)
+
+
+def merge_logits(logits: Tensor, values: Tensor) -> Partial:
+    """Attend with finished logits to values of each query's own.
+
+    Parameters
+    ----------
+    logits : Tensor
+        float32, shape (batch, heads, n, k), -inf where there is no key.
+    values : Tensor
+        Shape (batch, heads, n, k, d).
+    """
+    logits = logits.clamp(min=_HIDDEN)
+    lse = torch.logsumexp(logits, dim=-1)
+    weights = (logits - lse.unsqueeze(-1)).exp()
+    return Partial((weights.unsqueeze(-2) @ values.to(logits.dtype)).squeeze(-2).to(values.dtype), lse)
+
+
+_HIDDEN = -1e30  # a hidden key's logit: finite, so that a query that sees nothing of a part stays finite
+
+
+def _attend_one(part: Part, scaling: float, softcap: float | None) -> Partial:
+    if softcap is None and _flash_fits(part):
+        bias = None if part.visible is None else _bias(part.visible, part.queries.dtype)
+        keys, values = part.keys, part.values
+        if not _flash_takes_grouped_heads():
+            groups = part.queries.shape[1] // keys.shape[1]
+            keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
+        output, lse = _FLASH_CPU(part.queries, keys, values, 0.0, False, attn_mask=bias, scale=scaling)
+        return Partial(output, lse)
+    return _explicit(part, scaling, softcap)
+
+
+def _flash_fits(part: Part) -> bool:
+    """Whether the CPU flash kernel computes this part; its log-sum-exp has no gradient."""
+    needs_gradient = torch.is_grad_enabled() and (
+        part.queries.requires_grad or part.keys.requires_grad or part.values.requires_grad
+    )
+    return (
+        part.queries.device.type == "cpu"
+        and not needs_gradient
+        and part.queries.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and part.keys.shape[-2] > 0
+    )
+
+
+@functools.cache
+def _flash_takes_grouped_heads() -> bool:
+    """Whether this torch's CPU kernel takes fewer key-value heads than query heads, and gets them right."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 2, 8, generator=generator) for heads in (4, 2, 2))
+    try:
+        ours = _FLASH_CPU(q, k, v, 0.0, False)[0]
+    except RuntimeError:
+        return False
+    k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+    return torch.allclose(ours, F.scaled_dot_product_attention(q, k, v), atol=1e-5)
+
+
+def _bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    hidden = max(_HIDDEN, torch.finfo(dtype).min / 2)
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, hidden)
+
+
+def _explicit(part: Part, scaling: float, softcap: float | None) -> Partial:
+    """Attend with plain operations in float32 (or float64): any device, any gradient."""
+    dtype = working_dtype(part.queries)
+    batch, heads, n, size = part.queries.shape
+    kv_heads, m = part.keys.shape[1], part.keys.shape[2]
+    groups = heads // kv_heads
+    queries = part.queries.to(dtype).reshape(batch, kv_heads, groups * n, size)
+    logits = (queries @ part.keys.to(dtype).transpose(-1, -2)) * scaling
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    logits = logits.reshape(batch, heads, n, m)
+    if part.visible is not None:
+        logits = logits.masked_fill(~part.visible, _HIDDEN)
+    lse = torch.logsumexp(logits, dim=-1)
+    weights = (logits - lse.unsqueeze(-1)).exp().reshape(batch, kv_heads, groups * n, m)
+    output = (weights @ part.values.to(dtype)).reshape(batch, heads, n, part.values.shape[-1])
+    return Partial(output.to(part.values.dtype), lse)

@@ -1,0 +1,134 @@
+"""The base of every attention policy, and the registry of their names."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from torch import Tensor
+
+from everlong.attention.layer_memory import LayerMemory
+from everlong.attention.parts import Part, Partial
+from everlong.attention.view import LayerView, Queries
+from everlong.errors import ConfigurationError
+from everlong.registry import Registry, unknown_name
+
+if TYPE_CHECKING:
+    from everlong.attention.cache import StreamCache
+
+
+@dataclass(frozen=True)
+class Policy(ABC):
+    """What a model's full-attention layers keep, see, and forget. Subclass as a frozen dataclass.
+
+    A policy of one's own needs :meth:`memory` and :meth:`parts`; its fields are its options. A field
+    called ``window`` that is None is filled in with the model's training length, and one called
+    ``sinks`` can be raised by ``Session.pin``.
+    """
+
+    forgets: ClassVar[bool] = True
+    """Whether tokens that leave the window are lost to the model."""
+    needs_surprisal: ClassVar[bool] = False
+    """Whether :meth:`after_forward` must be told each token's surprisal; then only sessions can use it."""
+
+    def resolve(self, training_length: int | None) -> Self:
+        """Return this policy with the defaults that depend on the model filled in.
+
+        Parameters
+        ----------
+        training_length : int or None
+            Tokens the model was trained on; None where the model does not say.
+        """
+        fields = {field.name for field in dataclasses.fields(self)}
+        if "window" in fields and getattr(self, "window") is None:  # noqa: B009
+            if training_length is None:
+                raise ConfigurationError(
+                    f"the model does not name its training length: pass {type(self).__name__}(window=...)"
+                )
+            return dataclasses.replace(self, **{"window": training_length})
+        return self
+
+    @property
+    def span(self) -> int | None:
+        """Keys a query sees at most; None: no limit."""
+        return getattr(self, "window", None)
+
+    @abstractmethod
+    def memory(self, layer: int, start: int) -> LayerMemory:
+        """Return an empty memory for layer `layer`, its first token at stream position `start`."""
+
+    @abstractmethod
+    def parts(self, queries: Queries, view: LayerView) -> list[Part | Partial]:
+        """Return what a group of queries sees, each key in one part only."""
+
+    def breaks(self) -> tuple[int, ...]:
+        """Return indices where a group of queries should end, because :meth:`parts` changes its form."""
+        return ()
+
+    def after_forward(self, cache: StreamCache, tokens: Tensor, surprisal: Tensor | None) -> None:
+        """Act after each forward of a session; `tokens` and `surprisal` (nats) have shape (batch, n)."""
+        return None
+
+    def end_of_prefill(self, cache: StreamCache) -> None:
+        """Act when a session has read its input and begins to write."""
+        return None
+
+
+POLICIES: Registry[type[Policy]] = Registry("attention policy")
+
+
+def make_policy(name: str, options: dict[str, Any] | None = None) -> Policy:
+    """Make a registered policy from its name and options.
+
+    Parameters
+    ----------
+    name : str
+        For example ``"lm-infinite"``.
+    options : dict, optional
+        Values of the policy's fields; strings are read as ``none``, an integer, a number, or a word.
+
+    Raises
+    ------
+    UnknownNameError
+        No such policy, or no such option; near matches are listed.
+    ConfigurationError
+        A value that cannot work.
+    """
+    kind = POLICIES[name]
+    known = [field.name for field in dataclasses.fields(kind)]
+    values = {}
+    for key, value in (options or {}).items():
+        field = key.replace("-", "_")
+        if field not in known:
+            raise unknown_name(f"option of {name}", key, known)
+        values[field] = _parse(value) if isinstance(value, str) else value
+    return kind(**values)
+
+
+def policy_options(policy: Policy) -> tuple[str, dict[str, Any]]:
+    """Return a policy's registered name and its options, the inverse of :func:`make_policy`."""
+    return POLICIES.name_of(type(policy)), dataclasses.asdict(policy)
+
+
+def require_count(owner: str, name: str, value: object, *, least: int, optional: bool = False) -> None:
+    """Raise unless `value` is a whole number of at least `least` (or None where optional)."""
+    if optional and value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigurationError(f"{owner}: {name} must be a whole number of at least {least}, not {value!r}")
+
+
+def _parse(text: str) -> int | float | str | bool | None:
+    lowered = text.strip().lower()
+    if lowered in ("none", "null"):
+        return None
+    if lowered in ("true", "false"):
+        return lowered == "true"
+    for kind in (int, float):
+        try:
+            return kind(lowered)
+        except ValueError:
+            continue
+    return text.strip()

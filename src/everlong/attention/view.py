@@ -1,0 +1,275 @@
+"""What the queries of one forward may see of a layer, handed to a policy as parts.
+
+Indices count tokens of the batch from 0, padding included; a row's own index is the index minus its
+padding. A `LayerView` answers in such indices; angles are its business.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from everlong.attention.parts import Part
+from everlong.attention.positions import Rotation
+
+if TYPE_CHECKING:
+    from everlong.attention.layer_memory import LayerMemory
+
+
+@dataclass(frozen=True, eq=False)
+class LayerCall:
+    """One layer in one forward.
+
+    Attributes
+    ----------
+    layer : int
+        The layer's number.
+    rotation : Rotation
+        Its table for this forward.
+    pads : tuple of int or None
+        Padding tokens before each row's first real one; None: no row has any.
+    scaling : float
+        Factor on the products of queries and keys.
+    softcap : float or None
+        The model's soft-cap on logits.
+    """
+
+    layer: int
+    rotation: Rotation
+    pads: tuple[int, ...] | None = None
+    scaling: float = 1.0
+    softcap: float | None = None
+
+
+class Queries:
+    """A group of queries that are attended together.
+
+    Attributes
+    ----------
+    raw : Tensor
+        Before rotation, shape (batch, heads, n, d).
+    placed : Tensor
+        Rotated at their own positions in the frame, same shape.
+    first, stop : int
+        Indices of the first query and of the one after the last.
+    """
+
+    def __init__(self, raw: Tensor, placed: Tensor, first: int, rotation: Rotation) -> None:
+        self.raw = raw
+        self.placed = placed
+        self.first = first
+        self.stop = first + raw.shape[2]
+        self._rotation = rotation
+
+    def at(self, position: int) -> Tensor:
+        """Return the queries as if all stood at `position`: keys rotated to 0 are that far away."""
+        return self._rotation(self.raw, position)
+
+
+class LayerView:
+    """The keys and values of one layer during one forward.
+
+    Attributes
+    ----------
+    memory : LayerMemory
+        The layer's memory, the new tokens not yet settled (or, for a single token, settled already).
+    call : LayerCall
+        The layer and its rotation.
+    stop : int
+        Index after the last token.
+    new : tuple of Tensor or None
+        Rotated keys, values and raw keys of the tokens not yet settled.
+    """
+
+    def __init__(
+        self,
+        memory: LayerMemory,
+        call: LayerCall,
+        stop: int,
+        new: tuple[Tensor, Tensor, Tensor] | None,
+    ) -> None:
+        self.memory = memory
+        self.call = call
+        self.rotation = call.rotation
+        self.stop = stop
+        self.new = new
+        self.pads = call.pads if call.pads and any(call.pads) else None
+        self._first = memory.first
+        self._lists: dict[str, Tensor] = {}
+
+    def queries(self, raw: Tensor, placed: Tensor, first: int) -> Queries:
+        """Group queries that begin at index `first`."""
+        return Queries(raw, placed, first, self.rotation)
+
+    def place(self, raw_queries: Tensor) -> Tensor:
+        """Rotate the last queries of the forward, shape (batch, heads, n, d), at their own positions."""
+        stop = self.memory.frame(self.stop)
+        return self.rotation(raw_queries, range(stop - raw_queries.shape[2], stop))
+
+    # --- keys and values by index ------------------------------------------------------------------
+
+    def keys(self, begin: int, stop: int) -> Tensor:
+        """Rotated keys of tokens [begin, stop), which must still be at hand."""
+        return self._slice("keys", 0, begin, stop)
+
+    def values(self, begin: int, stop: int) -> Tensor:
+        """Values of tokens [begin, stop)."""
+        return self._slice("values", 1, begin, stop)
+
+    def raw(self, begin: int, stop: int) -> Tensor:
+        """Unrotated keys of tokens [begin, stop); only where the policy keeps them."""
+        return self._slice("raw", 2, begin, stop)
+
+    @property
+    def first(self) -> int:
+        """Index of the first local token at hand."""
+        return self._first
+
+    def _slice(self, name: str, which: int, begin: int, stop: int) -> Tensor:
+        if name not in self._lists:
+            buffer = getattr(self.memory, name)
+            pieces = [] if buffer is None or not self.memory.seen else [self.memory.ordered(buffer)]
+            if self.new is not None:
+                pieces.append(self.new[which])
+            self._lists[name] = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+        assert self._first <= begin
+        return self._lists[name][:, :, begin - self._first : stop - self._first]
+
+    # --- parts -------------------------------------------------------------------------------------
+
+    def row_index(self, queries: Queries) -> Tensor:
+        """Each query's index in its own row, shape (batch or 1, 1, n, 1), on the queries' device."""
+        index = torch.arange(queries.first, queries.stop, device=queries.raw.device)[None, None, :, None]
+        return index - self.pad_column(queries.raw.device)
+
+    def pad_column(self, device: torch.device) -> Tensor:
+        """Each row's padding, shape (batch or 1, 1, 1, 1)."""
+        return torch.tensor(self.pads or (0,), device=device)[:, None, None, None]
+
+    def band(
+        self,
+        queries: Queries,
+        *,
+        nearest: int = 0,
+        farthest: int | None = None,
+        lowest: int = 0,
+        distance: int | None = None,
+    ) -> list[Part]:
+        """Show each query the local keys whose distance lies in [nearest, farthest].
+
+        Parameters
+        ----------
+        queries : Queries
+            The group.
+        nearest, farthest : int
+            Distances in tokens; farthest None: no limit.
+        lowest : int
+            Only keys whose index in their row is at least this.
+        distance : int, optional
+            Place all these keys at this distance instead of their true one (needs raw keys).
+        """
+        a, b = queries.first, queries.stop
+        low = max(lowest + min(self.pads or (0,)), self._first)
+        if farthest is not None:
+            low = max(low, a - farthest)
+        high = b - nearest
+        if high <= low:
+            return []
+        place = queries.placed if distance is None else queries.at(distance)
+        if self.pads and lowest + max(self.pads) > low:
+            visible = _banded(a - low, b - a, high - low, nearest, farthest, place.device)
+            index = torch.arange(low, high, device=place.device) - self.pad_column(place.device)
+            return [self._part(place, low, high, distance, visible & (index >= lowest))]
+        full_from = low if farthest is None else max(low, b - 1 - farthest)
+        full_to = a - nearest + 1
+        if full_from >= full_to:
+            visible = _banded(a - low, b - a, high - low, nearest, farthest, place.device)
+            return [self._part(place, low, high, distance, visible)]
+        parts = [self._part(place, full_from, full_to, distance, None)]
+        for begin, stop in ((low, full_from), (full_to, high)):
+            if begin < stop:
+                visible = _banded(a - begin, b - a, stop - begin, nearest, farthest, place.device)
+                parts.append(self._part(place, begin, stop, distance, visible))
+        return parts
+
+    def _part(
+        self, place: Tensor, begin: int, stop: int, distance: int | None, visible: Tensor | None
+    ) -> Part:
+        keys = self.keys(begin, stop) if distance is None else self.raw(begin, stop)
+        if distance is not None:  # R(0) is not the identity where cos and sin carry an attention scaling
+            keys = self.rotation(keys, 0)
+        return Part(place, keys, self.values(begin, stop), visible)
+
+    def sinks_near(self, queries: Queries, far: Tensor | None) -> Part:
+        """Show the sinks at their true distances, but not where `far` (batch or 1, 1, n, G) holds."""
+        keys, values = self._sinks()
+        device = keys.device
+        of_row = torch.tensor([self.memory.frame(pad) for pad in self.pads or (0,)])
+        at = of_row[:, None] + torch.arange(keys.shape[2])
+        seen = torch.arange(keys.shape[2], device=device) <= self.row_index(queries)
+        return Part(queries.placed, self.rotation(keys, at), values, seen if far is None else seen & ~far)
+
+    def sinks_far(self, queries: Queries, distances: Sequence[int], far: Tensor | None) -> Part:
+        """Show sink s at distance ``distances[s]`` from every query, where `far` holds (None: everywhere)."""
+        keys, values = self._sinks()
+        reach = max(distances)
+        visible = None
+        if far is not None:
+            visible = far & (torch.arange(keys.shape[2], device=keys.device) <= self.row_index(queries))
+        return Part(queries.at(reach), self._sinks_at(reach, distances), values, visible)
+
+    def whole_window(self, queries: Queries, distances: Sequence[int]) -> Part:
+        """Show one query all slots of a full window, sink s at ``distances[s]``: one part, no copy."""
+        memory = self.memory
+        assert memory.keys is not None and memory.values is not None
+        if distances:
+            memory.keys[:, :, : memory.sinks] = self._sinks_at(memory.frame(queries.first), distances)
+            if self.pads:  # slots 0..G-1 hold the padding's values until now
+                memory.values[:, :, : memory.sinks] = self._sinks()[1]
+        return Part(queries.placed, memory.keys, memory.values)
+
+    def all_slots(self, queries: Queries) -> Part:
+        """Show one query everything in a window that is not full yet, at true distances: no copy."""
+        memory = self.memory
+        assert memory.keys is not None and memory.values is not None
+        return Part(queries.placed, memory.keys[:, :, : self.stop], memory.values[:, :, : self.stop])
+
+    def _sinks(self) -> tuple[Tensor, Tensor]:
+        held = self.memory.sink_keys, self.memory.sink_values
+        assert held[0] is not None and held[1] is not None
+        if self.new is None or not self.new[2].requires_grad:
+            return held[0], held[1]
+        # Sinks among the new tokens once more, with their gradient: the memory holds them without.
+        index = torch.arange(held[0].shape[2], device=held[0].device) + self.pad_column(held[0].device)
+        index = index.transpose(2, 3) - self.memory.seen
+        is_new, index = index >= 0, index.clamp(0, self.new[2].shape[2] - 1)
+        keys, values = (
+            torch.where(is_new, new.gather(2, index.expand(*old.shape)), old)
+            for new, old in ((self.new[2], held[0]), (self.new[1], held[1]))
+        )
+        return keys, values
+
+    def _sinks_at(self, query_position: int, distances: Sequence[int]) -> Tensor:
+        """Rotate the sinks so that a query at `query_position` finds sink s at ``distances[s]``."""
+        keys = self._sinks()[0]
+        positions = [query_position - distance for distance in distances]
+        if len(set(positions)) == 1:
+            return self.rotation(keys, positions[0])
+        run = range(positions[0], positions[0] + len(positions))
+        return self.rotation(keys, run if positions == list(run) else torch.tensor(positions))
+
+
+@functools.lru_cache(maxsize=64)
+def _banded(ahead: int, n: int, m: int, nearest: int, farthest: int | None, device: torch.device) -> Tensor:
+    """Which of n queries sees which of m keys, the first query `ahead` tokens after the first key."""
+    with torch.inference_mode(False):  # remembered, and used with gradients too
+        distance = (torch.arange(n, device=device) + ahead)[:, None] - torch.arange(m, device=device)
+        visible = distance >= nearest
+        if farthest is not None:
+            visible &= distance <= farthest
+        return visible[None, None]

@@ -1,0 +1,129 @@
+"""``everlong models | pull | remove``: which models there are, and which of them are on this machine."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from everlong.cli.options import Json, Quiet
+from everlong.cli.terminal import is_interactive, notes, output, print_json, pull_progress
+from everlong.errors import ModelFileError
+from everlong.models.catalogue import CATALOGUE, DEFAULT_MODEL
+from everlong.models.files import human_bytes
+from everlong.models.store import ModelState, Store
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="A name from `everlong models`.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to `app`."""
+    app.command("models")(models)
+    app.command("pull")(pull)
+    app.command("remove")(remove)
+
+
+def models(as_json: Json = False) -> None:
+    """List the models that can be named, with size, licence and whether they are on this machine."""
+    store = Store()
+    states, conversions = store.states(), store.conversions()
+    if as_json:
+        print_json(
+            {
+                "home": str(store.home),
+                "models": [_as_json(state) for state in states],
+                "conversions": [{"name": name, "bytes_on_disk": size} for name, size in conversions.items()],
+            }
+        )
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("name", "size", "context", "licence", "state", "on disk", "good for"):
+        table.add_column(heading, justify="right" if heading in ("size", "context", "on disk") else "left")
+    for state in states:
+        entry = state.entry
+        table.add_row(
+            f"{entry.name} (default)" if entry.name == DEFAULT_MODEL else entry.name,
+            human_bytes(entry.download_size),
+            f"{entry.context:,}",
+            entry.licence,
+            state.state,
+            human_bytes(state.bytes) if state.bytes else "",
+            f"{'chat' if entry.chat else 'base'}: {entry.good_for}",
+        )
+    for name, size in conversions.items():
+        table.add_row(name, "", "", "", "ready", human_bytes(size), "converted from a .gguf file of yours")
+    output().print(table)
+    output().print(f"\nkept in {store.home} (EVERLONG_HOME)", style="dim", soft_wrap=True)
+
+
+def pull(
+    name: Name = DEFAULT_MODEL,
+    accept_terms: Annotated[
+        bool, typer.Option("--accept-terms", help="Accept the model's licence without being asked.")
+    ] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fetch a model, check it and convert it; goes on where an interrupted pull stopped."""
+    store = Store()
+    _see_to_terms(store, name, accept_terms)
+    with pull_progress(quiet=quiet) as progress:
+        path = store.pull(name, progress=progress)
+    notes(quiet=quiet).print(
+        f"{name} is ready: {human_bytes(store.state(name).bytes)} in {path.parent}", soft_wrap=True
+    )
+
+
+def remove(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="As `everlong models` lists it.")],
+    quiet: Quiet = False,
+) -> None:
+    """Delete a model from this machine, its GGUF and its conversion."""
+    freed = Store().remove(name)
+    message = f"removed {name}: {human_bytes(freed)} freed" if freed else f"{name} was not on this machine"
+    notes(quiet=quiet).print(message)
+
+
+def _see_to_terms(store: Store, name: str, accept: bool) -> None:
+    """Have the licence accepted where one asks for it: by the flag, or by asking once in a terminal."""
+    entry = CATALOGUE[name]
+    if entry.terms is None or store.terms_accepted(name):
+        return
+    if accept:
+        store.accept_terms(name)
+        return
+    if not is_interactive():
+        raise ModelFileError(
+            f"{name} comes under the {entry.licence}, to be accepted once, and there is no terminal to ask in; "
+            f"read them at {entry.terms.url} and run: everlong pull {name} --accept-terms"
+        )
+    console, text = notes(), store.terms_text(name)
+    console.print(f"{entry.title}: {entry.terms.notice}.", soft_wrap=True)
+    while True:
+        answer = (
+            typer.prompt("Do you accept these terms? yes, no, or show to read them", err=True).strip().lower()
+        )
+        if answer in ("yes", "y"):
+            store.accept_terms(name)
+            return
+        if answer in ("no", "n"):
+            raise ModelFileError(f"{name} is not fetched: its terms were not accepted")
+        if answer in ("show", "s"):
+            console.print(text, markup=False)
+
+
+def _as_json(state: ModelState) -> dict[str, object]:
+    entry = state.entry
+    return {
+        "name": entry.name,
+        "title": entry.title,
+        "default": entry.name == DEFAULT_MODEL,
+        "state": state.state,
+        "bytes_to_fetch": entry.download_size,
+        "bytes_on_disk": state.bytes,
+        "context": entry.context,
+        "licence": entry.licence,
+        "terms": entry.terms.url if entry.terms else None,
+        "chat": entry.chat,
+        "good_for": entry.good_for,
+    }

@@ -1,0 +1,94 @@
+"""Surprisal from hidden states, over blocks of the vocabulary: logits of a whole chunk are never held."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from everlong.errors import UnsupportedModelError
+from everlong.models.anatomy import decoder_of
+
+_BLOCK = 2**22  # logits computed at a time
+_PROBE = (3, 1, 4, 1, 5)
+
+
+class Head:
+    """A model's head as a function from hidden states to surprisal.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A causal language model, attached or not.
+
+    Raises
+    ------
+    UnsupportedModelError
+        The head does more than a linear map, a factor and a soft-cap.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        inner: Any = model
+        if hasattr(inner, "get_base_model") and hasattr(inner, "peft_config"):
+            inner = inner.get_base_model()
+        linear = inner.get_output_embeddings()
+        config = inner.config.get_text_config()
+        self.weight: Tensor = linear.weight
+        self.bias: Tensor | None = getattr(linear, "bias", None)
+        self.factor = float(getattr(config, "logit_scale", None) or 1.0)
+        self.factor /= float(getattr(config, "logits_scaling", None) or 1.0)
+        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        self._check(model)
+
+    @torch.inference_mode()
+    def surprisal(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Return the surprisal of each target in nats.
+
+        Parameters
+        ----------
+        hidden : Tensor
+            The decoder's output, shape (n, d).
+        targets : Tensor
+            The token that follows each, shape (n,).
+
+        Returns
+        -------
+        Tensor
+            float32, shape (n,).
+        """
+        size = max(1, _BLOCK // max(1, len(hidden)))
+        total = hidden.new_full((len(hidden),), -torch.inf, dtype=torch.float32)
+        chosen = torch.zeros_like(total)
+        for begin in range(0, len(self.weight), size):
+            logits = self._logits(hidden, begin, begin + size)
+            total = torch.logaddexp(total, logits.logsumexp(-1))
+            inside = (targets >= begin) & (targets < begin + size)
+            at = (targets - begin).clamp(0, logits.shape[1] - 1)
+            chosen = torch.where(inside, logits.gather(1, at[:, None])[:, 0], chosen)
+        return total - chosen
+
+    @torch.inference_mode()
+    def next_token(self, hidden: Tensor) -> Tensor:
+        """Return the likeliest token after each hidden state, shape (n,)."""
+        return self._logits(hidden, 0, len(self.weight)).argmax(-1)
+
+    def _logits(self, hidden: Tensor, begin: int, stop: int) -> Tensor:
+        bias = None if self.bias is None else self.bias[begin:stop]
+        logits = F.linear(hidden, self.weight[begin:stop], bias).float() * self.factor
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+    @torch.inference_mode()
+    def _check(self, model: Any) -> None:
+        """Compare with the model's own logits on a few tokens."""
+        ids = torch.tensor([_PROBE], device=self.weight.device) % len(self.weight)
+        theirs = model(input_ids=ids, use_cache=False).logits[0].float()
+        hidden = decoder_of(model)(input_ids=ids, use_cache=False).last_hidden_state[0]
+        ours = self._logits(hidden, 0, len(self.weight))
+        tolerance = 1e-3 if self.weight.dtype == torch.float32 else 3e-2
+        if ours.shape != theirs.shape or (ours - theirs).abs().max() > tolerance * theirs.abs().max():
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: its head does more than a linear map, a factor and a soft-cap, "
+                "so perplexity cannot be measured; please open an issue with the model's name"
+            )

@@ -1,0 +1,149 @@
+"""A stream of tokens through a model, under a policy or as the model is, read the same way."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from everlong.attention import Attachment, Policy, attach
+from everlong.models.anatomy import decoder_of
+
+
+class Stream(ABC):
+    """Tokens read one chunk after another; the head is left to the caller.
+
+    Attributes
+    ----------
+    decoder : nn.Module
+        The model without its head.
+    """
+
+    def __init__(self, decoder: nn.Module) -> None:
+        self.decoder = decoder
+
+    @property
+    @abstractmethod
+    def cache(self) -> Any:
+        """What the model remembers."""
+
+    @torch.inference_mode()
+    def read(self, ids: Tensor) -> Tensor:
+        """Read `ids`, shape (n,), and return the hidden states after them, shape (n, d)."""
+        output = self.decoder(input_ids=ids[None], past_key_values=self.cache, use_cache=True)
+        hidden: Tensor = output.last_hidden_state[0]
+        return hidden
+
+    def told(self, ids: Tensor, surprisal: Tensor) -> None:  # noqa: B027 most have no use for it
+        """Take note of what was read, ids and surprisal in nats of shape (n,), where the method wants it."""
+
+    @abstractmethod
+    def bytes(self) -> dict[str, int]:
+        """Bytes held, by tier."""
+
+    @property
+    @abstractmethod
+    def seen(self) -> int:
+        """Tokens read."""
+
+    @property
+    @abstractmethod
+    def kept(self) -> int:
+        """Tokens the next one can see."""
+
+    @property
+    def forgotten(self) -> int:
+        """Tokens lost for good."""
+        return 0
+
+
+class StockStream(Stream):
+    """The model as it is, with transformers' own growing cache."""
+
+    def __init__(self, model: nn.Module) -> None:
+        decoder = decoder_of(model)
+        super().__init__(decoder)
+        self._cache = DynamicCache(config=decoder.config)
+
+    @property
+    def cache(self) -> DynamicCache:
+        """transformers' cache."""
+        return self._cache
+
+    @property
+    def layers(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of each layer that holds any."""
+        return [(layer.keys, layer.values) for layer in self._cache.layers if layer.is_initialized]
+
+    def bytes(self) -> dict[str, int]:
+        """Bytes of all keys and values."""
+        return {"window": sum(keys.nbytes + values.nbytes for keys, values in self.layers)}
+
+    @property
+    def seen(self) -> int:
+        """Tokens read."""
+        return int(self._cache.get_seq_length())
+
+    @property
+    def kept(self) -> int:
+        """All of them."""
+        return self.seen
+
+
+class PolicyStream(Stream):
+    """A stream of an attached model."""
+
+    def __init__(self, attachment: Attachment) -> None:
+        super().__init__(attachment.decoder)
+        self._cache = attachment.new_cache()
+
+    @property
+    def cache(self) -> Any:
+        """The attachment's cache."""
+        return self._cache
+
+    def told(self, ids: Tensor, surprisal: Tensor) -> None:
+        """Tell the policy."""
+        self._cache.after_forward(ids[None], surprisal[None])
+
+    def bytes(self) -> dict[str, int]:
+        """As the cache accounts for them."""
+        return self._cache.bytes()
+
+    @property
+    def seen(self) -> int:
+        """Tokens read."""
+        return self._cache.seen
+
+    @property
+    def kept(self) -> int:
+        """Tokens in the window or recallable."""
+        return self._cache.kept + self._cache.recallable
+
+    @property
+    def forgotten(self) -> int:
+        """Tokens no layer holds any more."""
+        return self._cache.forgotten
+
+
+@contextmanager
+def open_stream(model: nn.Module, policy: Policy | None) -> Iterator[Stream]:
+    """Open a stream under `policy`; None: the detached model.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A detached causal language model; it is detached again at the end.
+    policy : Policy or None
+        What its attention follows.
+    """
+    if policy is None:
+        yield StockStream(model)
+        return
+    with attach(model, policy) as attachment:
+        yield PolicyStream(attachment)

@@ -1,0 +1,228 @@
+"""What a model is to us: its decoder, and of each attention layer the rotary table, layout and local window.
+
+Nothing here is read from a list of families. A probe runs a few tokens through the decoder twice, once
+with its real rotary modules and once with identities, and looks at the queries and keys that arrive at
+the attention function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from everlong.errors import UnsupportedModelError
+from everlong.models.refusals import refuse_unsupported
+from everlong.models.rotary import LAYOUTS, IdentityRotary, Layout, Rotary, find_rotaries, fresh_copy, is_rotary, rotate
+from everlong.models.seam import Seam
+
+_PROBE_POSITIONS = (5, 11, 37)
+
+
+@dataclass(frozen=True)
+class LayerAnatomy:
+    """One attention layer.
+
+    Attributes
+    ----------
+    index : int
+        The layer's number, as its cache knows it.
+    module : nn.Module
+        The attention module.
+    window : int or None
+        Keys a query sees in a local (sliding-window) layer, itself included; None: full attention.
+    rotary : Rotary or None
+        The table its queries and keys are rotated with; None: the layer has no rotary positions.
+    layout : {"halves", "interleaved"}
+        Which dimensions the rotation pairs.
+    """
+
+    index: int
+    module: nn.Module
+    window: int | None
+    rotary: Rotary | None
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """A causal language model, taken apart as far as attention is concerned.
+
+    Attributes
+    ----------
+    decoder : nn.Module
+        The model without its head.
+    layers : tuple of LayerAnatomy
+        In the order they run.
+    rotaries : tuple of Rotary
+        All rotary tables.
+    training_length : int or None
+        Tokens the model was trained on at most (before any RoPE scaling); None: not known.
+    """
+
+    decoder: nn.Module
+    layers: tuple[LayerAnatomy, ...]
+    rotaries: tuple[Rotary, ...]
+    training_length: int | None
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """Return the decoder (no head) of a causal language model, PEFT wrappers looked through."""
+    inner: Any = model
+    if hasattr(inner, "get_base_model") and hasattr(inner, "peft_config"):
+        inner = inner.get_base_model()
+    decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else None
+    if decoder is None:
+        decoder = getattr(inner, "base_model", inner)
+    assert isinstance(decoder, nn.Module)
+    return decoder
+
+
+def training_length_of(config: Any) -> int | None:
+    """Return the training length: the original one where RoPE scaling is configured.
+
+    Everlong's meaning of the word, see docs/concepts: ``max_position_embeddings``, unless the RoPE
+    parameters name an ``original_max_position_embeddings``.
+    """
+    parameters = getattr(config, "rope_parameters", None) or {}
+    tables = [parameters, *(table for table in parameters.values() if isinstance(table, dict))]
+    originals = [
+        int(table["original_max_position_embeddings"])
+        for table in tables
+        if table.get("original_max_position_embeddings")
+    ]
+    if originals:
+        return min(originals)
+    length = getattr(config, "max_position_embeddings", None)
+    return int(length) if length else None
+
+
+def dissect(model: nn.Module) -> Anatomy:
+    """Take `model` apart, or refuse it by name.
+
+    Raises
+    ------
+    UnsupportedModelError
+        The model's attention cannot be driven from outside; the message says what is missing.
+    """
+    decoder = decoder_of(model)
+    refuse_unsupported(model, decoder)
+    rotaries = find_rotaries(decoder)
+    with replaced_rotaries(decoder, fresh_copy):
+        real = _probe(decoder)
+    with replaced_rotaries(decoder, IdentityRotary):
+        raw = _probe(decoder)
+    name = type(model).__name__
+    _check_every_layer_called(decoder, raw, name)
+    layers = tuple(
+        _layer(seen_raw, seen_real, rotaries, name) for seen_raw, seen_real in zip(raw, real, strict=True)
+    )
+    return Anatomy(decoder, layers, tuple(rotaries), training_length_of(_config(decoder)))
+
+
+@contextmanager
+def replaced_rotaries(decoder: nn.Module, replacement: Callable[[nn.Module], nn.Module]) -> Iterator[None]:
+    """Put ``replacement(rotary)`` in the place of every rotary module below `decoder`, until the end."""
+    replaced = [
+        (parent, name, child)
+        for parent in decoder.modules()
+        for name, child in parent.named_children()
+        if is_rotary(child)
+    ]
+    try:
+        for parent, name, child in replaced:
+            setattr(parent, name, replacement(child))
+        yield
+    finally:
+        for parent, name, child in replaced:
+            setattr(parent, name, child)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    window: int | None
+
+
+def _config(decoder: nn.Module) -> Any:
+    return decoder.config
+
+
+def _probe(decoder: nn.Module) -> list[_Seen]:
+    """Run three tokens and collect what each attention layer receives; attention itself returns zeros."""
+    seen: list[_Seen] = []
+
+    def record(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        sliding_window: int | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        window = sliding_window
+        if window is None and getattr(module, "is_sliding", False):
+            window = getattr(module, "sliding_window", None)
+        seen.append(_Seen(module, query.detach(), key.detach(), value.detach(), window))
+        batch, heads, n, _d = query.shape
+        return query.new_zeros(batch, n, heads, value.shape[-1]), None
+
+    device = next(decoder.parameters()).device
+    positions = torch.tensor([_PROBE_POSITIONS], device=device)
+    ids = torch.arange(1, 1 + positions.shape[-1], device=device)[None]
+    training = {module: module.training for module in decoder.modules()}
+    decoder.eval()
+    try:
+        with Seam(decoder, record), torch.no_grad():
+            decoder(input_ids=ids, position_ids=positions, use_cache=False)
+    finally:
+        for module, was in training.items():
+            module.training = was
+    return seen
+
+
+def _check_every_layer_called(decoder: nn.Module, seen: list[_Seen], name: str) -> None:
+    expected = int(_config(decoder).num_hidden_layers)
+    if len(seen) != expected:
+        raise UnsupportedModelError(
+            f"{name}: {len(seen)} of {expected} layers go through transformers' attention interface; "
+            "the others (linear attention, state space, convolution, an attention of the model's own) cannot be driven"
+        )
+
+
+def _layer(raw: _Seen, real: _Seen, rotaries: list[Rotary], name: str) -> LayerAnatomy:
+    index = int(raw.module.layer_idx)  # type: ignore[arg-type]
+    if raw.key.shape[-1] != raw.value.shape[-1]:
+        raise UnsupportedModelError(
+            f"{name}: layer {index} has keys of size {raw.key.shape[-1]} and values of size {raw.value.shape[-1]} "
+            "(multi-head latent attention); its compressed cache is not supported yet"
+        )
+    if torch.equal(raw.key, real.key) and torch.equal(raw.query, real.query):
+        return LayerAnatomy(index, raw.module, raw.window, None, "halves")
+    for rotary in rotaries:
+        frequencies = rotary.frequencies(max(_PROBE_POSITIONS) + 1)
+        cos, sin = frequencies.angles(torch.tensor(_PROBE_POSITIONS), raw.query.device)
+        for layout in LAYOUTS:
+            if 2 * cos.shape[-1] <= raw.query.shape[-1] and all(
+                _close(rotate(before, cos, sin, layout), after)
+                for before, after in ((raw.query, real.query), (raw.key, real.key))
+            ):
+                return LayerAnatomy(index, raw.module, raw.window, rotary, layout)
+    raise UnsupportedModelError(
+        f"{name}: layer {index} rotates its queries and keys in a way that none of the model's rotary tables "
+        "explains; please open an issue with the model's name"
+    )
+
+
+def _close(ours: Tensor, theirs: Tensor) -> bool:
+    tolerance = 1e-3 if theirs.dtype == torch.float32 else 3e-2
+    scale = theirs.float().abs().max().clamp(min=1e-12)
+    return bool((ours.float() - theirs.float()).abs().max() <= tolerance * scale)

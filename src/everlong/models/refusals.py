@@ -1,0 +1,63 @@
+"""Models that cannot be driven yet: refused by name, with what is missing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from everlong.errors import UnsupportedModelError
+
+_KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+_BY_TYPE = {
+    "mpt": "its attention (ALiBi) does not go through transformers' attention interface",
+    "bloom": "its attention (ALiBi) does not go through transformers' attention interface",
+    "falcon": "its attention does not go through transformers' attention interface",
+    "gptj": "its attention does not go through transformers' attention interface",
+    "codegen": "its attention does not go through transformers' attention interface",
+    "deepseek_v2": "its multi-head latent attention keeps a compressed cache",
+    "deepseek_v3": "its multi-head latent attention keeps a compressed cache",
+    "llama4_text": "its chunked local attention and per-position query scaling are not supported yet",
+    "llama4": "its chunked local attention and per-position query scaling are not supported yet",
+}
+
+
+def refuse_unsupported(model: nn.Module, decoder: nn.Module) -> None:
+    """Raise `UnsupportedModelError` where the model's design is known not to fit.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The whole model, for its name.
+    decoder : nn.Module
+        Its decoder, with ``config``.
+    """
+    name = type(model).__name__
+    if type(model).__name__ == "OptimizedModule":
+        raise UnsupportedModelError("a compiled model cannot be attached: attach the model first, before torch.compile")
+    config: Any = getattr(decoder, "config", None)
+    if config is None:
+        raise UnsupportedModelError(f"{name} is not a transformers model (it has no config)")
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{name} is an encoder-decoder model; only decoder-only models are supported")
+    reason = _BY_TYPE.get(config.model_type)
+    if reason is None and getattr(config, "kv_lora_rank", None):
+        reason = "its multi-head latent attention keeps a compressed cache"
+    if reason is None:
+        strange = sorted(set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYER_TYPES)
+        if strange:
+            reason = f"its layers of type {', '.join(strange)} have no keys a policy could keep"
+    if reason is None and (
+        not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", None)
+    ):
+        reason = "its attention is not causal"
+    if reason is None and _learned_positions(decoder):
+        reason = "its learned absolute positions end at the training length"
+    if reason is not None:
+        raise UnsupportedModelError(f"{name} ({config.model_type}) is not supported: {reason}")
+
+
+def _learned_positions(decoder: nn.Module) -> bool:
+    names = ("wpe", "embed_positions", "position_embeddings", "position_embedding")
+    return any(isinstance(getattr(decoder, name, None), nn.Module) for name in names)

@@ -1,0 +1,197 @@
+"""Rotary position embeddings, taken out of a model and applied again at positions of our choosing.
+
+A model rotates queries and keys before its cache sees them. While a policy is attached the rotary
+modules hand out cos = 1, sin = 0 (:class:`IdentityRotary`), so that raw queries and keys arrive, and
+this module rotates them: with the model's own frequencies, scaling and layout, but with angles
+computed in float64.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+Layout = Literal["halves", "interleaved"]
+LAYOUTS: tuple[Layout, ...] = ("halves", "interleaved")
+
+Positions = int | range | Tensor
+"""One position for all tokens, a range (one each), or a tensor of shape (n,) or (batch, n)."""
+
+_CHANGING_TYPES = ("dynamic", "longrope")
+
+
+@dataclass(frozen=True, eq=False)
+class Frequencies:
+    """Angles per position of one rotary table.
+
+    Attributes
+    ----------
+    inverse : Tensor
+        Radians per position, float64 on the CPU, shape (rotated dimensions / 2,).
+    scaling : float
+        Factor on cos and sin (YaRN's attention scaling; 1 for most models).
+    """
+
+    inverse: Tensor
+    scaling: float
+
+    def same_as(self, other: Frequencies) -> bool:
+        """Whether both rotate alike."""
+        return self is other or (self.scaling == other.scaling and torch.equal(self.inverse, other.inverse))
+
+    def angles(
+        self, positions: Positions, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, Tensor]:
+        """Return cos and sin, shape (n, r/2) or (batch, 1, n, r/2); computed in float64, given as `dtype`."""
+        if isinstance(positions, int):
+            at = torch.tensor([positions], dtype=torch.float64)
+        elif isinstance(positions, range):
+            at = torch.arange(positions.start, positions.stop, positions.step, dtype=torch.float64)
+        else:
+            at = positions.to("cpu", torch.float64)
+        angle = at[..., None] * self.inverse
+        if angle.dim() == 3:
+            angle = angle[:, None]
+        cos, sin = angle.cos() * self.scaling, angle.sin() * self.scaling
+        return cos.to(device, dtype), sin.to(device, dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
+    """Rotate the leading dimensions of `x` by the angles given as cos and sin.
+
+    Parameters
+    ----------
+    x : Tensor
+        Shape (batch, heads, n, d).
+    cos, sin : Tensor
+        Shape (n or 1, r/2) or (batch, 1, n, r/2), r <= d, in the dtype to compute in; the last d - r
+        dimensions stay.
+    layout : {"halves", "interleaved"}
+        Which dimensions form a pair: i and i + r/2, or 2i and 2i + 1.
+    """
+    half = cos.shape[-1]
+    turned = x[..., : 2 * half].to(cos.dtype)
+    if layout == "halves":
+        first, second = turned[..., :half], turned[..., half:]
+    else:
+        first, second = turned[..., 0::2], turned[..., 1::2]
+    new_first = torch.addcmul(first * cos, second, sin, value=-1)
+    new_second = torch.addcmul(second * cos, first, sin)
+    if layout == "halves":
+        result = torch.cat((new_first, new_second), dim=-1)
+    else:
+        result = torch.stack((new_first, new_second), dim=-1).flatten(-2)
+    result = result.to(x.dtype)
+    return result if 2 * half == x.shape[-1] else torch.cat((result, x[..., 2 * half :]), dim=-1)
+
+
+def fresh_copy(module: nn.Module) -> nn.Module:
+    """Copy a rotary module, in the state it was built in: some change their table with the longest input seen."""
+    fresh = copy.deepcopy(module)
+    if any(name in str(getattr(module, "rope_type", "")) for name in _CHANGING_TYPES):
+        for name, table in list(fresh.named_buffers(recurse=False)):
+            prefix = name.removesuffix("inv_freq")
+            if f"{prefix}original_inv_freq" in vars(fresh) | fresh._buffers:
+                original: Tensor = getattr(fresh, f"{prefix}original_inv_freq")
+                fresh.register_buffer(name, original.to(table.device, copy=True), persistent=False)
+        for name in [name for name in vars(fresh) if name.endswith("max_seq_len_cached")]:
+            setattr(fresh, name, fresh.original_max_seq_len)
+    return fresh
+
+
+class Rotary:
+    """One rotary table of a model: a rotary module, and the layer type where it has one table per type.
+
+    Works on a copy of the module: asking for frequencies leaves no trace in the model.
+    """
+
+    def __init__(self, module: nn.Module, layer_type: str | None) -> None:
+        self.layer_type = layer_type
+        self._module = fresh_copy(module)
+        self._prefix = "" if layer_type is None else f"{layer_type}_"
+        kind: Any = getattr(module, "rope_type", "default")
+        self.kind = str(kind.get(layer_type, "default") if isinstance(kind, dict) else kind)
+        self._latest: tuple[int, Frequencies] | None = None
+
+    @property
+    def changes(self) -> bool:
+        """Whether the frequencies depend on the length of the input (dynamic NTK, longrope)."""
+        return any(name in self.kind for name in _CHANGING_TYPES)
+
+    def frequencies(self, length: int) -> Frequencies:
+        """Return the frequencies the model itself uses for a fresh input of `length` tokens."""
+        latest = self._latest
+        if latest is not None and (latest[0] == length or not self.changes):
+            return latest[1]
+        found = self._read(self._adapted(length) if self.changes else self._module)
+        if latest is not None and found.same_as(latest[1]):
+            found = latest[1]
+        self._latest = length, found
+        return found
+
+    def _adapted(self, length: int) -> nn.Module:
+        """Let a copy of the module bring its table up to date by its own code."""
+        module = copy.deepcopy(self._module)
+        table: Tensor = getattr(module, f"{self._prefix}inv_freq")
+        last = torch.tensor([[max(length, 1) - 1]], device=table.device)
+        extra = () if self.layer_type is None else (self.layer_type,)
+        module(table.new_zeros(1), last, *extra)
+        return module
+
+    def _read(self, module: nn.Module) -> Frequencies:
+        inverse: Tensor = getattr(module, f"{self._prefix}inv_freq")
+        scaling = getattr(module, f"{self._prefix}attention_scaling", None)
+        if scaling is None:
+            scaling = getattr(module, "attention_scaling", 1.0)
+        return Frequencies(inverse.detach().to("cpu", torch.float64, copy=True), float(scaling))
+
+
+class IdentityRotary(nn.Module):
+    """Stands in for a rotary module: cos = 1 and sin = 0, in the shape the original would return."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["original"] = original  # not a submodule: its buffers are not this module's
+        self.__dict__["_copy"] = fresh_copy(original)  # calling the original could change its table
+        self._widths: dict[Any, int] = {}
+
+    def forward(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Return (cos, sin) of ones and zeros, shape (1, n, r) with the r of the original."""
+        key = (args, tuple(sorted(kwargs.items())))
+        width = self._widths.get(key)
+        if width is None:
+            cos, _ = self.__dict__["_copy"](x, position_ids[:, :1], *args, **kwargs)
+            width = self._widths[key] = cos.shape[-1]
+        shape = (1, position_ids.shape[-1], width)
+        return x.new_ones(()).expand(shape), x.new_zeros(()).expand(shape)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> IdentityRotary:
+        """Let ``model.to(...)`` reach the original, which comes back when the model is detached."""
+        self.__dict__["original"]._apply(fn, recurse)
+        return self
+
+
+def is_rotary(module: nn.Module) -> bool:
+    """Whether `module` makes rotary tables, by the name transformers gives such classes."""
+    return type(module).__name__.endswith("RotaryEmbedding")
+
+
+def find_rotaries(decoder: nn.Module) -> list[Rotary]:
+    """List the rotary tables below `decoder`, one per layer type where a module has several."""
+    found = []
+    for module in decoder.modules():
+        if not is_rotary(module):
+            continue
+        buffers = [name for name, _ in module.named_buffers(recurse=False)]
+        if "inv_freq" in buffers:
+            found.append(Rotary(module, None))
+        found += [
+            Rotary(module, name.removesuffix("_inv_freq"))
+            for name in buffers
+            if name.endswith("_inv_freq") and not name.endswith("original_inv_freq")
+        ]
+    return found

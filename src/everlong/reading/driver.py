@@ -1,0 +1,143 @@
+"""Runs tokens through an attached model, chunk by chunk, and keeps what the next one needs."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from everlong.attention import Attachment, StreamCache
+from everlong.errors import NumericalError
+from everlong.reading.interrupt import deferred_interrupt
+from everlong.reading.sampling import LONGEST_REPETITION_WINDOW
+
+_BLOCK = 2**22  # logits turned to surprisal at a time
+
+
+class Driver:
+    """One stream of tokens through one model.
+
+    Parameters
+    ----------
+    attachment : Attachment
+        The attached model.
+    cache : StreamCache
+        What it remembers of the stream.
+    surprisal : bool
+        Whether each token's surprisal is computed.
+    """
+
+    def __init__(self, attachment: Attachment, cache: StreamCache, surprisal: bool) -> None:
+        self._attachment = attachment
+        self._device = device_of(attachment)
+        self.cache = cache
+        self.surprisal = surprisal or cache.needs_surprisal
+        self.logits: Tensor | None = None
+        """Of the next token (vocabulary,), where they were computed after the last token run."""
+        self.recent: deque[int] = deque(maxlen=LONGEST_REPETITION_WINDOW)
+        """The last tokens run."""
+        self.nll_sum = 0.0
+        self.nll_count = 0
+        self.seconds = 0.0
+        self.tokens = 0
+        self.is_reading = False
+        """Whether tokens were run that :meth:`end_of_prefill` has not been told of."""
+
+    def run(self, ids: Sequence[int], *, logits: bool) -> Tensor | None:
+        """Run one chunk. Ctrl-C waits for its end.
+
+        Parameters
+        ----------
+        ids : sequence of int
+            At least one.
+        logits : bool
+            Whether the next token's logits are wanted; without them and surprisal, no head is computed.
+
+        Returns
+        -------
+        Tensor (len(ids),), float32, or None
+            Each token's surprisal in nats, if computed; 0 for the first token of a stream.
+
+        Raises
+        ------
+        NumericalError
+            What the model computed is not finite.
+        """
+        with deferred_interrupt(), torch.inference_mode():
+            started = time.perf_counter()
+            model: Any = self._attachment.model
+            given = torch.tensor([ids], device=self._device)
+            surprisal = None
+            if self.surprisal:
+                output = model(input_ids=given, past_key_values=self.cache, use_cache=True).logits[0]
+                surprisal = self._surprisal(given[0], output)
+                self.logits = output[-1].clone()  # not the whole chunk's
+            elif logits:
+                output = model(input_ids=given, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+                self.logits = output.logits[0, -1]
+            else:
+                decoder: Any = self._attachment.decoder
+                last = decoder(input_ids=given, past_key_values=self.cache, use_cache=True).last_hidden_state[0, -1]
+                self.logits = None
+                self._require_finite(float(last.float().abs().max()))
+            self.cache.after_forward(given, None if surprisal is None else surprisal[None])
+            self.recent.extend(ids)
+            self.tokens += len(ids)
+            self.is_reading = True
+            self.seconds += time.perf_counter() - started
+            return surprisal
+
+    def end_of_prefill(self) -> None:
+        """Tell the policy, once, that reading is over for now."""
+        if self.is_reading:
+            with deferred_interrupt(), torch.inference_mode():
+                self.cache.end_of_prefill()
+        self.is_reading = False
+
+    def fork(self) -> Driver:
+        """Return an independent copy."""
+        copy = Driver(self._attachment, self.cache.fork(), self.surprisal)
+        copy.logits = self.logits  # never written to
+        copy.recent = self.recent.copy()
+        copy.nll_sum, copy.nll_count = self.nll_sum, self.nll_count
+        copy.seconds, copy.tokens, copy.is_reading = self.seconds, self.tokens, self.is_reading
+        return copy
+
+    def _surprisal(self, ids: Tensor, logits: Tensor) -> Tensor:
+        """Surprisal (n,) of `ids` (n,) from the last logits and the chunk's own (n, vocabulary)."""
+        surprisal = torch.zeros(len(ids), device=ids.device)
+        if self.logits is not None:
+            surprisal[:1] = _nll(self.logits[None], ids[:1])
+        rows = max(1, _BLOCK // logits.shape[-1])
+        for start in range(0, len(ids) - 1, rows):
+            stop = min(start + rows, len(ids) - 1)
+            surprisal[start + 1 : stop + 1] = _nll(logits[start:stop], ids[start + 1 : stop + 1])
+        total = float(surprisal.double().sum())
+        self._require_finite(total)
+        self.nll_sum += total
+        self.nll_count += len(ids) - (self.logits is None)
+        return surprisal
+
+    def _require_finite(self, value: float) -> None:
+        if not math.isfinite(value):
+            raise NumericalError(
+                f"the model computed values that are not finite within the tokens up to number {self.cache.seen}; "
+                "if it runs in float16, load it with dtype='bfloat16' or 'float32', and otherwise check its weights"
+            )
+
+
+def device_of(attachment: Attachment) -> torch.device:
+    """Return where an attached model takes its token ids."""
+    decoder: Any = attachment.decoder
+    device: torch.device = decoder.get_input_embeddings().weight.device
+    return device
+
+
+def _nll(logits: Tensor, ids: Tensor) -> Tensor:
+    logits = logits.float()
+    return logits.logsumexp(-1) - logits.gather(-1, ids[:, None])[:, 0]

@@ -1,0 +1,214 @@
+"""Attention of one row, one query and one key at a time, straight from the definitions of the methods.
+
+Slow and obvious on purpose: the fast implementation is held against this one, which shares no code with it.
+Positions i (query) and j (key) count the real tokens of a row; padding is no token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Places = tuple[int, int]
+"""The positions by which a query and a key are rotated before their dot product."""
+
+
+@dataclass(frozen=True)
+class ReferenceSpec:
+    """A method and its constants.
+
+    Parameters
+    ----------
+    kind
+        `"full"`: every query sees all keys up to itself. `"lm-infinite"` and `"streaming-llm"`: the sinks and
+        the most recent keys.
+    sinks
+        G, the first tokens of the row, seen by every query.
+    window
+        W, all keys a query sees, itself and the sinks included: W - G recent ones.
+    ceiling
+        The distance that larger distances count as; None: every distance counts as it is.
+    top_k
+        For LM-Infinite: middle keys that each query and query head adds to what it sees.
+    top_k_layers
+        The first layer (from 0) that adds them.
+    top_k_distance
+        The distance at which middle keys are ranked and scored; None: half the window.
+    """
+
+    kind: Literal["full", "lm-infinite", "streaming-llm"] = "full"
+    sinks: int = 0
+    window: int | None = None
+    ceiling: int | None = None
+    top_k: int = 0
+    top_k_layers: int = 4
+    top_k_distance: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse constants that have no meaning."""
+        if self.kind == "full":
+            meaningful = self.window is None and self.sinks == 0 and self.top_k == 0
+        else:
+            meaningful = self.window is not None and self.window > self.sinks >= 0 and self.top_k >= 0
+        if self.kind == "streaming-llm":
+            meaningful = meaningful and self.ceiling is None and self.top_k == 0
+        if not meaningful:
+            raise ValueError(f"no such method: {self}")
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """A model's rotary embedding in float64: rotates the first dimensions of each head, in halves.
+
+    Parameters
+    ----------
+    inv_freq
+        (rotated dimensions / 2,) float64.
+    scaling
+        What cosine and sine are multiplied by (YaRN's attention factor).
+    """
+
+    inv_freq: Tensor
+    scaling: float = 1.0
+
+    def __call__(self, x: Tensor, position: int) -> Tensor:
+        """Rotate x (heads, d), float64, by a position."""
+        half = len(self.inv_freq)
+        first, second, untouched = x[:, :half], x[:, half : 2 * half], x[:, 2 * half :]
+        angle = position * self.inv_freq
+        cos, sin = angle.cos() * self.scaling, angle.sin() * self.scaling
+        return torch.cat((first * cos - second * sin, second * cos + first * sin, untouched), dim=1)
+
+
+def places(spec: ReferenceSpec, i: int, j: int, sliding: int | None = None, offset: int = 0) -> Places | None:
+    """Where query i and key j are placed for their dot product; None if i does not see j.
+
+    Parameters
+    ----------
+    sliding
+        The width of a local layer: such a layer keeps to its own rule, whatever the method.
+    offset
+        Position of the row's first token. Moves absolute positions only: places inside a cache, and the two
+        places of a distance at the ceiling, stay.
+    """
+    if j > i:
+        return None
+    true = (offset + i, offset + j)
+    if sliding is not None:
+        return true if i - j < sliding else None
+    if spec.kind == "streaming-llm":
+        return _place_in_cache(spec, i, j)
+    if spec.kind == "lm-infinite" and not _in_window(spec, i, j):
+        return None
+    if spec.ceiling is not None and i - j > spec.ceiling:
+        return (spec.ceiling, 0)
+    return true
+
+
+def _in_window(spec: ReferenceSpec, i: int, j: int) -> bool:
+    assert spec.window is not None
+    return i - j < spec.window - spec.sinks or j < spec.sinks
+
+
+def _place_in_cache(spec: ReferenceSpec, i: int, j: int) -> Places | None:
+    """StreamingLLM: write down the cache that query i sees, and count."""
+    assert spec.window is not None
+    if i < spec.window:
+        cache = list(range(i + 1))
+    else:
+        recent = spec.window - spec.sinks
+        cache = [*range(spec.sinks), *range(i - recent + 1, i + 1)]
+    return (cache.index(i), cache.index(j)) if j in cache else None
+
+
+def middle_keys(spec: ReferenceSpec, layer: int, i: int) -> list[int]:
+    """The keys from which query i may recall in this layer: those between the sinks and the window."""
+    if spec.top_k == 0 or layer < spec.top_k_layers:
+        return []
+    return [j for j in range(i + 1) if not _in_window(spec, i, j)]
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rotation: Rotation,
+    scale: float,
+    spec: ReferenceSpec,
+    layer: int = 0,
+    sliding: int | None = None,
+    offset: int = 0,
+) -> Tensor:
+    """Attend over one row.
+
+    Parameters
+    ----------
+    query
+        (heads, n, d), not rotated.
+    key
+        (key-value heads, n, d), not rotated.
+    value
+        (key-value heads, n, d_value).
+    rotation
+        The rotary embedding of this layer.
+    scale
+        What dot products are multiplied by.
+    spec
+        The method.
+    layer
+        Index of the layer, from 0.
+    sliding
+        Width of a local layer, None for a full one.
+    offset
+        Position of the row's first token.
+
+    Returns
+    -------
+    Tensor
+        (heads, n, d_value) float64.
+    """
+    heads, length = query.shape[:2]
+    group = heads // len(key)
+    query, key, value = query.double(), key.double(), value.double()
+    key, value = key.repeat_interleave(group, dim=0), value.repeat_interleave(group, dim=0)
+    output = torch.zeros(heads, length, value.shape[2], dtype=torch.float64)
+
+    def logit(i: int, j: int, at: Places) -> Tensor:
+        return (rotation(query[:, i], at[0]) * rotation(key[:, j], at[1])).sum(dim=1) * scale
+
+    for i in range(length):
+        logits: list[list[Tensor]] = [[] for _ in range(heads)]
+        values: list[list[Tensor]] = [[] for _ in range(heads)]
+
+        for j in range(length):
+            at = places(spec, i, j, sliding, offset)
+            if at is None:
+                continue
+            scores = logit(i, j, at)
+            for head in range(heads):
+                logits[head].append(scores[head])
+                values[head].append(value[head, j])
+
+        middle = middle_keys(spec, layer, i) if sliding is None else []
+        if middle:
+            distance = _middle_distance(spec)
+            scores_of = {j: logit(i, j, (distance, 0)) for j in middle}
+            for head in range(heads):
+                best = sorted(middle, key=lambda j: float(scores_of[j][head]), reverse=True)[: spec.top_k]
+                logits[head] += [scores_of[j][head] for j in best]
+                values[head] += [value[head, j] for j in best]
+
+        for head in range(heads):
+            weights = torch.softmax(torch.stack(logits[head]), dim=0)
+            output[head, i] = weights @ torch.stack(values[head])
+    return output
+
+
+def _middle_distance(spec: ReferenceSpec) -> int:
+    if spec.top_k_distance is not None:
+        return spec.top_k_distance
+    assert spec.window is not None
+    return spec.window // 2
