@@ -122,8 +122,7 @@ def draw(folder: Path) -> Path:
     """Draw all panels into `folder` and return the file's path."""
     trained = plt.get_cmap("viridis_r")(torch.linspace(0.05, 0.95, WINDOW).numpy())
     unseen = plt.get_cmap("Reds")(torch.linspace(0.45, 0.9, TOKENS - WINDOW).numpy())
-    colours = ListedColormap([*trained, *unseen])
-    colours.set_bad("white")
+    colours = ListedColormap([*trained, *unseen]).with_extremes(bad="white")
     norm = BoundaryNorm([at - 0.5 for at in range(TOKENS + 1)], TOKENS)
     figure, grid = plt.subplots(2, 3, figsize=(11, 7.6), layout="constrained")
     for axes, (title, policy) in zip(grid.flat, PANELS.items(), strict=True):

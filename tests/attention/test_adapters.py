@@ -95,7 +95,9 @@ def test_an_adapter_learns_under_a_policy(adapted):
     ids = tiny.random_ids(2, 40)
     with attach(adapted, POLICY):
         adapted.train()
-        loss = torch.nn.functional.cross_entropy(adapted(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        loss = torch.nn.functional.cross_entropy(
+            adapted(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+        )
         loss.backward()
         adapted.eval()
     gradients = [p.grad for name, p in adapted.named_parameters() if "lora_" in name and ".one." in name]

@@ -9,7 +9,7 @@ from everlong.attention import FullAttention, LMInfinite, StreamCache, Streaming
 from everlong.attention.attach import _CHUNKS_CONTINUE
 
 POLICY = LMInfinite(window=24, sinks=3)
-PROMPT, NEW = 40, 20
+PROMPT, NEW = 40, 14
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,9 @@ def hand_loop(model, ids, new, mask=None):
 def test_greedy_generation_equals_the_hand_loop(family, policy):
     model, ids = tiny.build(family), tiny.random_ids(2, PROMPT)
     with attach(model, policy):
-        assert torch.equal(model.generate(ids, max_new_tokens=NEW, do_sample=False), hand_loop(model, ids, NEW))
+        assert torch.equal(
+            model.generate(ids, max_new_tokens=NEW, do_sample=False), hand_loop(model, ids, NEW)
+        )
 
 
 def test_the_window_changes_what_is_generated(model, ids):
@@ -149,9 +151,7 @@ def test_generate_goes_on_from_a_cache(model, way, size, lengths):
     options = {"do_sample": False, "prefill_chunk_size": size}
     with attach(model, POLICY) as handle:
         cache = handle.new_cache()
-        first = model.generate(
-            ids, attention_mask=mask, past_key_values=cache, max_new_tokens=10, **options
-        )
+        first = model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=10, **options)
         assert cache.seen == PROMPT + 9, "the last token written has not been read"
         everything = torch.cat((first, question), 1)
         whole_mask = torch.cat((mask, mask.new_ones(2, 21)), 1)

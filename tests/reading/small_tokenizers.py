@@ -10,11 +10,12 @@ from transformers import PreTrainedTokenizerFast
 
 PAGE = (
     "It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in "
-    "want of a wife.\n\nHowever little known the feelings or views of such a man may be on his first entering a "
-    'neighbourhood, this truth is so well fixed.  "My dear Mr. Bennet," said his lady to him one day, "have you '
-    "heard that Netherfield Park is let at last?\"\nThey'll say we're 1234567 or 89, isn't it?\n    def f(x):\n"
-    "        return x + 1\n----------------\n================\nnaïve café Übermut Straße 中文字符 日本語 привет мир "
-    "👩\u200d👧 🙂🏽 e\u0301 don't can't 1 22 333 4444 55555\t\ttabs\r\n   spaces     and      more        spaces\n"
+    "want of a wife.\n\nHowever little known the feelings or views of such a man may be on his first "
+    'entering a neighbourhood, this truth is so well fixed.  "My dear Mr. Bennet," said his lady to him, '
+    "\"have you heard that Netherfield Park is let at last?\"\nThey'll say we're 1234567 or 89, isn't it?"
+    "\n    def f(x):\n        return x + 1\n----------------\n================\nnaïve café Übermut Straße "
+    "中文字符 日本語 привет мир 👩\u200d👧 🙂🏽 e\u0301 don't can't 1 22 333 4444 55555\t\ttabs\r\n"
+    "   spaces     and      more        spaces\n"
 ) * 8
 
 LLAMA_3 = (
@@ -36,7 +37,10 @@ def _byte_level(pattern: str | None = None, normalizer: normalizers.Normalizer |
         tokenizer.pre_tokenizer = byte_level
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=600, max_token_length=24, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=600,
+        max_token_length=24,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator([PAGE], trainer)
     return tokenizer
@@ -52,7 +56,9 @@ def _sentencepiece(prefix: bool) -> Tokenizer:
         vocab_size=900, special_tokens=["<unk>", *fallback], max_token_length=12, show_progress=False
     )
     tokenizer.train_from_iterator(PAGE.splitlines(keepends=True), trainer)
-    tokenizer = Tokenizer.from_str(json.dumps(json.loads(tokenizer.to_str()) | {"added_tokens": []}))  # ordinary ones
+    tokenizer = Tokenizer.from_str(
+        json.dumps(json.loads(tokenizer.to_str()) | {"added_tokens": []})
+    )  # ordinary ones
     after = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence([*after, *([decoders.Strip(" ", 1, 0)] if prefix else [])])
     return tokenizer
@@ -63,7 +69,9 @@ def _metaspace(unigram: bool) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
     trainer = (
-        trainers.UnigramTrainer(vocab_size=300, unk_token="<unk>", special_tokens=["<unk>"], show_progress=False)
+        trainers.UnigramTrainer(
+            vocab_size=300, unk_token="<unk>", special_tokens=["<unk>"], show_progress=False
+        )
         if unigram
         else trainers.BpeTrainer(vocab_size=500, special_tokens=["<unk>"], show_progress=False)
     )
@@ -72,7 +80,7 @@ def _metaspace(unigram: bool) -> Tokenizer:
 
 
 def _chained() -> Tokenizer:
-    """Pairs of neighbours in the alphabet, the last pair first: each letter to come turns all before it over."""
+    """Pairs of neighbours in the alphabet, the last first: each letter to come turns all before it over."""
     letters = "abcdefghijklmnopqrstuvwxyz"
     merges = [(first, second) for first, second in zip(letters, letters[1:], strict=False)][::-1]
     words = ["<unk>", *dict.fromkeys([*PAGE, *letters]), *(first + second for first, second in merges)]

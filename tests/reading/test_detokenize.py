@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tests.reading.small_tokenizers import KINDS, PAGE, trained
-from tests.reading.test_tokens import hostile_text
-from tests.tiny import byte_tokenizer
 
 from everlong.errors import ConfigurationError
 from everlong.reading.detokenize import Detokenizer, checked_stop
+from tests.reading.small_tokenizers import KINDS, PAGE, trained
+from tests.reading.test_tokens import hostile_text
+from tests.tiny import byte_tokenizer
 
 
 def pieces(ids: list[int], tokenizer: Any, **options: Any) -> list[str]:

@@ -15,7 +15,9 @@ LOGITS = torch.tensor([0.0, 3.0, 2.0, -1.0, 2.5])
 
 
 def draws(count: int = 2000, recent: tuple[int, ...] = (), **options: Any) -> list[int]:
-    sampler = Sampler(Sampling(temperature=options.pop("temperature", 1.0), **options), torch.Generator().manual_seed(0))
+    sampler = Sampler(
+        Sampling(temperature=options.pop("temperature", 1.0), **options), torch.Generator().manual_seed(0)
+    )
     return [sampler(LOGITS, recent) for _ in range(count)]
 
 
@@ -35,7 +37,12 @@ def test_temperature_flattens() -> None:
 
 @pytest.mark.parametrize(
     ("options", "possible"),
-    [({"top_k": 2}, {1, 4}), ({"top_p": 0.6}, {1, 4}), ({"min_p": 0.3}, {1, 2, 4}), ({"top_k": 3, "min_p": 0.5}, {1, 4})],
+    [
+        ({"top_k": 2}, {1, 4}),
+        ({"top_p": 0.6}, {1, 4}),
+        ({"min_p": 0.3}, {1, 2, 4}),
+        ({"top_k": 3, "min_p": 0.5}, {1, 4}),
+    ],
 )
 def test_only_likely_tokens_are_drawn(options: dict[str, Any], possible: set[int]) -> None:
     assert set(draws(**options)) == possible

@@ -61,7 +61,10 @@ def test_characters_cut_by_the_end_of_a_block_are_whole(tmp_path: Path) -> None:
         assert whole(path) == "x" * shift + "🙂" * PIECE
 
 
-@pytest.mark.parametrize("ids", [[1, 2, 3], (1, 2, 3), range(1, 4), iter([1, 2, 3]), torch.tensor([1, 2, 3]), torch.tensor([[1, 2, 3]])])
+@pytest.mark.parametrize(
+    "ids",
+    [[1, 2, 3], (1, 2, 3), range(1, 4), iter([1, 2, 3]), torch.tensor([1, 2, 3]), torch.tensor([[1, 2, 3]])],
+)
 def test_ids_are_read_as_they_are(ids: Any) -> None:
     assert numbers(ids) == [1, 2, 3]
 
@@ -69,7 +72,13 @@ def test_ids_are_read_as_they_are(ids: Any) -> None:
 def test_how_much_was_taken_is_known_where_the_length_is(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text(TEXT, encoding="utf-8")
-    for source in (TEXT, path, path.open(encoding="utf-8"), torch.ones(50_000, dtype=torch.long), [1] * 50_000):
+    for source in (
+        TEXT,
+        path,
+        path.open(encoding="utf-8"),
+        torch.ones(50_000, dtype=torch.long),
+        [1] * 50_000,
+    ):
         opened = open_source(source, 100)
         pieces = iter(opened)
         next(pieces)
@@ -89,7 +98,9 @@ def test_how_much_was_taken_is_known_where_the_length_is(tmp_path: Path) -> None
         (b"\xff\xfea\0b\0", "UTF-16"),
     ],
 )
-def test_a_binary_file_is_refused_with_the_offset_of_the_byte(tmp_path: Path, content: bytes, place: str) -> None:
+def test_a_binary_file_is_refused_with_the_offset_of_the_byte(
+    tmp_path: Path, content: bytes, place: str
+) -> None:
     path = tmp_path / "image.png"
     path.write_bytes(content)
     with pytest.raises(InputError, match=f"image.png.*{place}") as caught:

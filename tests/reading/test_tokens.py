@@ -6,14 +6,14 @@ import random
 from typing import Any
 
 import pytest
+
+from everlong.reading.tokens import TextCoder, TokenStream
 from tests.reading.small_tokenizers import KINDS, PAGE, trained
 from tests.tiny import byte_tokenizer
 
-from everlong.reading.tokens import TextCoder, TokenStream
-
 
 def hostile_text(seed: int, length: int) -> str:
-    """Text that is hard to cut: long runs, emoji, scripts without blanks, digits, special tokens spelled out."""
+    """Text that is hard to cut: long runs, emoji, scripts without blanks, digits, special tokens."""
     draw = random.Random(seed)
     makers = [
         lambda n: " " * n,
@@ -23,7 +23,9 @@ def hostile_text(seed: int, length: int) -> str:
         lambda n: PAGE[(start := draw.randrange(len(PAGE) - 200)) : start + n],
         lambda n: "".join(chr(draw.randrange(0x4E00, 0x9F00)) for _ in range(n)),
         lambda n: "".join(draw.choice("👩\u200d👧🏽🙂🇩🇪é\u0301ا한") for _ in range(n // 3)),
-        lambda n: "".join(chr(c) for c in (draw.randrange(1, 0x10FFFF) for _ in range(n // 4)) if c >> 11 != 27),
+        lambda n: "".join(
+            chr(c) for c in (draw.randrange(1, 0x10FFFF) for _ in range(n // 4)) if c >> 11 != 27
+        ),
         lambda n: "said <|end|> and <|start|> aloud"[:n],
         lambda n: "abcdefghijklmnopqrstuvwxyz"[: n % 26 + 1] * 5,
         lambda n: "it's they'll "[: n % 13] * 3 + "a" * n,
@@ -70,7 +72,7 @@ def test_of_ordinary_prose_little_is_held_back(kind: str) -> None:
 
 
 def test_a_run_that_cannot_be_cut_stays_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Digits grouped from the right change with each digit to come; past a limit they are cut all the same."""
+    """Digits grouped from the right change with each one to come; past a limit they are cut all the same."""
     coder = TextCoder(trained("digits-from-the-right"))
     stream = TokenStream(coder)
     assert stream.feed("1234567" * 400) + stream.settle() == []
@@ -90,7 +92,12 @@ def test_special_tokens_spelled_out_in_a_text_are_text() -> None:
 def test_special_tokens_of_a_template_are_tokens() -> None:
     tokenizer = trained("gpt2")
     stream = TokenStream(TextCoder(tokenizer))
-    ids = stream.markup("<|start|>user\n") + stream.feed("one <|end|>") + stream.markup("<|end|>\n") + stream.finish()
+    ids = (
+        stream.markup("<|start|>user\n")
+        + stream.feed("one <|end|>")
+        + stream.markup("<|end|>\n")
+        + stream.finish()
+    )
     whole = tokenizer("<|start|>user\none ", add_special_tokens=False).input_ids
     assert ids[: len(whole)] == whole
     assert ids.count(tokenizer.eos_token_id) == 1
@@ -121,7 +128,9 @@ def test_blanks_that_a_special_token_swallows_are_swallowed() -> None:
     from tokenizers import AddedToken
 
     tokenizer = byte_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<turn>", rstrip=True, special=True)]})
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": [AddedToken("<turn>", rstrip=True, special=True)]}
+    )
     assert TextCoder(tokenizer).split_markup("a<turn>\n  b</s>\n") == ["a", 259, "b", 257, "\n"]
 
 

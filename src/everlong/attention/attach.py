@@ -21,7 +21,7 @@ from everlong.attention.policy import Policy, make_policy
 from everlong.attention.positions import Rotation
 from everlong.attention.view import LayerCall
 from everlong.attention.window import LocalWindow
-from everlong.errors import StateError, UnsupportedModelError, UnsupportedUseError
+from everlong.errors import ConfigurationError, StateError, UnsupportedModelError, UnsupportedUseError
 from everlong.models.anatomy import LayerAnatomy, decoder_of, dissect, replaced_rotaries
 from everlong.models.rotary import IdentityRotary
 from everlong.models.seam import Seam
@@ -64,6 +64,10 @@ class Attachment:
     """
 
     def __init__(self, model: nn.Module, policy: Policy) -> None:
+        if not isinstance(policy, Policy):
+            raise ConfigurationError(
+                f"attach() takes a policy, such as LMInfinite(), not {policy!r}; by name: make_policy(name)"
+            )
         inner: Any = model
         if hasattr(inner, "get_base_model") and hasattr(inner, "peft_config"):
             _refuse_prompt_learning(inner)
@@ -93,7 +97,9 @@ class Attachment:
             stack.enter_context(Seam(self.decoder, self._attention))
             stack.enter_context(_instance_attribute(self.decoder, "_everlong_attachment", self.owner))
             if hasattr(self._generator, "_prepare_cache_for_generation"):
-                ours = _instance_attribute(self._generator, "_prepare_cache_for_generation", self._prepare_cache)
+                ours = _instance_attribute(
+                    self._generator, "_prepare_cache_for_generation", self._prepare_cache
+                )
                 stack.enter_context(ours)
             before = self.decoder.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True)
             stack.callback(before.remove)
@@ -156,7 +162,10 @@ class Attachment:
         frequencies = None
         if layer.rotary is not None:
             reach = length if layer.window is None else min(length, layer.window)
-            key = (layer.rotary, reach)  # one table for all layers of a forward, whatever other threads ask for
+            key = (
+                layer.rotary,
+                reach,
+            )  # one table for all layers of a forward, whatever other threads ask for
             if key not in memo:
                 memo[key] = layer.rotary.frequencies(reach)
             frequencies = memo[key]
@@ -169,8 +178,7 @@ class Attachment:
         mode = str(getattr(generation_mode, "value", generation_mode))
         if "assist" in mode or getattr(generation_config, "is_assistant", False):
             raise UnsupportedUseError(
-                "assisted decoding takes tokens back from the cache, which an attached model's ring cannot give: "
-                "generate without assistant_model, prompt_lookup_num_tokens or early exit, or detach first"
+                "assisted decoding takes tokens back from the cache, which a ring cannot give: generate without  assistant_model, prompt_lookup_num_tokens or early exit, or detach first"
             )
         if generation_config.cache_implementation is not None:
             raise UnsupportedUseError(
@@ -198,7 +206,9 @@ class Attachment:
 
     # --- one forward -------------------------------------------------------------------------------
 
-    def _before(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def _before(
+        self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
         """Read the decoder's inputs, choose the cache, and take padding and positions over."""
         inputs = Inputs.read(decoder, args, kwargs)
         given = inputs.arguments.get("past_key_values")
@@ -215,7 +225,10 @@ class Attachment:
         cache.begin(inputs.rows, pads)
         _forward.set(_Forward(self, cache, inputs.tokens, is_kept, outer))
         inputs.arguments.update(
-            past_key_values=cache if is_kept else None, use_cache=is_kept, attention_mask=None, position_ids=positions
+            past_key_values=cache if is_kept else None,
+            use_cache=is_kept,
+            attention_mask=None,
+            position_ids=positions,
         )
         return (), inputs.arguments
 

@@ -35,7 +35,9 @@ class StreamCache(Cache):
         Stream position of the first token.
     """
 
-    def __init__(self, policy: Policy, local_windows: dict[int, int | None], owner: str, offset: int = 0) -> None:
+    def __init__(
+        self, policy: Policy, local_windows: dict[int, int | None], owner: str, offset: int = 0
+    ) -> None:
         super().__init__(layers=[])
         self.policy = policy
         self.owner = owner
@@ -103,7 +105,9 @@ class StreamCache(Cache):
         """Settle provisional tokens: all, or those numbered `which`, as if they had followed one another."""
         count = self._provisional_seen
         if which is not None and (len(set(which)) != len(which) or any(not 0 <= i < count for i in which)):
-            raise StateError(f"commit({which}): there are {count} provisional tokens, numbered from 0, each once")
+            raise StateError(
+                f"commit({which}): there are {count} provisional tokens, numbered from 0, each once"
+            )
         with torch.no_grad():
             for memory in self.memories.values():
                 memory.commit(which, self.pads)
@@ -168,6 +172,13 @@ class StreamCache(Cache):
         """Return an independent copy."""
         return copy.deepcopy(self)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> StreamCache:
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        with torch.inference_mode(False):  # later forwards, in whatever mode, write into the copy
+            twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return tensors and JSON-able numbers from which ``handle.restore_cache`` continues bit by bit."""
         if self._half_done:
@@ -188,6 +199,7 @@ class StreamCache(Cache):
             "rows": self.rows,
             "local_windows": {str(layer): window for layer, window in self._local_windows.items()},
             "layers": numbers,
+            "shapes": {key: list(tensor.shape) for key, tensor in tensors.items()},
         }
         return tensors, meta
 
@@ -202,19 +214,30 @@ class StreamCache(Cache):
     ) -> StreamCache:
         """Rebuild a cache from :meth:`state`; `rotations` are the layers' tables at the saved length."""
         try:
+            shapes = {key: list(tensor.shape) for key, tensor in tensors.items()}
+            if shapes != meta["shapes"]:
+                odd = sorted(
+                    key for key in shapes | meta["shapes"] if shapes.get(key) != meta["shapes"].get(key)
+                )
+                raise StateError(f"the saved state is not complete: {odd[0]} is missing, or of another shape")
             saved_windows = {int(layer): window for layer, window in meta["local_windows"].items()}
             if saved_windows != local_windows:
                 raise StateError("the saved state has other layers than this model")
-            cache = cls(make_policy(meta["policy"], meta["options"]), local_windows, owner, int(meta["offset"]))
+            cache = cls(
+                make_policy(meta["policy"], meta["options"]), local_windows, owner, int(meta["offset"])
+            )
             cache.seen = int(meta["seen"])
             cache.pads = None if meta["pads"] is None else tuple(meta["pads"])
             cache.rows = meta["rows"]
             for layer, memory in cache.memories.items():
                 prefix = f"layer.{layer}."
                 own = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
-                memory.load(own, meta["layers"][str(layer)], rotations[layer])
+                with torch.inference_mode(False):  # later forwards, in whatever mode, write into it
+                    memory.load(own, meta["layers"][str(layer)], rotations[layer])
         except (KeyError, TypeError, AttributeError) as error:
-            raise StateError(f"the saved state is not complete: {error!r} is missing or of another kind") from error
+            raise StateError(
+                f"the saved state is not complete: {error!r} is missing or of another kind"
+            ) from error
         return cache
 
     # --- transformers' interface --------------------------------------------------------------------
@@ -255,8 +278,9 @@ class StreamCache(Cache):
         if self.rows is None:
             return
         chosen = torch.arange(self.rows)[indices.cpu()]
-        for memory in self.memories.values():
-            memory.pick_rows(chosen)
+        with torch.inference_mode(False):  # later forwards, in whatever mode, write into them
+            for memory in self.memories.values():
+                memory.pick_rows(chosen)
         self.pads = None if self.pads is None else tuple(self.pads[row] for row in chosen.tolist())
         self.rows = len(chosen)
 
@@ -291,5 +315,3 @@ class StreamCache(Cache):
 
     def __repr__(self) -> str:
         return f"StreamCache({self.policy!r}, seen={self.seen}, kept={self.kept}, forgotten={self.forgotten})"
-
-

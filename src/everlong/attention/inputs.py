@@ -45,9 +45,13 @@ class Inputs:
         if given is None:
             raise InputError("forward needs input_ids or inputs_embeds")
         if given.shape[1] == 0:
-            raise InputError("forward was given zero tokens: the prompt is empty")
+            raise InputError(
+                "forward was given zero tokens: the prompt is empty, or all of it is in the cache already"
+            )
         if arguments.get("output_attentions"):
-            raise UnsupportedUseError("attention weights are not computed under a policy: leave output_attentions out")
+            raise UnsupportedUseError(
+                "attention weights are not computed under a policy: leave output_attentions out"
+            )
         if decoder.training and any(getattr(m, "gradient_checkpointing", False) for m in decoder.modules()):
             raise UnsupportedUseError(
                 "gradient checkpointing runs layers a second time outside the forward: "
@@ -64,14 +68,18 @@ def refuse_foreign_cache(cache: Any, owner: str) -> None:
             "leave past_key_values out, or pass handle.new_cache()"
         )
     if cache.owner != owner:
-        raise StateError("this cache belongs to another model, or to an attachment that has ended: start a new one")
+        raise StateError(
+            "this cache belongs to another model, or to an attachment that has ended: start a new one"
+        )
 
 
 def read_padding(inputs: Inputs, cache: StreamCache) -> tuple[int, ...] | None:
     """Return each row's left padding from the 2-D attention mask, checked against the cache's; None: no padding."""
     mask = inputs.arguments.get("attention_mask")
     if isinstance(mask, dict) or (isinstance(mask, Tensor) and mask.dim() != 2):
-        raise UnsupportedUseError("a prepared 4-D mask cannot be combined with a policy: pass the 2-D padding mask")
+        raise UnsupportedUseError(
+            "a prepared 4-D mask cannot be combined with a policy: pass the 2-D padding mask"
+        )
     if mask is None:
         return cache.pads
     mask = mask.to("cpu", torch.bool)
@@ -85,7 +93,9 @@ def read_padding(inputs: Inputs, cache: StreamCache) -> tuple[int, ...] | None:
         )
     pads = tuple(int(pad) for pad in (~mask).cumprod(dim=1).sum(dim=1))
     if any(not bool(mask[row, pad:].all()) for row, pad in enumerate(pads)):
-        raise InputError("only left padding is supported: the mask has zeros after a row's first token (pad left)")
+        raise InputError(
+            "only left padding is supported: the mask has zeros after a row's first token (pad left)"
+        )
     before = cache.pads or ((0,) * inputs.rows if cache.seen else pads)
     if any(now != then and then < cache.seen for now, then in zip(pads, before, strict=True)):
         raise StateError(f"the mask says {pads} padding tokens per row, the cache was filled with {before}")

@@ -194,7 +194,7 @@ class LayerMemory:
         if self.pending is not None:
             raise StateError("provisional tokens cannot be saved: commit or roll back first")
         tensors = {
-            name: buffer[:, :, : self.held].contiguous() if name in ("keys", "values", "raw") else buffer
+            name: (buffer[:, :, : self.held] if name in ("keys", "values", "raw") else buffer).clone()
             for name in _BUFFERS
             if (buffer := getattr(self, name)) is not None
         }
@@ -207,7 +207,7 @@ class LayerMemory:
         self.frequencies, self.layout = rotation.frequencies, rotation.layout
         self.seen, self.start, self.origin = (int(numbers[key]) for key in ("seen", "start", "origin"))
         for name in _BUFFERS:
-            setattr(self, name, tensors.get(name))
+            setattr(self, name, tensors[name].clone() if name in tensors else None)
         if self.keys is not None and self.values is not None:
             self._reserve(self.seen + 1, self.keys, self.values)
         if self.tier is not None:

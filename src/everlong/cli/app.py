@@ -113,9 +113,7 @@ def _explain(error: Exception) -> int:
         command = context.command_path if context is not None else "everlong"
         print_error(f"{command}: {usage()} (see `{command} --help`)")
         return REFUSED
-    print_error(
-        f"everlong: unexpected {type(error).__name__}: {error} (--debug shows where)"
-    )
+    print_error(f"everlong: unexpected {type(error).__name__}: {error} (--debug shows where)")
     return FAILED
 
 

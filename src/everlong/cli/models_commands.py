@@ -94,8 +94,8 @@ def _see_to_terms(store: Store, name: str, accept: bool) -> None:
         return
     if not is_interactive():
         raise ModelFileError(
-            f"{name} comes under the {entry.licence}, to be accepted once, and there is no terminal to ask in; "
-            f"read them at {entry.terms.url} and run: everlong pull {name} --accept-terms"
+            f"{name} comes under the {entry.licence}, to be accepted once, and there is no terminal "
+            f"to ask in; read them at {entry.terms.url} and run: everlong pull {name} --accept-terms"
         )
     console, text = notes(), store.terms_text(name)
     console.print(f"{entry.title}: {entry.terms.notice}.", soft_wrap=True)

@@ -70,9 +70,9 @@ class Head:
         return total - chosen
 
     @torch.inference_mode()
-    def next_token(self, hidden: Tensor) -> Tensor:
-        """Return the likeliest token after each hidden state, shape (n,)."""
-        return self._logits(hidden, 0, len(self.weight)).argmax(-1)
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits after each hidden state, float32, shape (n, vocabulary)."""
+        return self._logits(hidden, 0, len(self.weight))
 
     def _logits(self, hidden: Tensor, begin: int, stop: int) -> Tensor:
         bias = None if self.bias is None else self.bias[begin:stop]
@@ -85,7 +85,7 @@ class Head:
         ids = torch.tensor([_PROBE], device=self.weight.device) % len(self.weight)
         theirs = model(input_ids=ids, use_cache=False).logits[0].float()
         hidden = decoder_of(model)(input_ids=ids, use_cache=False).last_hidden_state[0]
-        ours = self._logits(hidden, 0, len(self.weight))
+        ours = self.logits(hidden)
         tolerance = 1e-3 if self.weight.dtype == torch.float32 else 3e-2
         if ours.shape != theirs.shape or (ours - theirs).abs().max() > tolerance * theirs.abs().max():
             raise UnsupportedModelError(

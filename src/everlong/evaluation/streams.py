@@ -42,6 +42,9 @@ class Stream(ABC):
     def told(self, ids: Tensor, surprisal: Tensor) -> None:  # noqa: B027 most have no use for it
         """Take note of what was read, ids and surprisal in nats of shape (n,), where the method wants it."""
 
+    def end_reading(self) -> None:  # noqa: B027
+        """Take note that writing begins."""
+
     @abstractmethod
     def bytes(self) -> dict[str, int]:
         """Bytes held, by tier."""
@@ -110,6 +113,10 @@ class PolicyStream(Stream):
     def told(self, ids: Tensor, surprisal: Tensor) -> None:
         """Tell the policy."""
         self._cache.after_forward(ids[None], surprisal[None])
+
+    def end_reading(self) -> None:
+        """Tell the policy."""
+        self._cache.end_of_prefill()
 
     def bytes(self) -> dict[str, int]:
         """As the cache accounts for them."""

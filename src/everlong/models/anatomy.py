@@ -7,7 +7,7 @@ the attention function.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,16 @@ from torch import Tensor, nn
 
 from everlong.errors import UnsupportedModelError
 from everlong.models.refusals import refuse_unsupported
-from everlong.models.rotary import LAYOUTS, IdentityRotary, Layout, Rotary, find_rotaries, fresh_copy, is_rotary, rotate
+from everlong.models.rotary import (
+    LAYOUTS,
+    IdentityRotary,
+    Layout,
+    Rotary,
+    find_rotaries,
+    fresh_copy,
+    is_rotary,
+    rotate,
+)
 from everlong.models.seam import Seam
 
 _PROBE_POSITIONS = (5, 11, 37)
@@ -113,11 +122,12 @@ def dissect(model: nn.Module) -> Anatomy:
     refuse_unsupported(model, decoder)
     rotaries = find_rotaries(decoder)
     with replaced_rotaries(decoder, fresh_copy):
-        real = _probe(decoder)
+        real = _probe(decoder, _PROBE_POSITIONS)
     with replaced_rotaries(decoder, IdentityRotary):
-        raw = _probe(decoder)
+        raw = _probe(decoder, _PROBE_POSITIONS)
+        moved = _probe(decoder, range(len(_PROBE_POSITIONS)))
     name = type(model).__name__
-    _check_every_layer_called(decoder, raw, name)
+    _check_layers(decoder, raw, moved, name)
     layers = tuple(
         _layer(seen_raw, seen_real, rotaries, name) for seen_raw, seen_real in zip(raw, real, strict=True)
     )
@@ -149,14 +159,15 @@ class _Seen:
     key: Tensor
     value: Tensor
     window: int | None
+    is_plain: bool  # causal, and no mask or bias of the model's own
 
 
 def _config(decoder: nn.Module) -> Any:
     return decoder.config
 
 
-def _probe(decoder: nn.Module) -> list[_Seen]:
-    """Run three tokens and collect what each attention layer receives; attention itself returns zeros."""
+def _probe(decoder: nn.Module, positions: Sequence[int]) -> list[_Seen]:
+    """Run a few tokens and collect what each attention layer receives; attention itself returns zeros."""
     seen: list[_Seen] = []
 
     def record(
@@ -171,30 +182,43 @@ def _probe(decoder: nn.Module) -> list[_Seen]:
         window = sliding_window
         if window is None and getattr(module, "is_sliding", False):
             window = getattr(module, "sliding_window", None)
-        seen.append(_Seen(module, query.detach(), key.detach(), value.detach(), window))
+        is_plain = attention_mask is None and bool(getattr(module, "is_causal", True))
+        seen.append(_Seen(module, query.detach(), key.detach(), value.detach(), window, is_plain))
         batch, heads, n, _d = query.shape
         return query.new_zeros(batch, n, heads, value.shape[-1]), None
 
     device = next(decoder.parameters()).device
-    positions = torch.tensor([_PROBE_POSITIONS], device=device)
-    ids = torch.arange(1, 1 + positions.shape[-1], device=device)[None]
+    if device.type == "meta":  # offloaded; accelerate brings weights and inputs together
+        device = torch.device("cpu")
+    position_ids = torch.tensor([list(positions)], device=device)
+    ids = torch.arange(1, 1 + len(positions), device=device)[None]
     training = {module: module.training for module in decoder.modules()}
     decoder.eval()
     try:
         with Seam(decoder, record), torch.no_grad():
-            decoder(input_ids=ids, position_ids=positions, use_cache=False)
+            decoder(input_ids=ids, position_ids=position_ids, use_cache=False)
     finally:
         for module, was in training.items():
             module.training = was
     return seen
 
 
-def _check_every_layer_called(decoder: nn.Module, seen: list[_Seen], name: str) -> None:
+def _check_layers(decoder: nn.Module, seen: list[_Seen], moved: list[_Seen], name: str) -> None:
     expected = int(_config(decoder).num_hidden_layers)
+    if len(seen) > len({seen_layer.module.layer_idx for seen_layer in seen}):
+        raise UnsupportedModelError(
+            f"{name}: its layers attend more than once in a forward, which is not supported yet"
+        )
     if len(seen) != expected:
         raise UnsupportedModelError(
             f"{name}: {len(seen)} of {expected} layers go through transformers' attention interface; "
             "the others (linear attention, state space, convolution, an attention of the model's own) cannot be driven"
+        )
+    if not all(layer.is_plain for layer in seen):
+        raise UnsupportedModelError(f"{name}: its attention is not causal, or has a mask or bias of its own")
+    if any(not _close(there.key, here.key) for here, there in zip(seen, moved, strict=True)):
+        raise UnsupportedModelError(
+            f"{name}: positions reach its keys by another way than rotary tables (learned or sinusoidal positions)"
         )
 
 
@@ -203,7 +227,7 @@ def _layer(raw: _Seen, real: _Seen, rotaries: list[Rotary], name: str) -> LayerA
     if raw.key.shape[-1] != raw.value.shape[-1]:
         raise UnsupportedModelError(
             f"{name}: layer {index} has keys of size {raw.key.shape[-1]} and values of size {raw.value.shape[-1]} "
-            "(multi-head latent attention); its compressed cache is not supported yet"
+            "(as in multi-head latent attention), which is not supported yet"
         )
     if torch.equal(raw.key, real.key) and torch.equal(raw.query, real.query):
         return LayerAnatomy(index, raw.module, raw.window, None, "halves")

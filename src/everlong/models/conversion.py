@@ -88,7 +88,7 @@ def _run(gguf: Path, target: Path, needed: int, task: str) -> None:
     if result.returncode == 0:
         return
     if "No space left on device" in result.stderr or "os error 28" in result.stderr:
-        raise disk_full(target.parent, needed, task)
+        raise disk_full(target.parent.parent, needed, task)
     last = (result.stderr.strip().splitlines() or ["no message"])[-1]
     if result.returncode == _REFUSED:
         raise ModelFileError(last)

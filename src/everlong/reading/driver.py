@@ -13,7 +13,6 @@ from torch import Tensor
 
 from everlong.attention import Attachment, StreamCache
 from everlong.errors import NumericalError
-from everlong.reading.interrupt import deferred_interrupt
 from everlong.reading.sampling import LONGEST_REPETITION_WINDOW
 
 _BLOCK = 2**22  # logits turned to surprisal at a time
@@ -45,11 +44,9 @@ class Driver:
         self.nll_count = 0
         self.seconds = 0.0
         self.tokens = 0
-        self.is_reading = False
-        """Whether tokens were run that :meth:`end_of_prefill` has not been told of."""
 
     def run(self, ids: Sequence[int], *, logits: bool) -> Tensor | None:
-        """Run one chunk. Ctrl-C waits for its end.
+        """Run one chunk.
 
         Parameters
         ----------
@@ -68,7 +65,7 @@ class Driver:
         NumericalError
             What the model computed is not finite.
         """
-        with deferred_interrupt(), torch.inference_mode():
+        with torch.inference_mode():
             started = time.perf_counter()
             model: Any = self._attachment.model
             given = torch.tensor([ids], device=self._device)
@@ -82,22 +79,16 @@ class Driver:
                 self.logits = output.logits[0, -1]
             else:
                 decoder: Any = self._attachment.decoder
-                last = decoder(input_ids=given, past_key_values=self.cache, use_cache=True).last_hidden_state[0, -1]
+                last = decoder(input_ids=given, past_key_values=self.cache, use_cache=True).last_hidden_state[
+                    0, -1
+                ]
                 self.logits = None
                 self._require_finite(float(last.float().abs().max()))
             self.cache.after_forward(given, None if surprisal is None else surprisal[None])
             self.recent.extend(ids)
             self.tokens += len(ids)
-            self.is_reading = True
             self.seconds += time.perf_counter() - started
             return surprisal
-
-    def end_of_prefill(self) -> None:
-        """Tell the policy, once, that reading is over for now."""
-        if self.is_reading:
-            with deferred_interrupt(), torch.inference_mode():
-                self.cache.end_of_prefill()
-        self.is_reading = False
 
     def fork(self) -> Driver:
         """Return an independent copy."""
@@ -105,7 +96,7 @@ class Driver:
         copy.logits = self.logits  # never written to
         copy.recent = self.recent.copy()
         copy.nll_sum, copy.nll_count = self.nll_sum, self.nll_count
-        copy.seconds, copy.tokens, copy.is_reading = self.seconds, self.tokens, self.is_reading
+        copy.seconds, copy.tokens = self.seconds, self.tokens
         return copy
 
     def _surprisal(self, ids: Tensor, logits: Tensor) -> Tensor:
@@ -126,8 +117,8 @@ class Driver:
     def _require_finite(self, value: float) -> None:
         if not math.isfinite(value):
             raise NumericalError(
-                f"the model computed values that are not finite within the tokens up to number {self.cache.seen}; "
-                "if it runs in float16, load it with dtype='bfloat16' or 'float32', and otherwise check its weights"
+                f"the model computed values that are not finite, at or before token {self.cache.seen}; if it "
+                "runs in float16, load it with dtype='bfloat16' or 'float32', otherwise check its weights"
             )
 
 

@@ -16,7 +16,9 @@ def deferred_interrupt() -> Iterator[None]:
     Outside the main thread, where no signal arrives, and where Ctrl-C is ignored or not handled by
     Python, this does nothing.
     """
-    previous = signal.getsignal(signal.SIGINT) if threading.current_thread() is threading.main_thread() else None
+    previous = (
+        signal.getsignal(signal.SIGINT) if threading.current_thread() is threading.main_thread() else None
+    )
     if not callable(previous):
         yield
         return

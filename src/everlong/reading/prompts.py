@@ -6,7 +6,9 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
-_SYSTEM, _FIRST, _ANSWER, _SECOND = (f"everlong{name}marker" for name in ("system", "first", "answer", "second"))
+_SYSTEM, _FIRST, _ANSWER, _SECOND = (
+    f"everlong{name}marker" for name in ("system", "first", "answer", "second")
+)
 _BLANK_LINE = "\n\n"
 
 
@@ -42,7 +44,7 @@ class Form:
 
 
 def plain_form(*, with_system: bool) -> Form:
-    """The form of models without a chat template: questions and answers in running text."""
+    """Return the form of models without a chat template: questions and answers in running text."""
     after_system = _BLANK_LINE if with_system else ""
     return Form(False, after_system=after_system, to_user=_BLANK_LINE, stop=("\nQuestion:", _BLANK_LINE))
 
@@ -63,7 +65,8 @@ def find_form(tokenizer: Any, *, with_system: bool) -> Form:
         return _taken_apart(tokenizer, with_system)
     except Exception as error:  # a template is a program: it may raise anything
         warnings.warn(
-            f"the model's chat template could not be taken apart ({error}); texts are read and questions asked without it",
+            f"the model's chat template could not be taken apart ({error}); "
+            "texts are read and questions asked without it",
             stacklevel=2,
         )
         return plain_form(with_system=with_system)
@@ -92,7 +95,7 @@ def _taken_apart(tokenizer: Any, with_system: bool) -> Form:
 
 
 def _between(text: str, *markers: str) -> list[str]:
-    """What stands before, between and after the markers, each of which occurs once and in this order."""
+    """Return what stands before, between and after the markers, each occurring once, in this order."""
     parts = []
     for marker in markers:
         if text.count(marker) != 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -144,3 +145,13 @@ class Generation:
 
     def __str__(self) -> str:
         return self.text
+
+
+def perplexity(nll_sum: float, count: int) -> float | None:
+    """Return the exponential of the mean over tokens; None if there are none."""
+    if not count:
+        return None
+    try:
+        return math.exp(nll_sum / count)
+    except OverflowError:
+        return math.inf

@@ -59,8 +59,12 @@ class Sampling:
         _require(0 <= self.temperature < math.inf, "temperature", self.temperature, "0 (greedy) or more")
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1 (off)")
         _require(0 <= self.min_p <= 1, "min_p", self.min_p, "between 0 (off) and 1")
-        _require(_whole(self.top_k) and self.top_k >= 0, "top_k", self.top_k, "a whole number, 0 (off) or more")
-        _require(0 < self.repetition_penalty < math.inf, "repetition_penalty", self.repetition_penalty, "above 0")
+        _require(
+            _whole(self.top_k) and self.top_k >= 0, "top_k", self.top_k, "a whole number, 0 (off) or more"
+        )
+        _require(
+            0 < self.repetition_penalty < math.inf, "repetition_penalty", self.repetition_penalty, "above 0"
+        )
         _require(
             _whole(self.repetition_window) and 1 <= self.repetition_window <= LONGEST_REPETITION_WINDOW,
             "repetition_window",
@@ -125,7 +129,7 @@ class Sampler:
         """
         if self._penalty is not None and recent:
             ids = torch.tensor([list(recent)[-self._window :]], device=logits.device)
-            logits = self._penalty(ids, logits[None].clone())[0]  # type: ignore[arg-type]
+            logits = self._penalty(ids, logits[None].clone())[0]
         largest, likeliest = logits.max(dim=-1)
         if not math.isfinite(largest.item()):
             raise NumericalError(

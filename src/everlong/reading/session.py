@@ -3,33 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
-from everlong.attention import Policy, StreamCache
+from everlong.attention import Policy, make_policy, policy_options
 from everlong.errors import ConfigurationError, InputError, StateError, UnsupportedUseError
-from everlong.reading import state
+from everlong.reading.account import Account
 from everlong.reading.attached import AttachedModel
 from everlong.reading.detokenize import checked_stop
-from everlong.reading.driver import Driver
 from everlong.reading.interrupt import deferred_interrupt
-from everlong.reading.reports import Generation, Progress, ReadReport, Score, Stats
+from everlong.reading.reports import Generation, Progress, ReadReport, Score, Stats, perplexity
 from everlong.reading.sampling import Sampling
-from everlong.reading.source import Source, TokenPieces, open_source
-from everlong.reading.tokens import TokenStream
-from everlong.reading.writing import write
+from everlong.reading.source import Source, open_source
+from everlong.reading.state import read_state, write_state
+from everlong.reading.tape import Tape
+from everlong.reading.writing import drained, write
 
 _GREEDY = Sampling()
 
 
 class Session:
-    """One stream of text through one model. Made by ``llm.session()``; use it in one thread at a time.
+    """One stream of text through one model. Made by ``llm.session()``; for one thread at a time.
 
     What is read is tokenised as the whole text would be: the end of it, which may still merge with what
     follows, waits (`stats.waiting`) until more comes or the model is to write. Where the model has a chat
@@ -48,7 +47,8 @@ class Session:
     surprisal : bool
         Whether to compute each token's surprisal, for perplexity; it costs the model's head.
     seed : int, optional
-        Of the random draws. With a seed a fork draws what its original would; without, something new.
+        Of the random draws. A fork of a session with a seed draws what its original would; without one,
+        each fork and each question draws something new.
     """
 
     def __init__(
@@ -68,32 +68,19 @@ class Session:
         Sampling(seed=seed)  # checks it
         self._model = model
         self._policy = policy
-        self._chunk = chunk
-        self._seed = seed
-        self._form = model.form(with_system=system is not None)
         self._system = system
-        self._generator = torch.Generator(device=model.device)
-        self._begin(surprisal)
-
-    def _begin(self, surprisal: bool) -> None:
-        model = self._model
-        model.require_attached()
-        self._driver = Driver(model.attachment, model.attachment.new_cache(self._policy), surprisal)
-        self._asked_surprisal = surprisal
-        self._stream = TokenStream(model.coder)
-        self._queue: list[int] = []  # tokens accepted and not yet run
-        self._place = "start"  # then "raw" (outside turns), "user" or "assistant" (inside theirs)
-        self._taken = 0  # tokens read, without the held tail
-        self._written = 0
-        if self._seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed(self._seed)
+        self._chunk = chunk
+        self._surprisal = surprisal
+        self._seed = seed
+        self._tape = self._new_tape()
 
     # --- reading -----------------------------------------------------------------------------------
 
     def read(self, source: Source, *, progress: Callable[[Progress], None] | None = None) -> ReadReport:
-        """Read a text of any length into the stream. Ctrl-C keeps what was taken from the source.
+        """Read a text of any length into the stream.
+
+        Ctrl-C takes effect between chunks. What was taken from the source by then stays read, and
+        ``session.read(file)`` goes on where an open file stands.
 
         Parameters
         ----------
@@ -108,36 +95,23 @@ class Session:
         InputError
             What cannot be read, or nothing at all. What was taken before the bad place stays read.
         """
-        model = self._model
-        model.require_attached()
-        opened = open_source(source, model.vocabulary)
-        before, started = _Account(self), time.perf_counter()
-
-        def reported(total: int | None) -> Progress:
-            tokens = self._driver.tokens - before.run if total is None else total
-            if total is None and opened.fraction:
-                total = max(tokens, round((self.tokens_read - before.read) / opened.fraction))
-            seconds = time.perf_counter() - started
-            perplexity = before.perplexity(self._driver)
-            return Progress(tokens, total, seconds, tokens / seconds, perplexity, self._driver.cache.bytes())
-
-        with closing(iter(opened)) if isinstance(opened, TokenPieces) else closing(opened):  # type: ignore[type-var]
-            for number, piece in enumerate(opened):
+        self._model.require_attached()
+        opened = open_source(source, self._model.vocabulary)
+        tape, account = self._tape, Account(self._tape)
+        with closing(opened):
+            for piece in opened:
                 with deferred_interrupt():
-                    if number == 0:
-                        self._open(as_ids=isinstance(piece, list))
-                    self._accept(self._stream.feed(piece) if isinstance(piece, str) else piece)
-                while len(self._queue) > self._chunk:
-                    self._run_chunk(logits=False)
+                    tape.take(piece)
+                while len(tape.queue) > self._chunk:
+                    tape.run_chunk(self._chunk, logits=False)
                     if progress is not None:
-                        progress(reported(None))
+                        progress(account.progress(opened.fraction))
         with deferred_interrupt():
-            self._accept(self._stream.settle())
-        self._run_all(logits=not self._stream.tail)
-        tokens, seconds = self.tokens_read - before.read, time.perf_counter() - started
+            tape.accept(tape.text.settle())
+        tape.run_all(self._chunk, logits=not tape.text.tail)
         if progress is not None:
-            progress(reported(tokens))
-        return ReadReport(tokens, seconds, tokens / seconds, before.perplexity(self._driver), self.stats)
+            progress(account.progress(None, finished=True))
+        return account.report()
 
     def pin(self, text: str) -> ReadReport:
         """Read a text that is never forgotten: its tokens, and the turn's opening, become sinks.
@@ -145,32 +119,31 @@ class Session:
         Parameters
         ----------
         text : str
-            Instructions, usually; a blank line is added where it does not end with a line.
+            Instructions, usually. A blank line is added where it does not end with a line.
 
         Raises
         ------
         StateError
             Something was read before.
         ConfigurationError
-            The text does not leave room in the window.
+            The text leaves no room in the window.
+        UnsupportedUseError
+            The policy keeps no sinks.
         """
         self._model.require_attached()
-        if self._place != "start":
+        if self._tape.place != "start":
             raise StateError("pin() comes before everything else: call reset() first, or begin a new session")
         if not text:
             raise InputError("the text to pin is empty")
-        trial = self.fork()
-        trial._open()
-        trial._accept(trial._stream.feed(text if text.endswith("\n") else text + "\n\n") + trial._stream.finish())
-        policy = _with_sinks(self._driver.cache.policy, len(trial._queue))
-        started, before = time.perf_counter(), _Account(self)
-        if policy is not None:
-            self._driver.cache = self._model.attachment.new_cache(policy)
-        self._stream, self._queue, self._place = trial._stream, trial._queue, trial._place
-        self._taken = trial._taken
-        self._run_all(logits=True)
-        tokens, seconds = self.tokens_read, time.perf_counter() - started
-        return ReadReport(tokens, seconds, tokens / seconds, before.perplexity(self._driver), self.stats)
+        tape = self._tape.fork()
+        tape.take(text if text.endswith("\n") else text + "\n\n")
+        tape.finish()
+        policy = _with_sinks(tape.driver.cache.policy, len(tape.queue))
+        tape.driver.cache = self._model.attachment.new_cache(policy)
+        account = Account(self._tape)
+        self._tape = account.tape = tape
+        tape.run_all(self._chunk, logits=True)
+        return account.report()
 
     def score(self, text: str) -> Score:
         """Tell how well the model predicts that the stream goes on with `text`; the session stays as it is.
@@ -183,20 +156,24 @@ class Session:
         self._model.require_attached()
         if not text:
             raise InputError("the text to score is empty")
-        fork = self.fork()
-        fork._open(as_text=fork._system is not None)
-        fork._accept(fork._stream.finish())
-        fork._run_all(logits=True)
-        fork._driver.surprisal = True
-        coder = self._model.coder
-        ids = coder.encode(text) if fork._stream.fresh else coder.encode_after(text)
-        known = fork._driver.logits is not None
-        parts = [fork._driver.run(ids[i : i + self._chunk], logits=True) for i in range(0, len(ids), self._chunk)]
+        tape = self._tape.fork()
+        if tape.place != "start" or self._system is not None or self._model.coder.bos:
+            tape.begin_writing()
+        tape.run_all(self._chunk, logits=True)
+        known = tape.driver.logits is not None
+        tape.driver.surprisal = True
+        tape.accept(tape.text.feed(text))
+        tape.finish()
+        parts = []
+        while tape.queue:
+            parts.append(tape.run_chunk(self._chunk, logits=True))
         surprisal = torch.cat([part for part in parts if part is not None])[0 if known else 1 :].cpu()
         if not len(surprisal):
-            raise InputError("nothing was read and the text is a single token: there is nothing to predict it from")
+            raise InputError(
+                "the text is a single token and nothing comes before it: there is nothing to score"
+            )
         nll = float(surprisal.double().mean())
-        return Score(len(surprisal), nll, _exp(nll), surprisal)
+        return Score(len(surprisal), nll, perplexity(nll, 1) or 0.0, surprisal)
 
     # --- writing -----------------------------------------------------------------------------------
 
@@ -216,8 +193,8 @@ class Session:
 
         Returns
         -------
-        generator
-            Of text; its return value is the :class:`Generation`.
+        generator of str
+            Its return value is the :class:`Generation`.
 
         Raises
         ------
@@ -226,19 +203,181 @@ class Session:
         NumericalError
             The logits are not finite.
         """
-        if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
-            raise ConfigurationError(f"max_new_tokens={max_new_tokens!r} cannot work: it must be at least 1")
-        stop = checked_stop(stop)
+        count = _checked_count(max_new_tokens)
+        strings = checked_stop(stop)
         self._model.require_attached()
-        started = time.perf_counter()
-        if self._place == "start":
-            if self._system is None and not self._model.coder.bos:
-                raise InputError("the prompt has zero tokens and the model no start token: read() something first")
-            self._open(as_text=self._system is not None)
-        return write(self, max_new_tokens, sampling, stop, started)
+        self._tape.begin_writing()
+        return write(self._tape, self._chunk, count, sampling, strings, time.perf_counter())
 
     def generate(
         self, max_new_tokens: int = 256, *, sampling: Sampling = _GREEDY, stop: str | Sequence[str] = ()
     ) -> Generation:
-        """Go on writing; parameters and errors as of :meth:`stream`."""
-        return _drained(self.stream(max_new_tokens, sampling=sampling, stop=stop))
+        """Go on writing and return the whole; parameters and errors as of :meth:`stream`."""
+        return drained(self.stream(max_new_tokens, sampling=sampling, stop=stop))
+
+    def stream_answer(
+        self,
+        question: str,
+        *,
+        keep: bool = False,
+        max_new_tokens: int = 256,
+        sampling: Sampling = _GREEDY,
+        stop: str | Sequence[str] = (),
+    ) -> Generator[str, None, Generation]:
+        """Answer a question as :meth:`ask` does, and yield the text as it comes."""
+        count = _checked_count(max_new_tokens)
+        strings = checked_stop(stop)
+        if not question:
+            raise InputError("the question is empty")
+        target = self if keep else self.fork()
+        tape = target._tape
+        with deferred_interrupt():
+            tape.ask(question)
+        return write(tape, self._chunk, count, sampling, (*tape.form.stop, *strings), time.perf_counter())
+
+    def ask(
+        self,
+        question: str,
+        *,
+        keep: bool = False,
+        max_new_tokens: int = 256,
+        sampling: Sampling = _GREEDY,
+        stop: str | Sequence[str] = (),
+    ) -> Generation:
+        """Answer a question about what was read.
+
+        The question ends the user's turn in which the text was read. A model without a chat template is
+        given ``Question: ... Answer:``.
+
+        Parameters
+        ----------
+        question : str
+            The question.
+        keep : bool
+            Whether question and answer stay in the stream; by default the session stays as it is.
+        max_new_tokens, sampling, stop
+            As of :meth:`stream`.
+        """
+        return drained(
+            self.stream_answer(
+                question, keep=keep, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop
+            )
+        )
+
+    def chat(
+        self,
+        message: str,
+        *,
+        max_new_tokens: int = 256,
+        sampling: Sampling = _GREEDY,
+        stop: str | Sequence[str] = (),
+    ) -> Generation:
+        """Say something and return the answer; both stay in the stream. Parameters as of :meth:`ask`."""
+        return self.ask(message, keep=True, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop)
+
+    # --- copies, state, accounts -------------------------------------------------------------------
+
+    def fork(self) -> Session:
+        """Return an independent copy."""
+        self._model.require_attached()
+        copy = object.__new__(type(self))
+        copy.__dict__.update(self.__dict__)
+        copy._tape = self._tape.fork()
+        if self._seed is None:
+            copy._tape.generator.seed()
+        return copy
+
+    def reset(self) -> None:
+        """Forget everything read, written and pinned; the session's options and its system text stay."""
+        self._tape = self._new_tape()
+
+    def _new_tape(self) -> Tape:
+        self._model.require_attached()
+        cache = self._model.attachment.new_cache(self._policy)
+        tape = Tape(self._model, cache, self._system, self._surprisal)
+        if self._seed is None:
+            tape.generator.seed()
+        else:
+            tape.generator.manual_seed(self._seed)
+        return tape
+
+    def save(self, path: str | Path) -> None:
+        """Write the session to a file, from which ``llm.restore(path)`` goes on bit by bit.
+
+        Raises
+        ------
+        StateError
+            The file cannot be written; what was there is untouched.
+        """
+        tensors, tape = self._tape.state()
+        options = {
+            "policy": None if self._policy is None else policy_options(self._policy),
+            "system": self._system,
+            "chunk": self._chunk,
+            "surprisal": self._surprisal,
+            "seed": self._seed,
+        }
+        write_state(path, self._model, tensors, {"options": options, "tape": tape})
+
+    @classmethod
+    def restore(cls, model: AttachedModel, path: str | Path) -> Self:
+        """Rebuild a session from a file that :meth:`save` wrote; ``llm.restore(path)`` for the user.
+
+        Raises
+        ------
+        InputError
+            The file is missing, cut short, or something else.
+        StateError
+            It is of other weights, another tokenizer, or another format.
+        """
+        model.require_attached()
+        tensors, saved = read_state(path, model)
+        try:
+            options: dict[str, Any] = saved["options"]
+            policy = None if options["policy"] is None else make_policy(*options["policy"])
+            rest = {name: options[name] for name in ("system", "chunk", "surprisal", "seed")}
+            session = cls(model, policy=policy, **rest)
+            session._tape = Tape.restored(model, tensors, saved["tape"])
+        except KeyError as error:
+            raise StateError(
+                f"{path} is not complete: {error} is missing; restore an earlier copy"
+            ) from error
+        return session
+
+    @property
+    def stats(self) -> Stats:
+        """The session's accounts."""
+        return self._tape.stats()
+
+    @property
+    def policy(self) -> Policy:
+        """The policy this stream follows, its defaults filled in, its sinks raised by :meth:`pin`."""
+        policy: Policy = self._tape.driver.cache.policy
+        return policy
+
+    def __repr__(self) -> str:
+        return f"Session({self._model.name!r}, {self.policy!r}, tokens={self._tape.driver.tokens})"
+
+
+def _with_sinks(policy: Policy, pinned: int) -> Policy:
+    """Return a policy like this one that keeps at least the first `pinned` tokens."""
+    if policy.span is None:
+        return policy  # forgets nothing
+    name = type(policy).__name__
+    if "sinks" not in {field.name for field in dataclasses.fields(policy)}:
+        raise UnsupportedUseError(
+            f"{name} keeps no first tokens, so nothing can be pinned; use LMInfinite or StreamingLLM"
+        )
+    if pinned >= policy.span:
+        raise ConfigurationError(
+            f"the pinned text has {pinned} tokens (turn markers included) and the window only {policy.span}: "
+            f"pin less, or use {name}(window=...) well above {pinned}"
+        )
+    sinks: int = getattr(policy, "sinks")  # noqa: B009
+    return dataclasses.replace(policy, **{"sinks": max(sinks, pinned)})
+
+
+def _checked_count(max_new_tokens: int) -> int:
+    if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
+        raise ConfigurationError(f"max_new_tokens={max_new_tokens!r} cannot work: it must be at least 1")
+    return max_new_tokens

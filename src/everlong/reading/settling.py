@@ -1,11 +1,11 @@
 """Where a text can be cut so that both sides, tokenised apart, give the tokens of the whole.
 
 Tokens depend on what follows: ``un`` becomes ``unless``, two blanks before a word are cut differently from
-three, an accent joins the letter before it. But a byte-pair encoding cut at the end of one of its tokens is the
-encoding of each side, and the token that reaches over the end of the text so far cannot begin earlier than the
-longest token is long. So a cut is safe if the sides agree with the whole for the text stopped at each of its last
-characters; and because words are split by patterns that look ahead, also for the text going on in several ways.
-This is checked with the tokenizer itself, so it holds for tokenizers of any kind.
+three, an accent joins the letter before it. But a byte-pair encoding cut at the end of one of its tokens is
+the encoding of each side, and the token that reaches over the end of the text so far cannot begin earlier
+than the longest token is long. So a cut is safe if the sides agree with the whole for the text stopped at
+each of its last characters; and because words are split by patterns that look ahead, also for the text going
+on in several ways. This is checked with the tokenizer itself, so it holds for tokenizers of any kind.
 """
 
 from __future__ import annotations
@@ -102,10 +102,12 @@ def _agree(
 
 
 def _head_of_all(coder: Coder, text: str, cut: int, fresh: bool) -> list[int] | None:
-    """The tokens up to the cut, if they and the rest's are those of the whole text."""
+    """Return the tokens up to the cut, if they and the rest's are those of the whole text."""
     whole, head = _encode(coder, [text, text[:cut]], fresh)
     (rest,) = coder.encode_many_after([text[cut:]])
-    return head if whole is not None and head is not None and rest is not None and whole == head + rest else None
+    return (
+        head if whole is not None and head is not None and rest is not None and whole == head + rest else None
+    )
 
 
 def _encode(coder: Coder, texts: list[str], fresh: bool) -> list[list[int] | None]:

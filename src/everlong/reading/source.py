@@ -60,8 +60,8 @@ class TextPieces:
                     self._taken_bytes += len(part.encode())
                 except UnicodeEncodeError as error:
                     raise InputError(
-                        f"{self.name}: character {self._taken + error.start} is half of a surrogate pair, which is "
-                        "not text; decode the input with errors='replace'"
+                        f"{self.name}: character {self._taken + error.start} is half of a surrogate pair, "
+                        "which is not text; decode the input with errors='replace'"
                     ) from None
                 self._taken += len(part)
                 yield part
@@ -76,7 +76,7 @@ class TextPieces:
 
 
 class TokenPieces:
-    """Token ids that arrive in lists of at most `PIECE`; iterate once. Parameters as of :class:`TextPieces`."""
+    """Token ids that arrive in lists of at most `PIECE`; iterate once."""
 
     def __init__(self, ids: Iterator[Any], vocabulary: int, size: int | None = None) -> None:
         self.name = "the ids"
@@ -103,6 +103,9 @@ class TokenPieces:
         if piece:
             yield piece
 
+    def close(self) -> None:
+        """Nothing to close."""
+
     def _checked(self, item: Any) -> int:
         try:
             token = operator.index(item)
@@ -123,7 +126,7 @@ def open_source(source: Source, vocabulary: int) -> TextPieces | TokenPieces:
     ----------
     source : str, Path, open file, iterable of str, iterable or tensor of int
         A `str` is text, never the name of a file. Files are read as UTF-8 (an open text file in its own
-        encoding), with line ends translated to ``\\n`` as Python's text files do.
+        encoding), with line ends translated as Python's text files do.
     vocabulary : int
         Number of token ids the model knows.
 
@@ -169,7 +172,9 @@ def _open_path(path: Path) -> TextPieces:
         file = path.open("rb")
         size = path.stat().st_size
     except OSError as error:
-        raise InputError(f"cannot open {path}: {error.strerror or error}; check the name and its permissions") from None
+        raise InputError(
+            f"cannot open {path}: {error.strerror or error}; check the name and its permissions"
+        ) from None
 
     def pieces() -> Iterator[str]:
         with file:
@@ -201,7 +206,9 @@ def _open_tensor(ids: torch.Tensor, vocabulary: int) -> TokenPieces:
 def _checked_strings(items: Iterator[Any]) -> Iterator[str]:
     for number, item in enumerate(items):
         if not isinstance(item, str):
-            raise InputError(f"item {number} of the iterable is a {type(item).__name__}, not a string like the first")
+            raise InputError(
+                f"item {number} of the iterable is a {type(item).__name__}, not a string like the first"
+            )
         yield item
 
 
@@ -227,8 +234,13 @@ def _decoded(file: IO[str] | IO[bytes], name: str) -> Iterator[str]:
         else:
             text, rest, offset = _utf8(rest + (block or b""), offset, name, final=not block)
             text, ended = newlines.decode(text, final=not block), not block
-        if text:
-            yield text
+        try:
+            if text:
+                yield text
+        except GeneratorExit:
+            if rest and file.seekable():  # the reading was stopped: half a character is left for the next
+                file.seek(-len(rest), os.SEEK_CUR)
+            raise
         if ended:
             return
 
@@ -264,4 +276,7 @@ def _warn_of_a_file_name(text: str) -> None:
         except (OSError, ValueError):
             return
         if exists:
-            warnings.warn(f"reading the text {text!r}, not the file of that name; for the file pass a Path", stacklevel=4)
+            warnings.warn(
+                f"reading the text {text!r}, not the file of that name; for the file pass a Path",
+                stacklevel=4,
+            )

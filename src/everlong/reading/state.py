@@ -22,7 +22,9 @@ FORMAT = 1
 _KEY = "everlong"  # of the header's metadata
 
 
-def write_state(path: str | Path, model: AttachedModel, tensors: dict[str, Tensor], session: dict[str, Any]) -> None:
+def write_state(
+    path: str | Path, model: AttachedModel, tensors: dict[str, Tensor], session: dict[str, Any]
+) -> None:
     """Write a session's state; a file of that name is replaced at once or not at all.
 
     Parameters
@@ -53,7 +55,7 @@ def write_state(path: str | Path, model: AttachedModel, tensors: dict[str, Tenso
         scratch.replace(path)
     except (OSError, SafetensorError) as error:
         raise StateError(
-            f"cannot write {path}: {error}; nothing was changed, choose a folder with space that you may write to"
+            f"cannot write {path}: {error}; nothing was changed, save where there is space and you may write"
         ) from None
     finally:
         scratch.unlink(missing_ok=True)
@@ -86,7 +88,9 @@ def read_state(path: str | Path, model: AttachedModel) -> tuple[dict[str, Tensor
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         if _is_cut_short(path):
-            raise InputError(f"{path} is cut short, so the session in it is lost; restore an earlier copy") from None
+            raise InputError(
+                f"{path} is cut short, so the session in it is lost; restore an earlier copy"
+            ) from None
         raise InputError(f"{path} is not a state file of Everlong ({error})") from None
     return tensors, header["session"]
 
@@ -100,7 +104,7 @@ def _header(text: str | None, path: Path) -> dict[str, Any]:
         raise InputError(f"{path} holds tensors, but not the state of a session; session.save() writes those")
     if header.get("format") != FORMAT:
         raise StateError(
-            f"{path} has state format {header.get('format')!r}, this version of Everlong reads format {FORMAT}; "
+            f"{path} has state format {header.get('format')!r}, this version of Everlong reads {FORMAT}; "
             "restore it with the version that wrote it, or read the text again"
         )
     missing = {"model", "weights", "tokenizer", "session"} - header.keys()
@@ -112,8 +116,9 @@ def _header(text: str | None, path: Path) -> dict[str, Any]:
 def _require_same(header: dict[str, Any], model: AttachedModel, path: Path) -> None:
     if header["weights"] != model.weights_hash:
         raise StateError(
-            f"{path} is the state of {header['model']} with other weights (hash {header['weights'][:12]}) than those of "
-            f"{model.name} ({model.weights_hash[:12]}); load the model, adapter and dtype it was saved with"
+            f"{path} is the state of {header['model']} with other weights (hash {header['weights'][:12]}) "
+            f"than those of {model.name} (hash {model.weights_hash[:12]}); "
+            "load the model, adapter and dtype it was saved with"
         )
     if header["tokenizer"] != model.tokenizer_hash:
         raise StateError(
@@ -138,4 +143,4 @@ def _is_cut_short(path: Path) -> bool:
             ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
         except (ValueError, KeyError, TypeError, IndexError, AttributeError):
             return False
-        return size < 8 + length + max(ends, default=0)
+        return bool(size < 8 + length + max(ends, default=0))

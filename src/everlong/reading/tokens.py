@@ -102,7 +102,9 @@ class TextCoder:
         if not self._prefixes or not self._specials:
             return True
         text, (number, _) = next(iter(self._specials.items()))
-        ids = list(self.tokenizer(text + "a", add_special_tokens=False, split_special_tokens=False)["input_ids"])
+        ids = list(
+            self.tokenizer(text + "a", add_special_tokens=False, split_special_tokens=False)["input_ids"]
+        )
         return ids == [number, *self.encode("a")]
 
 

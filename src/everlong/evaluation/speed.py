@@ -1,0 +1,135 @@
+"""Speed at a depth: one chunk of prefill and the decode steps, from a cache that is filled first."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+
+from everlong.errors import ConfigurationError
+from everlong.evaluation.streams import PolicyStream, StockStream, Stream
+
+
+def fill(stream: Stream, depth: int, *, chunk: int = 512, seed: int = 0) -> None:
+    """Bring an empty stream to `depth` tokens, as far as its cost is concerned.
+
+    A stock cache is given random keys and values directly. A policy's window is filled by reading random
+    tokens; one that forgets holds no more at `depth` than once its window is full, and reads no further.
+
+    Parameters
+    ----------
+    stream : Stream
+        Empty.
+    depth : int
+        Tokens.
+    chunk : int
+        Tokens per forward where they are read.
+    seed : int
+        Of the random tokens, keys and values.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if isinstance(stream, StockStream):
+        _fill_stock(stream, depth, generator)
+        return
+    assert isinstance(stream, PolicyStream)
+    policy = stream.cache.policy
+    if policy.forgets and policy.span is not None:
+        depth = min(depth, policy.span + chunk)
+    ids = random_ids(stream.decoder, depth, generator)
+    for begin in range(0, depth, chunk):
+        stream.read(ids[begin : begin + chunk])
+
+
+def prefill_seconds(stream: Stream, ids: Tensor) -> float:
+    """Return the seconds one chunk, shape (n,), takes."""
+    started = time.perf_counter()
+    _wait(stream.read(ids))
+    return time.perf_counter() - started
+
+
+def decode_seconds(stream: Stream, ids: Tensor, head: nn.Module | None = None) -> list[float]:
+    """Return the seconds of each step when `ids`, shape (n,), come one by one.
+
+    Parameters
+    ----------
+    stream : Stream
+        Where they go on from.
+    ids : Tensor
+        The tokens; that they are not the model's own choice costs nothing and changes nothing.
+    head : nn.Module, optional
+        The model's output embeddings, to be counted too, as writing needs them.
+    """
+    steps = []
+    with torch.inference_mode():
+        for token in ids:
+            started = time.perf_counter()
+            hidden = stream.read(token[None])
+            _wait(hidden if head is None else head(hidden))
+            steps.append(time.perf_counter() - started)
+    return steps
+
+
+def rewind(stream: Stream, depth: int) -> None:
+    """Take a stock stream back to `depth` tokens. A policy's window stays as full as it is."""
+    if isinstance(stream, StockStream):
+        stream.cache.crop(depth)
+
+
+def random_ids(decoder: nn.Module, count: int, generator: torch.Generator | None = None) -> Tensor:
+    """Return `count` random token ids of the model's vocabulary, shape (count,), on its device."""
+    embedding: nn.Embedding = decoder.get_input_embeddings()  # type: ignore[operator]
+    ids = torch.randint(len(embedding.weight), (count,), generator=generator)
+    return ids.to(embedding.weight.device)
+
+
+def rates(streams: Sequence[Stream], *, chunk: int, steps: int, repeats: int, seed: int = 1) -> list[dict[str, float]]:
+    """Measure filled streams in turn, several times over, and return each one's medians.
+
+    Parameters
+    ----------
+    streams : sequence of Stream
+        Each attached to a model of its own, or stock.
+    chunk, steps : int
+        Tokens of the prefill chunk, and decode steps, per repeat.
+    repeats : int
+        Interleaved, so that a change in the machine's load meets all streams alike.
+
+    Returns
+    -------
+    list of dict
+        ``prefill_tokens_per_second`` and ``decode_ms``, both medians, per stream.
+    """
+    if repeats < 1 or steps < 1 or chunk < 1:
+        raise ConfigurationError(f"repeats, steps and chunk must be at least 1, not {repeats}, {steps}, {chunk}")
+    generator = torch.Generator().manual_seed(seed)
+    prefill: list[list[float]] = [[] for _ in streams]
+    decode: list[list[float]] = [[] for _ in streams]
+    depths = [stream.seen for stream in streams]
+    for _ in range(repeats):
+        for number, stream in enumerate(streams):
+            ids = random_ids(stream.decoder, chunk + steps, generator)
+            prefill[number].append(prefill_seconds(stream, ids[:chunk]))
+            decode[number].append(median(decode_seconds(stream, ids[chunk:])))
+            rewind(stream, depths[number])
+    return [
+        {"prefill_tokens_per_second": chunk / median(p), "decode_ms": 1000 * median(d)}
+        for p, d in zip(prefill, decode, strict=True)
+    ]
+
+
+def _fill_stock(stream: StockStream, depth: int, generator: torch.Generator) -> None:
+    stream.read(random_ids(stream.decoder, 1, generator))  # shows each layer's shape
+    for index, (keys, values) in enumerate(stream.layers):
+        more = [
+            torch.randn((*like.shape[:2], depth - 1, like.shape[3]), generator=generator).to(like)
+            for like in (keys, values)
+        ]
+        stream.cache.update(more[0], more[1], index)
+
+
+def _wait(tensor: Tensor) -> None:
+    if tensor.device.type == "cuda":
+        torch.cuda.synchronize(tensor.device)

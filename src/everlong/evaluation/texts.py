@@ -1,0 +1,107 @@
+"""Texts to measure on: the first tokens of a source, and one that every machine has."""
+
+from __future__ import annotations
+
+import sysconfig
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from everlong.errors import InputError
+from everlong.reading.source import Source, TextPieces, open_source
+from everlong.reading.tokens import TextCoder, TokenStream
+
+LIBRARY_FILES = ("argparse.py", "inspect.py", "typing.py", "statistics.py")
+"""Sources of the Python standard library that the demo reads, in this order: much of them is prose."""
+
+
+@dataclass(frozen=True, eq=False)
+class Excerpt:
+    """The beginning of a text, as tokens.
+
+    Attributes
+    ----------
+    name : str
+        What it is, for people.
+    ids : Tensor
+        Shape (n,), with the model's start token where its tokenizer puts one.
+    is_whole : bool
+        Whether the text ends there.
+    """
+
+    name: str
+    ids: Tensor
+    is_whole: bool
+
+
+def first_tokens(tokenizer: Any, source: Source, limit: int | None, *, name: str | None = None) -> Excerpt:
+    """Return the first tokens of a source, which is read no further than that.
+
+    Parameters
+    ----------
+    tokenizer : transformers.PreTrainedTokenizerBase
+        The model's.
+    source : str, Path, open file, iterable of str
+        What :meth:`everlong.Session.read` takes.
+    limit : int or None
+        Tokens at most, the start token included; None: all.
+    name : str, optional
+        What it is called; by default the file's name.
+
+    Raises
+    ------
+    InputError
+        The source is empty, binary, or cannot be opened.
+    """
+    coder = TextCoder(tokenizer)
+    pieces = open_source(source, len(tokenizer))
+    name = name or Path(pieces.name).name
+    ids = list(coder.bos)
+    if not isinstance(pieces, TextPieces):
+        raise InputError(f"{name}: texts are compared, not ids; pass a text or a file")
+    stream = TokenStream(coder)
+    try:
+        for piece in pieces:
+            ids += stream.feed(piece)
+            if limit is not None and len(ids) > limit:
+                return Excerpt(name, torch.tensor(ids[:limit]), False)
+    finally:
+        pieces.close()
+    ids += stream.finish()
+    is_whole = limit is None or len(ids) <= limit
+    return Excerpt(name, torch.tensor(ids[:limit]), is_whole)
+
+
+def standard_library(tokenizer: Any, limit: int, files: Sequence[str] = LIBRARY_FILES) -> Excerpt:
+    """Return the first tokens of Python's own sources, as found on this machine.
+
+    Raises
+    ------
+    InputError
+        They are not there, as in some minimal installations.
+    """
+    folder = Path(sysconfig.get_path("stdlib"))
+    used: list[str] = []
+
+    def pieces() -> Iterator[str]:
+        for file in files:
+            try:
+                text = (folder / file).read_text(encoding="utf-8")
+            except OSError as error:
+                raise InputError(
+                    f"{folder / file}, a source of Python itself, cannot be read ({error.strerror}); "
+                    "give a text of your own: everlong compare FILE"
+                ) from error
+            used.append(file)
+            yield text
+
+    excerpt = first_tokens(tokenizer, pieces(), limit)
+    return Excerpt(f"Python's own {_listed(used)}", excerpt.ids, excerpt.is_whole)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

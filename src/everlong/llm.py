@@ -1,0 +1,151 @@
+"""The façade: a model that reads and writes without end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from everlong.attention import Attachment, LMInfinite, Policy, attach, make_policy
+from everlong.errors import ConfigurationError
+from everlong.models.loading import load_model
+from everlong.reading.attached import AttachedModel
+from everlong.reading.session import Session
+
+
+class LLM:
+    """A loaded model that follows an attention policy; what :func:`load` returns. A context manager.
+
+    Attributes
+    ----------
+    model : PreTrainedModel
+        The model, attached until :meth:`close`.
+    tokenizer : PreTrainedTokenizerBase
+        Its tokenizer.
+    name : str
+        What it was asked for by.
+    handle : Attachment
+        The attachment: its resolved policy, its training length, new caches.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, attention: Policy
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.name = name
+        self.handle: Attachment = attach(model, attention)
+        try:
+            self._attached = AttachedModel(self.handle, tokenizer, name)
+        except BaseException:
+            self.handle.detach()
+            raise
+
+    @property
+    def attention(self) -> Policy:
+        """The policy that sessions follow, its defaults filled in for this model."""
+        policy: Policy = self.handle.policy
+        return policy
+
+    def session(
+        self,
+        attention: Policy | str | None = None,
+        *,
+        system: str | None = None,
+        chunk: int = 512,
+        surprisal: bool = False,
+        seed: int | None = None,
+    ) -> Session:
+        """Begin a stream of text.
+
+        Parameters
+        ----------
+        attention : Policy or str, optional
+            A policy for this session alone, or its registered name.
+        system : str, optional
+            Text that the conversation begins with.
+        chunk : int
+            Tokens run at a time while reading.
+        surprisal : bool
+            Whether to compute the surprisal of each token, for perplexity.
+        seed : int, optional
+            Of the random draws.
+        """
+        policy = None if attention is None else _policy(attention)
+        return Session(
+            self._attached, policy=policy, system=system, chunk=chunk, surprisal=surprisal, seed=seed
+        )
+
+    def restore(self, path: str | Path) -> Session:
+        """Go on with a session that was saved to `path` by ``session.save(path)``.
+
+        Raises
+        ------
+        InputError
+            The file is missing, cut short, or something else.
+        StateError
+            It is of other weights, another tokenizer, or another format.
+        """
+        return Session.restore(self._attached, path)
+
+    def close(self) -> None:
+        """Give the model back exactly as it was; its sessions end. A second call does nothing."""
+        self.handle.detach()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"LLM({self.name!r}, {self.attention!r})"
+
+
+def load(
+    source: str | Path | PreTrainedModel,
+    attention: Policy | str | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    revision: str | None = None,
+    **loading: Any,
+) -> LLM:
+    """Load a model and attach it to a policy.
+
+    Parameters
+    ----------
+    source : str, Path or PreTrainedModel
+        A catalogue name, a folder, a ``.gguf`` file, a hub id, or a loaded model.
+    attention : Policy or str, optional
+        A policy or its registered name; ``LMInfinite()`` by default, which equals the stock model up to
+        its training length.
+    tokenizer : PreTrainedTokenizerBase, optional
+        Needed with a loaded model.
+    device, dtype, revision, **loading
+        See :func:`everlong.models.loading.load_model`.
+
+    Raises
+    ------
+    EverlongError
+        See :func:`~everlong.models.loading.load_model` and :func:`~everlong.attention.attach`.
+    """
+    policy = LMInfinite() if attention is None else _policy(attention)
+    loaded = load_model(source, tokenizer=tokenizer, device=device, dtype=dtype, revision=revision, **loading)
+    return LLM(loaded.model, loaded.tokenizer, loaded.name, policy)
+
+
+def _policy(attention: Policy | str) -> Policy:
+    if isinstance(attention, Policy):
+        return attention
+    if isinstance(attention, str):
+        return make_policy(attention)
+    raise ConfigurationError(
+        f"attention={attention!r} is neither a policy, such as LMInfinite(window=2048), nor the name of one"
+    )
