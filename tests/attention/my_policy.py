@@ -1,4 +1,4 @@
-"""An attention policy of one's own, outside the package: everything near, and of what is farther only some."""
+"""An attention policy of one's own, outside the package: all that is near, some of what is farther."""
 
 from dataclasses import dataclass
 

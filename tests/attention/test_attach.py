@@ -1,4 +1,4 @@
-"""An attached model: every way of calling its forward, beside other models, in threads, in other precisions."""
+"""An attached model: every way of calling it, beside other models, in threads, in other precisions."""
 
 import subprocess
 import sys
@@ -264,7 +264,7 @@ def test_changing_tables_give_what_a_fresh_stock_model_gives_at_each_length(scal
 
 @torch.no_grad()
 def test_bfloat16_stays_as_close_to_float32_as_stock_bfloat16_does(model):
-    """Derived, not chosen: stock's own rounding error inside the window, on the same weights, is the yardstick.
+    """Derived, not chosen: stock's own rounding error inside the window, same weights, is the yardstick.
 
     The rounding of a bfloat16 run does not depend on which keys are visible: each layer rounds a convex
     combination of the same kind of values to eight bits. Everlong rotates in float32 and merges in float32,
@@ -364,7 +364,7 @@ def test_training_with_a_kept_cache_does_not_reach_back_into_it(model, ids):
     model.zero_grad()
 
 
-# --- nothing at import ----------------------------------------------------------------------------------------
+# --- nothing at import --------------------------------------------------------------------------------
 
 
 def test_importing_everlong_patches_nothing():

@@ -250,7 +250,7 @@ def test_gradient_checkpointing(ids):
         model(ids)  # checkpoints are for training only
 
 
-# --- after a failure -----------------------------------------------------------------------------------------
+# --- after a failure ----------------------------------------------------------------------------------
 
 
 def test_a_refused_input_leaves_the_cache_as_it_was(model, handle, ids):

@@ -147,9 +147,9 @@ def test_large_logits_neither_overflow_nor_vanish():
 def test_half_precision_stays_within_its_rounding(dtype, sizes):
     """Derived: the output is a convex combination of values up to v = max|values|.
 
-    Rounding the probabilities to the dtype (relative error eps/2 each, as the fused kernels do) moves it by at
-    most eps/2 * v, rounding each part's output by eps/2 * v once more, and the merged one a third time; inputs
-    are rounded before the comparison. Accumulation is in float32 throughout.
+    Rounding the probabilities to the dtype (relative error eps/2 each, as the fused kernels do) moves it by
+    at most eps/2 * v, rounding each part's output by eps/2 * v once more, and the merged one a third time;
+    inputs are rounded before the comparison. Accumulation is in float32 throughout.
     """
     given = tensors(dtype)
     ours = attend(split(*given, sizes), scaling=SCALING)

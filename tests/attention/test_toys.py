@@ -109,10 +109,8 @@ def test_a_partly_committed_guess_is_a_stream_that_read_only_that_part(model, ha
     with cache.provisional():
         seen = model(guess, past_key_values=cache).logits
     cache.commit(list(range(accepted)))
-    close(
-        seen[:, :accepted],
-        feed(model, straight, guess[:, :accepted], range(accepted + 1)) if accepted else seen[:, :0],
-    )
+    if accepted:
+        close(seen[:, :accepted], feed(model, straight, guess[:, :accepted], range(accepted + 1)))
     assert (cache.seen, cache.kept, cache.recallable) == (straight.seen, straight.kept, straight.recallable)
     edges = (0, 1, 2, 13, 20)
     close(feed(model, cache, later, edges), feed(model, straight, later, edges))
@@ -263,7 +261,7 @@ class RecallsABlock(Policy):
     "edges", [EDGES["chunks"], EDGES["token by token"]], ids=["chunks", "token by token"]
 )
 def test_a_policy_that_recalls_an_evicted_block(monkeypatch, model, ids, edges):
-    """A block is recalled by the forward after the one in which it left, or by the very token that pushed it out."""
+    """A block is recalled from the forward after the one in which it left, or by the token that pushed it out."""
     policy = RecallsABlock()
     with attach(model, policy) as handle:
         cache = handle.new_cache()
@@ -272,8 +270,8 @@ def test_a_policy_that_recalls_an_evicted_block(monkeypatch, model, ids, edges):
     assert cache.bytes()["ram"] > 0
 
     evicted_from = (
-        policy.begin + policy.size - 1 + WINDOW
-    )  # the first query that does not see the block's last
+        policy.begin + policy.size - 1 + WINDOW  # the first query that does not see the block's last
+    )
     if len(edges) <= LENGTH:
         evicted_from = next(edge for edge in edges if edge > evicted_from)
     assert 0 < evicted_from < LENGTH
@@ -287,7 +285,7 @@ def test_a_policy_that_recalls_an_evicted_block(monkeypatch, model, ids, edges):
     close(ours, reference(monkeypatch, model, ids, places))
 
 
-# --- surprisal -----------------------------------------------------------------------------------------------
+# --- surprisal ----------------------------------------------------------------------------------------
 
 
 class RemembersAnIndex(LayerMemory):

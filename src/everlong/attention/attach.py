@@ -178,20 +178,22 @@ class Attachment:
         mode = str(getattr(generation_mode, "value", generation_mode))
         if "assist" in mode or getattr(generation_config, "is_assistant", False):
             raise UnsupportedUseError(
-                "assisted decoding takes tokens back from the cache, which a ring cannot give: generate without  assistant_model, prompt_lookup_num_tokens or early exit, or detach first"
+                "assisted decoding takes tokens back from the cache, which a ring cannot give: "
+                "generate without assistant_model, prompt_lookup_num_tokens or early exit, or detach first"
             )
         if generation_config.cache_implementation is not None:
             raise UnsupportedUseError(
-                f"cache_implementation={generation_config.cache_implementation!r} cannot follow a policy: leave it out "
-                "(where the model brings it along, set model.generation_config.cache_implementation = None)"
+                f"cache_implementation={generation_config.cache_implementation!r} cannot follow a policy: "
+                "leave it out (where the model brings it along, set model.generation_config.cache_implementation = None)"
             )
         given = model_kwargs.get("past_key_values")
         if given is not None:
             refuse_foreign_cache(given, self.owner)
             if given.seen and generation_config.prefill_chunk_size is not None and not _CHUNKS_CONTINUE:
                 raise UnsupportedUseError(
-                    f"transformers {transformers.__version__} begins a chunked prefill at position 0, whatever the cache "
-                    "holds: leave prefill_chunk_size out when going on from a cache, or use transformers 5.21 or newer"
+                    f"transformers {transformers.__version__} begins a chunked prefill at position 0, whatever "
+                    "the cache holds: leave prefill_chunk_size out when going on from a cache, or use "
+                    "transformers 5.21 or newer"
                 )
         elif generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = self._implicit_cache()
@@ -199,8 +201,8 @@ class Attachment:
     def _implicit_cache(self) -> StreamCache:
         if self.policy.needs_surprisal:
             raise UnsupportedUseError(
-                f"{type(self.policy).__name__} needs the surprisal of each token, which generate() and forward() do "
-                "not report: use a session (everlong.load(...).session())"
+                f"{type(self.policy).__name__} needs the surprisal of each token, which generate() and forward() "
+                "do not report: use a session (everlong.load(...).session())"
             )
         return self.new_cache()
 
@@ -240,8 +242,8 @@ class Attachment:
             return
         if forward.attended != len(self._layers):
             raise UnsupportedUseError(
-                f"{forward.attended} of {len(self._layers)} layers followed the policy: the attention implementation "
-                "was changed while attached; call set_attn_implementation() before attach() or after detach()"
+                f"{forward.attended} of {len(self._layers)} layers followed the policy: the attention "
+                "implementation was changed while attached; call set_attn_implementation() before attach() or after detach()"
             )
         forward.cache.end(forward.tokens)
 

@@ -89,7 +89,7 @@ class StreamCache(Cache):
 
     @contextmanager
     def provisional(self) -> Iterator[None]:
-        """Within the block, tokens are seen but not settled: follow with :meth:`commit` or :meth:`rollback`."""
+        """Within the block, tokens are seen, not settled: follow with :meth:`commit` or :meth:`rollback`."""
         self._is_provisional = True
         try:
             yield
@@ -248,7 +248,8 @@ class StreamCache(Cache):
         """Hand keys and values on: the attention function puts them away, together with their queries."""
         if not self._in_forward:
             raise StateError(
-                "this cache belongs to a model attached by Everlong; the model has been detached, or is another one"
+                "this cache belongs to a model attached by Everlong, "
+                "which has been detached, or is another one"
             )
         return key_states, value_states
 
@@ -302,7 +303,8 @@ class StreamCache(Cache):
     def crop(self, *args: Any, **kwargs: Any) -> None:
         """Refuse: what left the ring cannot come back."""
         raise UnsupportedUseError(
-            "a stream's cache cannot be cropped (assisted decoding needs that): use cache.provisional() and rollback()"
+            "a stream's cache cannot be cropped (assisted decoding needs that): "
+            "use cache.provisional() and rollback()"
         )
 
     def reset(self) -> None:

@@ -74,7 +74,7 @@ def refuse_foreign_cache(cache: Any, owner: str) -> None:
 
 
 def read_padding(inputs: Inputs, cache: StreamCache) -> tuple[int, ...] | None:
-    """Return each row's left padding from the 2-D attention mask, checked against the cache's; None: no padding."""
+    """Return each row's left padding from the 2-D mask, checked against the cache's; None: no padding."""
     mask = inputs.arguments.get("attention_mask")
     if isinstance(mask, dict) or (isinstance(mask, Tensor) and mask.dim() != 2):
         raise UnsupportedUseError(
@@ -88,7 +88,8 @@ def read_padding(inputs: Inputs, cache: StreamCache) -> tuple[int, ...] | None:
     total = cache.seen + inputs.tokens
     if mask.shape != (inputs.rows, total):
         raise InputError(
-            f"the attention mask has shape {tuple(mask.shape)}; {inputs.rows} rows of {total} tokens were expected: "
+            f"the attention mask has shape {tuple(mask.shape)}; "
+            f"{inputs.rows} rows of {total} tokens were expected: "
             f"{cache.seen} seen before and {inputs.tokens} new"
         )
     pads = tuple(int(pad) for pad in (~mask).cumprod(dim=1).sum(dim=1))
@@ -119,13 +120,14 @@ def clamped_positions(
             raise UnsupportedUseError("position ids of several dimensions (images, video) are not supported")
         if given.shape[0] not in (1, inputs.rows) or given.shape[1] != inputs.tokens:
             raise InputError(
-                f"position_ids have shape {tuple(given.shape)}, for {inputs.rows} rows of {inputs.tokens} new tokens"
+                f"position_ids have shape {tuple(given.shape)}, "
+                f"for {inputs.rows} rows of {inputs.tokens} new tokens"
             )
         given, real = given.to(inputs.device), own >= 0
         if not (_agree(given, expected, real) or _agree(given, own, real)):
             raise StateError(
-                f"position_ids must continue the cache's count from {cache.seen}: leave them out and they will; "
-                "with generate(), pass all ids, or only the new ones with an attention_mask over all"
+                f"position_ids must continue the cache's count from {cache.seen}: "
+                "leave them out and they will; with generate(), pass all ids, or only the new ones with an attention_mask over all"
             )
     return own.clamp(min=0) if span is None else own.clamp(min=0, max=span - 1)
 

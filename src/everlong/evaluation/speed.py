@@ -75,7 +75,7 @@ def decode_seconds(stream: Stream, ids: Tensor, head: nn.Module | None = None) -
 def rewind(stream: Stream, depth: int) -> None:
     """Take a stock stream back to `depth` tokens. A policy's window stays as full as it is."""
     if isinstance(stream, StockStream):
-        stream.cache.crop(depth)
+        stream.cache.crop(depth - stream.seen)
 
 
 def random_ids(decoder: nn.Module, count: int, generator: torch.Generator | None = None) -> Tensor:

@@ -212,13 +212,15 @@ def _check_layers(decoder: nn.Module, seen: list[_Seen], moved: list[_Seen], nam
     if len(seen) != expected:
         raise UnsupportedModelError(
             f"{name}: {len(seen)} of {expected} layers go through transformers' attention interface; "
-            "the others (linear attention, state space, convolution, an attention of the model's own) cannot be driven"
+            "the others (linear attention, state space, convolution, an attention of the model's own) "
+            "cannot be driven"
         )
     if not all(layer.is_plain for layer in seen):
         raise UnsupportedModelError(f"{name}: its attention is not causal, or has a mask or bias of its own")
     if any(not _close(there.key, here.key) for here, there in zip(seen, moved, strict=True)):
         raise UnsupportedModelError(
-            f"{name}: positions reach its keys by another way than rotary tables (learned or sinusoidal positions)"
+            f"{name}: positions reach its keys by another way than rotary tables "
+            "(learned or sinusoidal positions)"
         )
 
 
@@ -226,8 +228,8 @@ def _layer(raw: _Seen, real: _Seen, rotaries: list[Rotary], name: str) -> LayerA
     index = int(raw.module.layer_idx)  # type: ignore[arg-type]
     if raw.key.shape[-1] != raw.value.shape[-1]:
         raise UnsupportedModelError(
-            f"{name}: layer {index} has keys of size {raw.key.shape[-1]} and values of size {raw.value.shape[-1]} "
-            "(as in multi-head latent attention), which is not supported yet"
+            f"{name}: layer {index} has keys of size {raw.key.shape[-1]} and values of size "
+            f"{raw.value.shape[-1]} (as in multi-head latent attention), which is not supported yet"
         )
     if torch.equal(raw.key, real.key) and torch.equal(raw.query, real.query):
         return LayerAnatomy(index, raw.module, raw.window, None, "halves")

@@ -73,7 +73,7 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def _missing_weights(decoder: nn.Module) -> str | None:
-    """Say which weights are not at hand; accelerate's hooks bring offloaded parameters, but not rotary tables."""
+    """Say which weights are not at hand; accelerate's hooks bring offloaded parameters, but no tables."""
     is_offloaded = any("_hf_hook" in module.__dict__ for module in decoder.modules())
     if not is_offloaded and any(parameter.is_meta for parameter in decoder.parameters()):
         return "its weights are not loaded (they are on the meta device)"

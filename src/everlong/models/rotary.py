@@ -90,7 +90,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
 
 
 def fresh_copy(module: nn.Module) -> nn.Module:
-    """Copy a rotary module, in the state it was built in: some change their table with the longest input seen."""
+    """Copy a rotary module, in the state it was built in: some change with the longest input seen."""
     fresh = _own_tables(module)
     if any(name in str(getattr(module, "rope_type", "")) for name in _CHANGING_TYPES):
         for name, table in list(fresh.named_buffers(recurse=False)):
@@ -104,7 +104,7 @@ def fresh_copy(module: nn.Module) -> nn.Module:
 
 
 def _own_tables(module: nn.Module) -> nn.Module:
-    """Copy a module with its buffers, but without accelerate's hooks, which may hold a whole model's weights."""
+    """Copy a module and its buffers, without accelerate's hooks, which may hold all weights."""
     own = copy.copy(module)
     for name in ("forward", "_old_forward", "_hf_hook"):
         own.__dict__.pop(name, None)
