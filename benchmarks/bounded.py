@@ -29,7 +29,9 @@ CHUNK = 500
 
 def main() -> None:
     """Measure, and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--settled", type=int, default=20_000, help="tokens after which memory is compared")
     parser.add_argument("--window", type=int, default=1024)

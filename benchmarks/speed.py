@@ -34,7 +34,9 @@ CHUNK, STEPS = 512, 20
 
 def main() -> None:
     """Measure what is missing, and write the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--window", type=int, default=2048)
     parser.add_argument("--depths", type=int, nargs="+", default=[8192, 16384, 32768])
@@ -55,7 +57,8 @@ def main() -> None:
     def both(stack: ExitStack) -> list[Stream]:
         """Open a stock stream and one of ours, on two copies of the model."""
         return [
-            stack.enter_context(open_stream(model, p)) for model, p in zip(models, (None, policy), strict=True)
+            stack.enter_context(open_stream(model, p))
+            for model, p in zip(models, (None, policy), strict=True)
         ]
 
     def at_depth(depth: int) -> dict[str, Any]:
@@ -81,7 +84,9 @@ def main() -> None:
 
     def once(method: str, tokens: int) -> dict[str, Any]:
         command = [sys.executable, __file__, "--model", options.model, "--window", str(options.window)]
-        done = subprocess.run([*command, "--peak", method, str(tokens)], capture_output=True, check=True, text=True)
+        done = subprocess.run(
+            [*command, "--peak", method, str(tokens)], capture_output=True, check=True, text=True
+        )
         result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         return result
 
@@ -117,7 +122,18 @@ def page(options: Any, short: Any, deep: Any, whole: Any) -> list[str]:
         f"{options.repeats}, the two in turn; a ratio above 1 is in our favour.",
         "",
         *table(
-            ["context", "prefill, tok/s: stock", "ours", "ratio", "decode, ms: stock", "ours", "ratio", "state, MiB: stock", "ours", "ratio"],
+            [
+                "context",
+                "prefill, tok/s: stock",
+                "ours",
+                "ratio",
+                "decode, ms: stock",
+                "ours",
+                "ratio",
+                "state, MiB: stock",
+                "ours",
+                "ratio",
+            ],
             [[f"{n:,}", *deep_cells(row)] for n, row in deep.items()],
         ),
         "",

@@ -261,7 +261,7 @@ class RecallsABlock(Policy):
     "edges", [EDGES["chunks"], EDGES["token by token"]], ids=["chunks", "token by token"]
 )
 def test_a_policy_that_recalls_an_evicted_block(monkeypatch, model, ids, edges):
-    """A block is recalled from the forward after the one in which it left, or by the token that pushed it out."""
+    """A block is recalled from the forward after the one in which it left, or by the token that pushes it."""
     policy = RecallsABlock()
     with attach(model, policy) as handle:
         cache = handle.new_cache()

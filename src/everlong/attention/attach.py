@@ -184,15 +184,16 @@ class Attachment:
         if generation_config.cache_implementation is not None:
             raise UnsupportedUseError(
                 f"cache_implementation={generation_config.cache_implementation!r} cannot follow a policy: "
-                "leave it out (where the model brings it along, set model.generation_config.cache_implementation = None)"
+                "leave it out (where the model brings it along, set "
+                "model.generation_config.cache_implementation = None)"
             )
         given = model_kwargs.get("past_key_values")
         if given is not None:
             refuse_foreign_cache(given, self.owner)
             if given.seen and generation_config.prefill_chunk_size is not None and not _CHUNKS_CONTINUE:
                 raise UnsupportedUseError(
-                    f"transformers {transformers.__version__} begins a chunked prefill at position 0, whatever "
-                    "the cache holds: leave prefill_chunk_size out when going on from a cache, or use "
+                    f"transformers {transformers.__version__} begins a chunked prefill at position 0, "
+                    "whatever the cache holds: leave prefill_chunk_size out when going on from a cache, or use "
                     "transformers 5.21 or newer"
                 )
         elif generation_config.use_cache is not False:
@@ -201,8 +202,8 @@ class Attachment:
     def _implicit_cache(self) -> StreamCache:
         if self.policy.needs_surprisal:
             raise UnsupportedUseError(
-                f"{type(self.policy).__name__} needs the surprisal of each token, which generate() and forward() "
-                "do not report: use a session (everlong.load(...).session())"
+                f"{type(self.policy).__name__} needs the surprisal of each token, which generate() and "
+                "forward() do not report: use a session (everlong.load(...).session())"
             )
         return self.new_cache()
 
@@ -243,7 +244,8 @@ class Attachment:
         if forward.attended != len(self._layers):
             raise UnsupportedUseError(
                 f"{forward.attended} of {len(self._layers)} layers followed the policy: the attention "
-                "implementation was changed while attached; call set_attn_implementation() before attach() or after detach()"
+                "implementation was changed while attached; call set_attn_implementation() before attach() "
+                "or after detach()"
             )
         forward.cache.end(forward.tokens)
 

@@ -127,7 +127,8 @@ def clamped_positions(
         if not (_agree(given, expected, real) or _agree(given, own, real)):
             raise StateError(
                 f"position_ids must continue the cache's count from {cache.seen}: "
-                "leave them out and they will; with generate(), pass all ids, or only the new ones with an attention_mask over all"
+                "leave them out and they will; with generate(), pass all ids, "
+                "or only the new ones with an attention_mask over all"
             )
     return own.clamp(min=0) if span is None else own.clamp(min=0, max=span - 1)
 

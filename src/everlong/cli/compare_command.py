@@ -83,7 +83,9 @@ def compare(
     transformers' own cache. An option given with `--set` goes to every method that has it.
     """
     if methods is not None and attention is not None:
-        raise ConfigurationError("--methods names all methods and --attention one beside stock: give one of the two")
+        raise ConfigurationError(
+            "--methods names all methods and --attention one beside stock: give one of the two"
+        )
     names = methods if methods is not None else f"stock,{attention or ATTENTION_DEFAULT}"
     console = notes(quiet=quiet)
     use_threads(threads)

@@ -119,7 +119,9 @@ class MethodResult:
     @property
     def last_tokens_per_second(self) -> float:
         """Of the last full chunks, up to four: their median, the rate where the text ends."""
-        rates = [chunk.tokens / chunk.seconds for chunk in self.chunks if chunk.tokens == self.chunks[0].tokens]
+        rates = [
+            chunk.tokens / chunk.seconds for chunk in self.chunks if chunk.tokens == self.chunks[0].tokens
+        ]
         return median(rates[-4:])
 
 
@@ -247,7 +249,9 @@ def compare_methods(
             accounts = (stream.bytes(), stream.seen, stream.kept, stream.forgotten)
             stream.end_reading()
             pieces, seconds = [], []
-            for piece, spent in _write(stream, head, reading.last_hidden, ids, loaded.tokenizer, method.steps, plan):
+            for piece, spent in _write(
+                stream, head, reading.last_hidden, ids, loaded.tokenizer, method.steps, plan
+            ):
                 pieces.append(piece)
                 seconds.append(spent)
                 if on_text is not None:

@@ -116,7 +116,9 @@ def read_stream(
         A surprisal is not finite.
     """
     if ids.ndim != 1 or not len(ids):
-        raise InputError(f"a stream reads one row of at least one id, not a tensor of shape {tuple(ids.shape)}")
+        raise InputError(
+            f"a stream reads one row of at least one id, not a tensor of shape {tuple(ids.shape)}"
+        )
     ids = ids.to(head.weight.device)
     surprisal = torch.full((len(ids),), torch.nan)
     chunks: list[Chunk] = []
@@ -145,7 +147,9 @@ def read_stream(
         if progress is not None:
             spent = sum(each.seconds for each in chunks)
             mean = total / max(1, stop - 1)
-            progress(Progress(stop, len(ids), spent, stop / max(spent, 1e-9), math.exp(min(mean, 700.0)), held))
+            progress(
+                Progress(stop, len(ids), spent, stop / max(spent, 1e-9), math.exp(min(mean, 700.0)), held)
+            )
     assert carried is not None
     return Reading(surprisal, tuple(chunks), carried)
 

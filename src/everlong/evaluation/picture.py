@@ -23,9 +23,16 @@ def draw(comparison: Comparison) -> bytes:
     perplexity, speed, held = figure.subplots(1, 3)
     for result, colour in zip(comparison.results, _cycle(len(comparison.results)), strict=True):
         at = [(bucket.start + bucket.stop) / 2 for bucket in result.buckets]
-        perplexity.plot(at, [b.perplexity for b in result.buckets], "o-", ms=3.5, color=colour, label=result.name)
+        perplexity.plot(
+            at, [b.perplexity for b in result.buckets], "o-", ms=3.5, color=colour, label=result.name
+        )
         perplexity.fill_between(
-            at, [b.low for b in result.buckets], [b.high for b in result.buckets], color=colour, alpha=0.15, lw=0
+            at,
+            [b.low for b in result.buckets],
+            [b.high for b in result.buckets],
+            color=colour,
+            alpha=0.15,
+            lw=0,
         )
         ends = [chunk.stop for chunk in result.chunks]
         speed.plot(ends, [chunk.tokens / chunk.seconds for chunk in result.chunks], color=colour, lw=1.5)

@@ -89,4 +89,6 @@ def _write(path: Path, content: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}; choose another folder with --output") from error
+        raise InputError(
+            f"cannot write {path}: {error.strerror}; choose another folder with --output"
+        ) from error

@@ -59,7 +59,9 @@ def reset_peak() -> None:
     try:
         _CLEAR.write_text("5")
     except OSError as error:
-        raise UnsupportedUseError(f"this system does not let a process reset its peak memory: {error}") from error
+        raise UnsupportedUseError(
+            f"this system does not let a process reset its peak memory: {error}"
+        ) from error
 
 
 def _status(key: str) -> int:

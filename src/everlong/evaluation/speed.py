@@ -85,7 +85,9 @@ def random_ids(decoder: nn.Module, count: int, generator: torch.Generator | None
     return ids.to(embedding.weight.device)
 
 
-def rates(streams: Sequence[Stream], *, chunk: int, steps: int, repeats: int, seed: int = 1) -> list[dict[str, float]]:
+def rates(
+    streams: Sequence[Stream], *, chunk: int, steps: int, repeats: int, seed: int = 1
+) -> list[dict[str, float]]:
     """Measure filled streams in turn, several times over, and return each one's medians.
 
     Parameters
@@ -103,7 +105,9 @@ def rates(streams: Sequence[Stream], *, chunk: int, steps: int, repeats: int, se
         ``prefill_tokens_per_second`` and ``decode_ms``, both medians, per stream.
     """
     if repeats < 1 or steps < 1 or chunk < 1:
-        raise ConfigurationError(f"repeats, steps and chunk must be at least 1, not {repeats}, {steps}, {chunk}")
+        raise ConfigurationError(
+            f"repeats, steps and chunk must be at least 1, not {repeats}, {steps}, {chunk}"
+        )
     generator = torch.Generator().manual_seed(seed)
     prefill: list[list[float]] = [[] for _ in streams]
     decode: list[list[float]] = [[] for _ in streams]

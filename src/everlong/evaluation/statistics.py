@@ -55,7 +55,7 @@ def stream_interval(values: Sequence[float]) -> Interval:
 
 
 def _student(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t."""
+    """Return the 97.5 % quantile of Student's t."""
     exact = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764, 5: 2.5706, 6: 2.4469, 7: 2.3646, 8: 2.3060}
     if freedom in exact:
         return exact[freedom]

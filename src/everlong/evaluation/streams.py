@@ -71,17 +71,18 @@ class StockStream(Stream):
     def __init__(self, model: nn.Module) -> None:
         decoder = decoder_of(model)
         super().__init__(decoder)
-        self._cache = DynamicCache(config=decoder.config)
+        self._cache = DynamicCache(config=_config_of(decoder))
 
     @property
     def cache(self) -> DynamicCache:
-        """transformers' cache."""
+        """Transformers' cache."""
         return self._cache
 
     @property
     def layers(self) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of each layer that holds any."""
-        return [(layer.keys, layer.values) for layer in self._cache.layers if layer.is_initialized]
+        layers: list[Any] = list(self._cache.layers)
+        return [(layer.keys, layer.values) for layer in layers if layer.is_initialized]
 
     def bytes(self) -> dict[str, int]:
         """Bytes of all keys and values."""
@@ -154,3 +155,7 @@ def open_stream(model: nn.Module, policy: Policy | None) -> Iterator[Stream]:
         return
     with attach(model, policy) as attachment:
         yield PolicyStream(attachment)
+
+
+def _config_of(decoder: Any) -> Any:
+    return decoder.config

@@ -153,10 +153,11 @@ class Rotary:
 
     def _read(self, module: nn.Module) -> Frequencies:
         inverse: Tensor = getattr(module, f"{self._prefix}inv_freq")
-        scaling = getattr(module, f"{self._prefix}attention_scaling", None)
-        if scaling is None:
-            scaling = getattr(module, "attention_scaling", 1.0)
-        return Frequencies(inverse.detach().to("cpu", torch.float64, copy=True), float(scaling))
+        shared: Any = getattr(module, "attention_scaling", 1.0)
+        scaling: Any = getattr(module, f"{self._prefix}attention_scaling", shared)
+        return Frequencies(
+            inverse.detach().to("cpu", torch.float64, copy=True), float(1.0 if scaling is None else scaling)
+        )
 
 
 class IdentityRotary(nn.Module):

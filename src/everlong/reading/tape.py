@@ -154,7 +154,7 @@ class Tape:
 
     def end_of_read(self) -> None:
         """Tell the policy, once, that reading is over for now."""
-        with deferred_interrupt():
+        with deferred_interrupt(), torch.inference_mode():
             if self._is_reading:
                 self.driver.cache.end_of_prefill()
             self._is_reading = False
