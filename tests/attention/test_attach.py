@@ -257,6 +257,9 @@ def test_changing_tables_give_what_a_fresh_stock_model_gives_at_each_length(scal
                 last = model(ids[:, begin : min(begin + 9, length)], past_key_values=cache).logits[:, -1]
             if length <= 64:  # beyond, hidden states of earlier chunks saw the earlier tables
                 torch.testing.assert_close(last, stock[:, -1], atol=1e-4, rtol=0)
+            restored = handle.restore_cache(*cache.state())
+            again = model(ids[:, :3], past_key_values=restored).logits
+            assert torch.equal(again, model(ids[:, :3], past_key_values=cache).logits)
 
 
 # --- precision, positions, lengths ------------------------------------------------------------------------

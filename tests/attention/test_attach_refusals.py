@@ -219,6 +219,10 @@ def test_positions_of_another_shape(model, handle, ids):
 
 
 def test_another_number_of_rows(model, handle, ids):
+    padded, mask = tiny.left_padded([40, 30])
+    cache = model(padded, attention_mask=mask).past_key_values
+    with pytest.raises(StateError, match="holds 2 rows, the input has 1"):
+        model(ids[:1, :1], attention_mask=torch.tensor([[0] * 10 + [1] * 31]), past_key_values=cache)
     cache = model(ids).past_key_values
     with pytest.raises(StateError, match="holds 2 rows, the input has 1"):
         model(ids[:1], past_key_values=cache)

@@ -22,7 +22,8 @@ def ids():
 def _gradients(model, ids, **arguments):
     model.zero_grad()
     logits = model(ids, use_cache=False, **arguments).logits
-    torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+    labels = ids.masked_fill((ids == 0) | (ids.roll(1, 1) == 0), -100)  # 0 is padding, and predicts nothing
+    torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).backward()
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
@@ -42,14 +43,17 @@ def test_gradients_equal_stock_when_the_window_holds_everything(family):
             _assert_same_gradients(_gradients(model, ids), stock)
 
 
-def test_gradients_beyond_the_window_equal_stock_under_the_same_mask(model, ids):
+@pytest.mark.parametrize("lengths", [[LENGTH, LENGTH], [LENGTH, 45]], ids=["even", "padded"])
+def test_gradients_beyond_the_window_equal_stock_under_the_same_mask(model, lengths):
     """Without a ceiling LM-Infinite is a mask, which stock takes as an argument."""
+    ids, padding = tiny.left_padded(lengths)
     distance = torch.arange(LENGTH)[:, None] - torch.arange(LENGTH)
-    visible = (distance >= 0) & ((distance < WINDOW - 3) | (torch.arange(LENGTH) < 3))
-    mask = torch.zeros(LENGTH, LENGTH).masked_fill(~visible, torch.finfo(torch.float32).min)
-    stock = _gradients(model, ids, attention_mask=mask[None, None].expand(2, 1, -1, -1))
+    own = torch.arange(LENGTH) - (LENGTH - torch.tensor(lengths))[:, None, None, None]
+    visible = (distance >= 0) & ((distance < WINDOW - 3) | (own < 3)) & (own >= 0)
+    mask = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
+    stock = _gradients(model, ids, attention_mask=mask)
     with attach(model, LMInfinite(window=WINDOW, sinks=3, ceiling=None)):
-        _assert_same_gradients(_gradients(model, ids), stock)
+        _assert_same_gradients(_gradients(model, ids, attention_mask=padding), stock)
 
 
 def test_training_with_a_kept_cache_does_not_reach_back_into_it(model, ids):

@@ -193,8 +193,8 @@ class Attachment:
             if given.seen and generation_config.prefill_chunk_size is not None and not _CHUNKS_CONTINUE:
                 raise UnsupportedUseError(
                     f"transformers {transformers.__version__} begins a chunked prefill at position 0, "
-                    "whatever the cache holds: leave prefill_chunk_size out when going on from a cache, or use "
-                    "transformers 5.21 or newer"
+                    "whatever the cache holds: leave prefill_chunk_size out when going on from a cache, "
+                    "or use transformers 5.21 or newer"
                 )
         elif generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = self._implicit_cache()
@@ -222,6 +222,7 @@ class Attachment:
             refuse_foreign_cache(given, self.owner)
         cache = self._implicit_cache() if given is None else given
         is_kept = given is not None or bool(use_cache)
+        cache.admit(inputs.rows)
         pads = read_padding(inputs, cache)
         positions = clamped_positions(inputs, cache, pads, cache.window)
         outer = self._end_forward()

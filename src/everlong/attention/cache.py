@@ -123,8 +123,8 @@ class StreamCache(Cache):
 
     # --- one forward -------------------------------------------------------------------------------
 
-    def begin(self, rows: int, pads: tuple[int, ...] | None) -> None:
-        """Enter a forward of `rows` rows."""
+    def admit(self, rows: int) -> None:
+        """Raise unless a forward of `rows` rows can go on from here."""
         if self._half_done:
             raise StateError(
                 "an earlier forward on this cache ended in an error, some layers ahead of others: "
@@ -134,6 +134,9 @@ class StreamCache(Cache):
             raise StateError("there are provisional tokens: commit() or rollback() first")
         if self.rows is not None and rows != self.rows:
             raise StateError(f"this cache holds {self.rows} rows, the input has {rows}")
+
+    def begin(self, rows: int, pads: tuple[int, ...] | None) -> None:
+        """Enter a forward of `rows` rows."""
         self.rows = rows
         self.pads = pads
         self._half_done = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -63,7 +64,7 @@ def read(
             for file in files:
                 with ReadingBars(console) as bars:
                     source = sys.stdin.buffer if file == "-" else Path(file)
-                    session.read(source, progress=lambda at, file=file, bars=bars: bars.reading(file, at))
+                    session.read(source, progress=partial(bars.reading, file))
         finally:
             if state is not None:
                 session.save(state)
