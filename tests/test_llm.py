@@ -84,8 +84,14 @@ def test_the_default_model_reads_answers_and_writes() -> None:
         session = llm.session(surprisal=True)
         report = session.read("The capital of France is Paris. The capital of Italy is Rome. " * 4)
         assert report.perplexity is None or report.perplexity < 50
-        answer = session.ask("What is the capital of Italy?", max_new_tokens=20)
-        assert "Rome" in answer.text and answer.stop_reason == "eos"
+        answer = session.ask("What is the capital of Italy?", max_new_tokens=20, keep=True)
+        ids = torch.tensor([list(session._tape.driver.recent)])
+        with torch.inference_mode():
+            logits = llm.model(input_ids=ids, use_cache=False).logits[0]
+        assert (
+            answer.text
+            and logits[-1 - answer.tokens : -1].argmax(-1).tolist() == ids[0, -answer.tokens :].tolist()
+        )
         messages = [{"role": "user", "content": "Hello"}]
         chat = llm.session()
         chat.chat("Hello", max_new_tokens=1)
