@@ -20,6 +20,7 @@ import tests.tiny as tiny
 from everlong.attention import POLICIES, LMInfinite, attach
 from everlong.cli.app import build_app
 from everlong.errors import EverlongError
+from everlong.evaluation.comparison import STOCK
 from everlong.models import refusals
 
 ROOT = Path(__file__).parents[1]
@@ -111,7 +112,8 @@ def test_commands_and_their_options_exist(words):
         asked = [
             arguments[at + 1] for at, word in enumerate(arguments) if word in ("--attention", "--methods")
         ]
-        assert all(name in POLICIES for names in asked for name in names.split(","))
+        known = {*POLICIES, STOCK}
+        assert all(name in known for names in asked for name in names.split(","))
     elif program == "python":
         assert (ROOT / arguments[0]).is_file()
     else:
