@@ -2,9 +2,9 @@
 
     python benchmarks/bounded.py
 
-A tiny random model reads 1,000,000 tokens under LMInfinite, in about two minutes. After the first 20,000 tokens
-resident memory may grow by less than 1 %, the bytes the cache reports must be those of the tensors it really
-holds, and a chunk at the end must take what it took there (medians over 100 chunks).
+A tiny random model reads 1,000,000 tokens under LMInfinite, in about two minutes. After the first 20,000
+tokens resident memory may grow by less than 1 %, the bytes the cache reports must be those of the tensors it
+really holds, and a chunk at the end must take what it took there (medians over 100 chunks).
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def main() -> None:
     growth = row["resident"][1] / row["resident"][0] - 1
     slower = row["milliseconds"][1] / row["milliseconds"][0] - 1
     lines = [
-        f"A random Llama of 2 layers, 4 heads of 16 dimensions; LMInfinite(window={options.window}), chunks of {CHUNK}.",
+        "A random Llama of 2 layers, 4 heads of 16 dimensions; "
+        f"LMInfinite(window={options.window}), chunks of {CHUNK}.",
         "",
         *table(
             ["", f"after {options.settled:,} tokens", f"after {options.tokens:,}", "change"],

@@ -2,10 +2,10 @@
 
     python benchmarks/speed.py
 
-At each depth a chunk of 512 tokens and 20 decode steps, from caches filled beforehand, the two in turn, median
-of 5; below the window whole prompts and decode steps; the whole prefill of the deepest context once each; and
-the peak of resident memory above the weights, in a process of its own each. About 25 minutes on 2 CPU cores,
-which must be quiet: ratios are taken within one run. Every row is kept, so it can be interrupted.
+At each depth a chunk of 512 tokens and 20 decode steps, from caches filled beforehand, the two in turn,
+median of 5; below the window whole prompts and decode steps; the whole prefill of the deepest context once
+each; and the peak of resident memory above the weights, in a process of its own each. About 25 minutes on 2
+CPU cores, which must be quiet: ratios are taken within one run. Every row is kept, so it can be interrupted.
 """
 
 from __future__ import annotations
@@ -118,8 +118,8 @@ def prefill_once(model: str, window: int, method: str, tokens: int) -> dict[str,
 def page(options: Any, short: Any, deep: Any, whole: Any) -> list[str]:
     """Lay the tables out; ratios above 1 are in our favour."""
     lines = [
-        f"{options.model}, float32; ours: LMInfinite(window={options.window}); chunks of {CHUNK} tokens. Medians of "
-        f"{options.repeats}, the two in turn; a ratio above 1 is in our favour.",
+        f"{options.model}, float32; ours: LMInfinite(window={options.window}); chunks of {CHUNK} tokens. "
+        f"Medians of {options.repeats}, the two in turn; a ratio above 1 is in our favour.",
         "",
         *table(
             [

@@ -109,7 +109,7 @@ def seen_distances(policy: Policy, chunks: int = 1, tokens: int = TOKENS) -> Ten
         )
         cache = handle.new_cache()
         for ids in torch.split(torch.arange(tokens)[None], chunks, dim=1):
-            handle.decoder(input_ids=ids, past_key_values=cache, use_cache=True)
+            handle.decoder(input_ids=ids, use_cache=True, **{handle.cache_argument: cache})
         watch.remove()
     weights = torch.cat(rows)
     logits = weights.log() - content  # up to a number per row: the logit of a token that sees itself is 1

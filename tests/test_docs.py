@@ -191,7 +191,7 @@ def test_the_numbers_about_memory_are_what_a_cache_of_that_shape_holds():
     model = tiny.build("llama", num_hidden_layers=layers, num_key_value_heads=1, head_dim=heads * size)
     with attach(model, LMInfinite(window=2048, sinks=0)) as handle, torch.no_grad():
         cache = handle.new_cache()
-        handle.decoder(tiny.random_ids(1, 2048), past_key_values=cache)
+        handle.decoder(tiny.random_ids(1, 2048), **tiny.cached(cache))
         held = cache.bytes()["window"]
     assert f"{held // 2048:,} bytes a token" in text
     assert f"{held / 1e6:.0f} MB at `window=2048`, {4 * held / 1e6:.0f} MB at 8192" in text

@@ -102,7 +102,7 @@ def test_the_example_policy_is_lm_infinite_when_it_skips_nothing(dilated):
             cache = handle.new_cache()
             pieces = [
                 model(
-                    ids[:, at : at + chunk], attention_mask=mask[:, : at + chunk], past_key_values=cache
+                    ids[:, at : at + chunk], attention_mask=mask[:, : at + chunk], **tiny.cached(cache)
                 ).logits
                 for at in range(0, ids.shape[1], chunk)
             ]

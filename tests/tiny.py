@@ -7,12 +7,21 @@ shows in the logits; norms and biases, which start at one and zero, are disturbe
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaModel,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 
 VOCAB = 97
 TRAINING_LENGTH = 64
@@ -171,6 +180,16 @@ def left_padded(lengths: list[int], seed: int = 0, vocab: int = VOCAB) -> tuple[
     place = torch.arange(max(lengths)).expand_as(ids)
     mask = (place >= max(lengths) - torch.tensor(lengths)[:, None]).long()
     return ids * mask, mask
+
+
+def cached(cache: Any) -> dict[str, Any]:
+    """Name a cache as this transformers does, for ``model(ids, **cached(cache))``."""
+    return {CACHE_ARGUMENT: cache}
+
+
+def cache_of(output: Any) -> Any:
+    """Return the cache in the output of a forward or of ``generate()``."""
+    return getattr(output, CACHE_ARGUMENT)
 
 
 CHAT_TEMPLATE = (

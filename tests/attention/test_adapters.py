@@ -45,7 +45,7 @@ def test_attaching_to_the_peft_model_or_to_its_base_is_the_same(adapted, which):
         written = adapted.generate(input_ids=ids, max_new_tokens=15, do_sample=False)
         assert torch.equal(written, hand_loop(adapted, ids, 15))
         result = adapted(ids)
-        assert isinstance(result.past_key_values, StreamCache)
+        assert isinstance(tiny.cache_of(result), StreamCache)
         with adapted.disable_adapter(), torch.no_grad():
             assert not torch.allclose(adapted(ids).logits, result.logits, atol=1e-2)
     if which == "the PEFT model":
@@ -81,7 +81,7 @@ def test_a_cache_with_an_adapter_per_row_goes_on_chunk_by_chunk(adapted):
             logits = adapted(
                 input_ids=ids[:, begin:stop],
                 attention_mask=mask[:, :stop],
-                past_key_values=cache,
+                **tiny.cached(cache),
                 adapter_names=names,
             ).logits
         for row, (length, name) in enumerate(zip(lengths, names, strict=True)):

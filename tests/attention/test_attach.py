@@ -38,7 +38,7 @@ def expected(model, ids):
 @torch.no_grad()
 def test_forward_with_use_cache_false_returns_no_cache(model, ids):
     with attach(model, POLICY):
-        assert model(ids, use_cache=False).past_key_values is None
+        assert tiny.cache_of(model(ids, use_cache=False)) is None
 
 
 @torch.no_grad()
@@ -46,12 +46,26 @@ def test_forward_with_use_cache_false_returns_no_cache(model, ids):
 def test_forward_without_a_cache_returns_one_that_continues(model, ids, expected, arguments):
     with attach(model, POLICY):
         first = model(ids[:, :41], **arguments)
-        cache = first.past_key_values
-        second = model(ids[:, 41:], past_key_values=cache)
+        cache = tiny.cache_of(first)
+        second = model(ids[:, 41:], **tiny.cached(cache))
     assert isinstance(cache, StreamCache)
     assert (cache.seen, cache.kept, cache.forgotten) == (LENGTH, 24, LENGTH - 24)
-    assert second.past_key_values is cache
+    assert tiny.cache_of(second) is cache
     torch.testing.assert_close(torch.cat((first.logits, second.logits), 1), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@torch.no_grad()
+@pytest.mark.parametrize("by", ["model", "decoder"])
+def test_the_cache_may_be_given_by_its_older_name(model, ids, expected, by):
+    head = model.get_output_embeddings()
+    with attach(model, POLICY) as handle:
+        cache = handle.new_cache()
+        forward = model if by == "model" else handle.decoder
+        output = [forward(part, past_key_values=cache) for part in (ids[:, :41], ids[:, 41:])]
+    assert cache.seen == LENGTH
+    logits = [each.logits if by == "model" else head(each.last_hidden_state) for each in output]
+    torch.testing.assert_close(torch.cat(logits, 1), expected, atol=1e-4, rtol=0)
 
 
 @torch.no_grad()
@@ -59,7 +73,7 @@ def test_the_models_own_config_may_turn_the_cache_off(ids, expected):
     quiet = tiny.build("llama", use_cache=False)
     with attach(quiet, POLICY):
         result = quiet(ids)
-    assert result.past_key_values is None
+    assert tiny.cache_of(result) is None
     torch.testing.assert_close(result.logits, expected, atol=1e-4, rtol=0)
 
 
@@ -67,8 +81,8 @@ def test_the_models_own_config_may_turn_the_cache_off(ids, expected):
 def test_use_cache_false_beside_a_cache_still_continues_it_as_stock_does(model, ids, expected):
     with attach(model, POLICY) as handle:
         cache = handle.new_cache()
-        model(ids[:, :50], past_key_values=cache, use_cache=False)
-        result = model(ids[:, 50:], past_key_values=cache, use_cache=False)
+        model(ids[:, :50], **tiny.cached(cache), use_cache=False)
+        result = model(ids[:, 50:], **tiny.cached(cache), use_cache=False)
     assert cache.seen == LENGTH
     torch.testing.assert_close(result.logits, expected[:, 50:], atol=1e-4, rtol=0)
 
@@ -76,9 +90,9 @@ def test_use_cache_false_beside_a_cache_still_continues_it_as_stock_does(model, 
 @torch.no_grad()
 def test_two_implicit_caches_do_not_share_anything(model, ids, expected):
     with attach(model, POLICY):
-        one, other = model(ids[:1, :50]).past_key_values, model(ids[1:, :50]).past_key_values
-        first = model(ids[:1, 50:], past_key_values=one).logits
-        second = model(ids[1:, 50:], past_key_values=other).logits
+        one, other = tiny.cache_of(model(ids[:1, :50])), tiny.cache_of(model(ids[1:, :50]))
+        first = model(ids[:1, 50:], **tiny.cached(one)).logits
+        second = model(ids[1:, 50:], **tiny.cached(other)).logits
     torch.testing.assert_close(torch.cat((first, second)), expected[:, 50:], atol=1e-4, rtol=0)
 
 
@@ -109,7 +123,7 @@ def test_position_ids_that_continue_the_count_are_taken(model, ids, expected):
         cache = handle.new_cache()
         for begin, stop in ((0, 7), (7, 40), (40, LENGTH)):
             positions = torch.arange(begin, stop)[None]
-            logits = model(ids[:, begin:stop], position_ids=positions, past_key_values=cache).logits
+            logits = model(ids[:, begin:stop], position_ids=positions, **tiny.cached(cache)).logits
             torch.testing.assert_close(logits, expected[:, begin:stop], atol=1e-4, rtol=0)
 
 
@@ -122,7 +136,7 @@ def test_a_cache_begun_in_one_grad_mode_goes_on_in_another(model, ids, expected)
             cache = handle.new_cache()
             for step, (begin, stop) in enumerate(zip(edges, edges[1:], strict=False)):
                 with modes[(step + shift) % len(modes)]():
-                    logits = model(ids[:, begin:stop], past_key_values=cache).logits
+                    logits = model(ids[:, begin:stop], **tiny.cached(cache)).logits
                 torch.testing.assert_close(logits, expected[:, begin:stop], atol=1e-4, rtol=0)
 
 
@@ -254,12 +268,12 @@ def test_changing_tables_give_what_a_fresh_stock_model_gives_at_each_length(scal
             torch.testing.assert_close(model(ids[:, :length]).logits, stock, atol=1e-4, rtol=0)
             cache = handle.new_cache()
             for begin in range(0, length, 9):
-                last = model(ids[:, begin : min(begin + 9, length)], past_key_values=cache).logits[:, -1]
+                last = model(ids[:, begin : min(begin + 9, length)], **tiny.cached(cache)).logits[:, -1]
             if length <= 64:  # beyond, hidden states of earlier chunks saw the earlier tables
                 torch.testing.assert_close(last, stock[:, -1], atol=1e-4, rtol=0)
             restored = handle.restore_cache(*cache.state())
-            again = model(ids[:, :3], past_key_values=restored).logits
-            assert torch.equal(again, model(ids[:, :3], past_key_values=cache).logits)
+            again = model(ids[:, :3], **tiny.cached(restored)).logits
+            assert torch.equal(again, model(ids[:, :3], **tiny.cached(cache)).logits)
 
 
 # --- precision, positions, lengths ------------------------------------------------------------------------
@@ -312,7 +326,7 @@ def test_a_model_that_does_not_say_its_training_length_asks_for_a_window(ids):
     assert torch.equal(silent(ids).logits, before)
     with attach(silent, LMInfinite(window=24)) as handle:
         assert handle.training_length is None
-        assert silent(ids).past_key_values.kept == 24
+        assert tiny.cache_of(silent(ids)).kept == 24
 
 
 def test_the_window_is_filled_in_from_the_training_length(model):

@@ -44,9 +44,9 @@ def test_a_cache_of_another_attachment(model, handle, ids):
     with attach(tiny.build("llama", seed=1), POLICY) as other:
         foreign = other.new_cache()
     with pytest.raises(StateError, match="another model, or to an attachment that has ended"):
-        model(ids, past_key_values=foreign)
+        model(ids, **tiny.cached(foreign))
     with pytest.raises(StateError, match="another model"):
-        model.generate(ids, past_key_values=foreign, max_new_tokens=2)
+        model.generate(ids, **tiny.cached(foreign), max_new_tokens=2)
 
 
 def test_a_cache_of_an_earlier_attachment_of_the_same_model(ids):
@@ -54,7 +54,7 @@ def test_a_cache_of_an_earlier_attachment_of_the_same_model(ids):
     with attach(model, POLICY) as first:
         cache = first.new_cache()
     with attach(model, POLICY), pytest.raises(StateError, match="attachment that has ended"):
-        model(ids, past_key_values=cache)
+        model(ids, **tiny.cached(cache))
 
 
 def test_changing_the_attention_implementation_while_attached(ids):
@@ -65,12 +65,18 @@ def test_changing_the_attention_implementation_while_attached(ids):
             model(ids)
 
 
+def test_two_caches_under_the_two_names(model, handle, ids):
+    caches = {"cache": handle.new_cache(), "past_key_values": handle.new_cache()}
+    with pytest.raises(InputError, match="two caches were given"):
+        handle.decoder(ids, **caches)
+
+
 # --- caches of others -----------------------------------------------------------------------------------
 
 
 def _filled(model, ids):
     twin = tiny.build("llama")
-    return twin(ids[:, :10]).past_key_values
+    return tiny.cache_of(twin(ids[:, :10]))
 
 
 CACHES = {
@@ -88,9 +94,9 @@ CACHES = {
 def test_caches_that_hold_rotated_keys(model, handle, ids, kind):
     cache = CACHES[kind](model, ids)
     with pytest.raises(UnsupportedUseError, match=f"a {type(cache).__name__} cannot follow.*new_cache"):
-        model(ids, past_key_values=cache)
+        model(ids, **tiny.cached(cache))
     with pytest.raises(UnsupportedUseError, match=f"a {type(cache).__name__} cannot follow"):
-        model.generate(ids, past_key_values=cache, max_new_tokens=2)
+        model.generate(ids, **tiny.cached(cache), max_new_tokens=2)
 
 
 @pytest.mark.parametrize("kind", ["static", "offloaded_static", "dynamic", "offloaded", "quantized"])
@@ -100,7 +106,7 @@ def test_cache_implementations(model, handle, ids, kind):
 
 
 def test_a_cache_cannot_be_cropped(model, handle, ids):
-    cache = model(ids).past_key_values
+    cache = tiny.cache_of(model(ids))
     assert not cache.is_croppable and not cache.is_compileable
     with pytest.raises(UnsupportedUseError, match="provisional"):
         cache.crop(3)
@@ -131,22 +137,22 @@ def test_assisting_another_model(model, handle, ids):
 
 @pytest.mark.skipif(_CHUNKS_CONTINUE, reason="this transformers can")
 def test_a_chunked_prefill_that_would_not_go_on_from_the_cache(model, handle, ids):
-    cache = model(ids[:, :20]).past_key_values
+    cache = tiny.cache_of(model(ids[:, :20]))
     with pytest.raises(
         UnsupportedUseError, match=f"transformers {transformers.__version__}.*prefill_chunk_size"
     ):
-        model.generate(ids, past_key_values=cache, prefill_chunk_size=5, max_new_tokens=2)
+        model.generate(ids, **tiny.cached(cache), prefill_chunk_size=5, max_new_tokens=2)
 
 
 def test_new_ids_alone_do_not_go_on_from_a_cache(model, handle, ids):
     """transformers cannot tell them from all ids; the message says how to."""
-    cache = model(ids).past_key_values
+    cache = tiny.cache_of(model(ids))
     expected = (
         "pass all ids, or only the new ones with an attention_mask over all|zero tokens.*in the cache already"
     )
     for count in (1, 6, 20, 39, 40):
         with pytest.raises((StateError, InputError), match=expected):
-            model.generate(ids[:, :count], past_key_values=cache, max_new_tokens=2)
+            model.generate(ids[:, :count], **tiny.cached(cache), max_new_tokens=2)
     assert cache.seen == 40
 
 
@@ -166,26 +172,26 @@ def test_padding_that_is_not_on_the_left(model, handle, ids, zeros):
     mask[1, zeros] = 0
     with pytest.raises(InputError, match="pad left"):
         model(ids, attention_mask=mask)
-    cache = model(ids[:, :5]).past_key_values
+    cache = tiny.cache_of(model(ids[:, :5]))
     with pytest.raises((InputError, StateError), match="pad left|padding"):
-        model(ids[:, 5:], attention_mask=mask, past_key_values=cache)
+        model(ids[:, 5:], attention_mask=mask, **tiny.cached(cache))
 
 
 def test_padding_that_begins_after_the_stream_has(model, handle, ids):
     mask = torch.ones_like(ids)
-    cache = model(ids[:, :20], attention_mask=mask[:, :20]).past_key_values
+    cache = tiny.cache_of(model(ids[:, :20], attention_mask=mask[:, :20]))
     mask[1, :5] = 0
     with pytest.raises(StateError, match=r"the mask says \(0, 5\)"):
-        model(ids[:, 20:], attention_mask=mask, past_key_values=cache)
+        model(ids[:, 20:], attention_mask=mask, **tiny.cached(cache))
 
 
 @pytest.mark.parametrize("width", [20, 39, 41, 60])
 def test_a_mask_of_another_length_than_seen_and_new(model, handle, ids, width):
-    cache = model(ids[:, :20]).past_key_values
+    cache = tiny.cache_of(model(ids[:, :20]))
     mask = torch.ones(2, width, dtype=torch.long)
     mask[0, 0] = 0
     with pytest.raises(InputError, match="2 rows of 40 tokens were expected: 20 seen before and 20 new"):
-        model(ids[:, 20:], attention_mask=mask, past_key_values=cache)
+        model(ids[:, 20:], attention_mask=mask, **tiny.cached(cache))
 
 
 def test_a_prepared_mask(model, handle, ids):
@@ -201,9 +207,9 @@ def test_a_prepared_mask(model, handle, ids):
     ids=["0", "21", "backwards"],
 )
 def test_positions_that_do_not_go_on(model, handle, ids, positions):
-    cache = model(ids[:, :20]).past_key_values
+    cache = tiny.cache_of(model(ids[:, :20]))
     with pytest.raises(StateError, match="continue the cache's count from 20"):
-        model(ids[:, 20:], position_ids=positions[None], past_key_values=cache)
+        model(ids[:, 20:], position_ids=positions[None], **tiny.cached(cache))
 
 
 def test_positions_that_jump_at_the_start(model, handle, ids):
@@ -220,13 +226,13 @@ def test_positions_of_another_shape(model, handle, ids):
 
 def test_another_number_of_rows(model, handle, ids):
     padded, mask = tiny.left_padded([40, 30])
-    cache = model(padded, attention_mask=mask).past_key_values
+    cache = tiny.cache_of(model(padded, attention_mask=mask))
     with pytest.raises(StateError, match="holds 2 rows, the input has 1"):
-        model(ids[:1, :1], attention_mask=torch.tensor([[0] * 10 + [1] * 31]), past_key_values=cache)
-    cache = model(ids).past_key_values
+        model(ids[:1, :1], attention_mask=torch.tensor([[0] * 10 + [1] * 31]), **tiny.cached(cache))
+    cache = tiny.cache_of(model(ids))
     with pytest.raises(StateError, match="holds 2 rows, the input has 1"):
-        model(ids[:1], past_key_values=cache)
-    assert model(ids, past_key_values=cache).past_key_values.seen == 80, "refused before anything was read"
+        model(ids[:1], **tiny.cached(cache))
+    assert tiny.cache_of(model(ids, **tiny.cached(cache))).seen == 80, "refused before anything was read"
 
 
 def test_attention_weights(model, handle, ids):
@@ -259,21 +265,21 @@ def test_gradient_checkpointing(ids):
 
 def test_a_refused_input_leaves_the_cache_as_it_was(model, handle, ids):
     expected = model(ids, use_cache=False).logits
-    cache = model(ids[:, :20]).past_key_values
+    cache = tiny.cache_of(model(ids[:, :20]))
     for refused in (
         {"attention_mask": torch.zeros(2, 1, 20, 20)},
         {"position_ids": torch.zeros(1, 20, dtype=torch.long)},
         {"output_attentions": True},
     ):
         with pytest.raises((InputError, StateError, UnsupportedUseError)):
-            model(ids[:, 20:], past_key_values=cache, **refused)
-    logits = model(ids[:, 20:], past_key_values=cache).logits
+            model(ids[:, 20:], **tiny.cached(cache), **refused)
+    logits = model(ids[:, 20:], **tiny.cached(cache)).logits
     torch.testing.assert_close(logits, expected[:, 20:], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
 def test_a_forward_that_fails_between_layers_leaves_the_cache_half_done(model, handle, ids, error):
-    cache = model(ids[:, :20]).past_key_values
+    cache = tiny.cache_of(model(ids[:, :20]))
     before = cache.fork()
 
     def fail(*_):
@@ -281,14 +287,14 @@ def test_a_forward_that_fails_between_layers_leaves_the_cache_half_done(model, h
 
     hook = model.model.layers[1].register_forward_pre_hook(fail)
     with pytest.raises(error):
-        model(ids[:, 20:], past_key_values=cache)
+        model(ids[:, 20:], **tiny.cached(cache))
     hook.remove()
     for use in (
-        lambda: model(ids[:, 20:], past_key_values=cache),
-        lambda: model.generate(ids, past_key_values=cache, max_new_tokens=2),
+        lambda: model(ids[:, 20:], **tiny.cached(cache)),
+        lambda: model.generate(ids, **tiny.cached(cache), max_new_tokens=2),
         cache.state,
     ):
         with pytest.raises(StateError, match="half-done|ended in an error"):
             use()
     expected = model(ids, use_cache=False).logits[:, 20:]
-    torch.testing.assert_close(model(ids[:, 20:], past_key_values=before).logits, expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(model(ids[:, 20:], **tiny.cached(before)).logits, expected, atol=1e-4, rtol=0)

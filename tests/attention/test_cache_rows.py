@@ -45,7 +45,7 @@ def close(ours, expected):
 def feed(model, cache, ids, mask, edges):
     """Read the batch chunk by chunk; return the last chunk's logits."""
     for begin, stop in zip(edges, edges[1:], strict=False):
-        logits = model(ids[:, begin:stop], attention_mask=mask[:, :stop], past_key_values=cache).logits
+        logits = model(ids[:, begin:stop], attention_mask=mask[:, :stop], **tiny.cached(cache)).logits
     return logits
 
 
@@ -54,7 +54,7 @@ def continued(model, cache, rows, seed=7):
     ids = tiny.random_ids(1, 12, seed=seed).expand(rows, -1)
     edges = (0, 5, 10, 11, 12)
     pieces = [
-        model(ids[:, begin:stop], past_key_values=cache).logits
+        model(ids[:, begin:stop], **tiny.cached(cache)).logits
         for begin, stop in zip(edges, edges[1:], strict=False)
     ]
     return torch.cat(pieces, 1)
@@ -76,7 +76,7 @@ def test_padded_rows_equal_the_rows_alone(model, handle, batch, edges):
     feed(model, cache, ids, mask, edges)
     together = continued(model, cache, len(LENGTHS))
     for row, length in enumerate(LENGTHS):
-        alone = model(ids[row : row + 1, -length:]).past_key_values
+        alone = tiny.cache_of(model(ids[row : row + 1, -length:]))
         close(together[row : row + 1], continued(model, alone, 1))
 
 
@@ -85,11 +85,11 @@ def test_padding_can_be_left_out_once_it_is_known(model, handle, batch):
     longer = torch.cat((ids, tiny.random_ids(4, 9, seed=3)), 1)
     given, left_out = handle.new_cache(), handle.new_cache()
     for cache in (given, left_out):
-        model(ids, attention_mask=mask, past_key_values=cache)
+        model(ids, attention_mask=mask, **tiny.cached(cache))
     whole = torch.cat((mask, mask.new_ones(4, 9)), 1)
     assert torch.equal(
-        model(longer[:, 60:], attention_mask=whole, past_key_values=given).logits,
-        model(longer[:, 60:], past_key_values=left_out).logits,
+        model(longer[:, 60:], attention_mask=whole, **tiny.cached(given)).logits,
+        model(longer[:, 60:], **tiny.cached(left_out)).logits,
     )
 
 
@@ -163,7 +163,7 @@ def test_a_copy_and_its_original_go_on_independently(model, handle, batch, make)
 
 def test_a_copy_does_not_reach_the_model(model, handle, batch):
     """Caches are copied and sent around; one that refers to the model would take it along."""
-    cache = model(batch[0]).past_key_values
+    cache = tiny.cache_of(model(batch[0]))
     seen, stack = set(), [cache]
     while stack:
         thing = stack.pop()
@@ -204,7 +204,7 @@ def cache_kept(handle, read):
 
 
 def test_a_state_with_a_part_missing_is_refused(model, handle, batch):
-    cache = model(batch[0]).past_key_values
+    cache = tiny.cache_of(model(batch[0]))
     tensors, meta = cache.state()
     for key in ("policy", "options", "seen", "offset", "pads", "rows", "local_windows", "layers", "shapes"):
         with pytest.raises(StateError, match="not complete|other layers"):
@@ -218,12 +218,12 @@ def test_a_state_with_a_part_missing_is_refused(model, handle, batch):
 def test_reset_begins_again(model, handle, batch):
     ids, _ = batch
     cache = handle.new_cache()
-    expected = model(ids[:2], past_key_values=cache).logits
+    expected = model(ids[:2], **tiny.cached(cache)).logits
     cache.reset()
     assert cache.seen == 0 and not cache.is_initialized
-    assert torch.equal(model(ids[:2], past_key_values=cache).logits, expected)
+    assert torch.equal(model(ids[:2], **tiny.cached(cache)).logits, expected)
     cache.reset()
-    model(ids, past_key_values=cache)  # also with another number of rows
+    model(ids, **tiny.cached(cache))  # also with another number of rows
 
 
 # --- accounts ---------------------------------------------------------------------------------------------
@@ -233,7 +233,7 @@ def test_accounts_add_up_to_what_was_read(model, handle, batch):
     ids, mask = batch
     cache = handle.new_cache()
     for begin, stop in ((0, 10), (10, 24), (24, 25), (25, 60)):
-        model(ids[:, begin:stop], attention_mask=mask[:, :stop], past_key_values=cache)
+        model(ids[:, begin:stop], attention_mask=mask[:, :stop], **tiny.cached(cache))
         assert cache.seen == cache.get_seq_length() == stop
         assert cache.kept + cache.recallable + cache.forgotten == stop
         assert cache.kept == cache_kept(handle, stop)

@@ -211,13 +211,13 @@ def test_moving_the_model_while_attached_moves_what_comes_back():
 def test_our_cache_after_detach_is_refused_by_the_stock_model(model):
     ids = tiny.random_ids(1, 12)
     with attach(model, POLICY) as handle:
-        used, fresh = model(ids).past_key_values, handle.new_cache()
+        used, fresh = tiny.cache_of(model(ids)), handle.new_cache()
     for cache in (used, fresh):
         with pytest.raises(StateError, match="detached"):
-            model(ids, past_key_values=cache)
+            model(ids, **tiny.cached(cache))
         longer = torch.cat((ids, ids), 1)
         with pytest.raises(StateError, match="detached"):
-            model.generate(longer, past_key_values=cache, max_new_tokens=2, do_sample=False)
+            model.generate(longer, **tiny.cached(cache), max_new_tokens=2, do_sample=False)
 
 
 @torch.no_grad()
@@ -232,10 +232,10 @@ def test_our_cache_left_half_done_is_refused_by_the_stock_model_too(error):
         cache = handle.new_cache()
         hook = model.model.layers[1].register_forward_pre_hook(fail)
         with pytest.raises(error):
-            model(ids, past_key_values=cache)
+            model(ids, **tiny.cached(cache))
         hook.remove()
     with pytest.raises(StateError, match="detached"):
-        model(ids, past_key_values=cache)
+        model(ids, **tiny.cached(cache))
 
 
 def test_an_attached_model_cannot_be_copied_or_pickled_and_its_state_dict_is_the_models_own():

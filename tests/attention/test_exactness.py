@@ -78,7 +78,7 @@ def ours(model, policy, edges, ids, mask):
     with attach(model, policy) as handle:
         cache = handle.new_cache()
         pieces = [
-            model(ids[:, a:b], attention_mask=mask[:, :b], past_key_values=cache, use_cache=True).logits
+            model(ids[:, a:b], attention_mask=mask[:, :b], **tiny.cached(cache), use_cache=True).logits
             for a, b in zip(edges, edges[1:], strict=False)
         ]
     return torch.cat(pieces, dim=1)
@@ -142,11 +142,11 @@ def test_the_comparison_notices_one_swapped_ring_slot():
     model, mask = model_of("grouped heads"), torch.ones_like(ids[:1])
     with attach(model, POLICIES["lm-infinite"]) as handle:
         cache = handle.new_cache()
-        model(ids[:1, :-4], past_key_values=cache, use_cache=True)
+        model(ids[:1, :-4], **tiny.cached(cache), use_cache=True)
         keys = cache.memories[0].keys
         keys[:, :, [G, G + 1]] = keys[:, :, [G + 1, G]]
         tail = torch.cat(
-            [model(ids[:1, at : at + 1], past_key_values=cache).logits for at in range(-4, -1)], dim=1
+            [model(ids[:1, at : at + 1], **tiny.cached(cache)).logits for at in range(-4, -1)], dim=1
         )
     theirs = reference("grouped heads", "lm-infinite")[:1, -4:-1]
     assert largest_difference(tail, theirs, mask[:, :3]) > 1e-4
@@ -163,7 +163,7 @@ def test_position_two_hundred_million_is_as_exact_as_position_zero(policy):
             for offset in (0, 200_000_000):
                 cache = handle.new_cache(offset=offset)
                 pieces = [
-                    model(ids[:, a:b], past_key_values=cache, use_cache=True).logits
+                    model(ids[:, a:b], **tiny.cached(cache), use_cache=True).logits
                     for a, b in zip(edges, edges[1:], strict=False)
                 ]
                 logits.append(torch.cat(pieces, dim=1))

@@ -151,13 +151,13 @@ def test_generate_goes_on_from_a_cache(model, way, size, lengths):
     options = {"do_sample": False, "prefill_chunk_size": size}
     with attach(model, POLICY) as handle:
         cache = handle.new_cache()
-        first = model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=10, **options)
+        first = model.generate(ids, attention_mask=mask, **tiny.cached(cache), max_new_tokens=10, **options)
         assert cache.seen == PROMPT + 9, "the last token written has not been read"
         everything = torch.cat((first, question), 1)
         whole_mask = torch.cat((mask, mask.new_ones(2, 21)), 1)
         new = everything if way == "all ids" else everything[:, cache.seen :]
         second = model.generate(
-            new, attention_mask=whole_mask, past_key_values=cache, max_new_tokens=10, **options
+            new, attention_mask=whole_mask, **tiny.cached(cache), max_new_tokens=10, **options
         )
         expected = hand_loop(model, everything, 10, whole_mask)
     assert cache.seen == PROMPT + 9 + 1 + 11 + 9
@@ -167,17 +167,17 @@ def test_generate_goes_on_from_a_cache(model, way, size, lengths):
 def test_generate_returns_the_cache_when_asked(model, ids):
     with attach(model, POLICY):
         result = model.generate(ids, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
-        cache = result.past_key_values
+        cache = tiny.cache_of(result)
         assert isinstance(cache, StreamCache) and cache.kept == 24
-        more = model.generate(result.sequences, past_key_values=cache, max_new_tokens=4, do_sample=False)
+        more = model.generate(result.sequences, **tiny.cached(cache), max_new_tokens=4, do_sample=False)
         assert torch.equal(more, hand_loop(model, ids, 8))
 
 
 def test_forward_goes_on_from_what_generate_left(model, ids):
     with attach(model, POLICY) as handle, torch.no_grad():
         cache = handle.new_cache()
-        written = model.generate(ids, past_key_values=cache, max_new_tokens=5, do_sample=False)
-        logits = model(written[:, cache.seen :], past_key_values=cache).logits
+        written = model.generate(ids, **tiny.cached(cache), max_new_tokens=5, do_sample=False)
+        logits = model(written[:, cache.seen :], **tiny.cached(cache)).logits
         expected = model(written, use_cache=False).logits
     torch.testing.assert_close(logits[:, -1], expected[:, -1], atol=1e-4, rtol=0)
 

@@ -59,6 +59,6 @@ def test_gradients_beyond_the_window_equal_stock_under_the_same_mask(model, leng
 def test_training_with_a_kept_cache_does_not_reach_back_into_it(model, ids):
     with attach(model, LMInfinite(window=WINDOW, sinks=3)) as handle:
         cache = handle.new_cache()
-        model(ids[:, :40], past_key_values=cache).logits.sum().backward()
-        model(ids[:, 40:], past_key_values=cache).logits.sum().backward()  # a second time through would raise
+        model(ids[:, :40], **tiny.cached(cache)).logits.sum().backward()
+        model(ids[:, 40:], **tiny.cached(cache)).logits.sum().backward()  # a second time through would raise
     model.zero_grad()

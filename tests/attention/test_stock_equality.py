@@ -33,7 +33,7 @@ def test_one_call_chunks_and_single_tokens_equal_stock(stock, policy):
         for edges in ((0, LENGTH), (0, 3, 4, 5, 21, 22, LENGTH), range(LENGTH + 1)):
             cache = handle.new_cache()
             pieces = [
-                model(ids[:, a:b], attention_mask=mask[:, :b], past_key_values=cache, use_cache=True).logits
+                model(ids[:, a:b], attention_mask=mask[:, :b], **tiny.cached(cache), use_cache=True).logits
                 for a, b in zip(edges, edges[1:], strict=False)
             ]
             ours = torch.cat(pieces, dim=1)

@@ -48,7 +48,7 @@ def ids():
 @torch.no_grad()
 def feed(model, cache, ids, edges):
     pieces = [
-        model(ids[:, begin:stop], past_key_values=cache).logits
+        model(ids[:, begin:stop], **tiny.cached(cache)).logits
         for begin, stop in zip(edges, edges[1:], strict=False)
     ]
     return torch.cat(pieces, 1)
@@ -89,7 +89,7 @@ def test_eight_tokens_taken_back_leave_no_trace(model, handle, ids, read):
     for stream in (cache, untouched):
         feed(model, stream, ids, (0, read))
     with cache.provisional():
-        model(guess, past_key_values=cache)
+        model(guess, **tiny.cached(cache))
     assert (cache.seen, cache.forgotten) == (read + 8, untouched.forgotten)
     cache.rollback()
     assert (cache.seen, cache.kept, cache.bytes()) == (read, untouched.kept, untouched.bytes())
@@ -107,7 +107,7 @@ def test_a_partly_committed_guess_is_a_stream_that_read_only_that_part(model, ha
     for stream in (cache, straight):
         feed(model, stream, ids, (0, read))
     with cache.provisional():
-        seen = model(guess, past_key_values=cache).logits
+        seen = model(guess, **tiny.cached(cache)).logits
     cache.commit(list(range(accepted)))
     if accepted:
         close(seen[:, :accepted], feed(model, straight, guess[:, :accepted], range(accepted + 1)))
@@ -138,7 +138,7 @@ def test_any_subset_of_a_guess_may_be_kept(ids):
         for stream in (cache, straight):
             feed(single, stream, ids, (0, LENGTH))
         with cache.provisional(), torch.no_grad():
-            single(guess, past_key_values=cache)
+            single(guess, **tiny.cached(cache))
         cache.commit(which)
         feed(single, straight, guess[:, which], (0, 3))
         close(feed(single, cache, later, (0, 1, 20)), feed(single, straight, later, (0, 1, 20)))
@@ -149,29 +149,29 @@ def test_guesses_in_padded_rows_and_one_after_the_other(model, handle):
     guess = tiny.random_ids(2, 8, seed=5)
     cache, straight = handle.new_cache(), handle.new_cache()
     for stream in (cache, straight):
-        model(batch, attention_mask=mask, past_key_values=stream)
+        model(batch, attention_mask=mask, **tiny.cached(stream))
     for accepted in (3, 0, 8):
         with cache.provisional():
-            model(guess, past_key_values=cache)
+            model(guess, **tiny.cached(cache))
         cache.commit(list(range(accepted)))
         if accepted:
-            model(guess[:, :accepted], past_key_values=straight)
+            model(guess[:, :accepted], **tiny.cached(straight))
     close(feed(model, cache, guess, (0, 1, 8)), feed(model, straight, guess, (0, 1, 8)))
 
 
 def test_an_open_guess_must_be_decided_first(model, handle, ids):
     cache = handle.new_cache()
     with cache.provisional():
-        model(ids[:, :8], past_key_values=cache)
+        model(ids[:, :8], **tiny.cached(cache))
     with pytest.raises(StateError, match=r"commit\(\) or rollback\(\) first"):
-        model(ids[:, :1], past_key_values=cache)
+        model(ids[:, :1], **tiny.cached(cache))
     with pytest.raises(StateError, match="provisional"):
         cache.state()
     for wrong in ([8], [-1], [0, 0]):
         with pytest.raises(StateError, match="8 provisional tokens"):
             cache.commit(wrong)
     cache.rollback()
-    model(ids[:, :1], past_key_values=cache)
+    model(ids[:, :1], **tiny.cached(cache))
     cache.rollback()
     cache.commit()
     assert cache.seen == 1, "with nothing provisional, both do nothing"
@@ -188,7 +188,7 @@ def test_a_policy_outside_the_package_equals_its_definition(monkeypatch, model, 
         cache = handle.new_cache()
         ours = torch.cat(
             [
-                model(batch[:, a:b], attention_mask=mask[:, :b], past_key_values=cache).logits
+                model(batch[:, a:b], attention_mask=mask[:, :b], **tiny.cached(cache)).logits
                 for a, b in zip(edges, edges[1:], strict=False)
             ],
             1,
@@ -220,15 +220,15 @@ def test_a_policy_outside_the_package_is_made_by_name(model, ids):
 
 def test_a_policy_outside_the_package_is_saved_and_generates(model, ids):
     with attach(model, DilatedWindow(near=6, stride=3, window=WINDOW)) as handle, torch.no_grad():
-        cache = model(ids).past_key_values
+        cache = tiny.cache_of(model(ids))
         tensors, meta = cache.state()
         written = model.generate(ids, max_new_tokens=9, do_sample=False)
         without = model.generate(ids, max_new_tokens=9, do_sample=False, use_cache=False)
         assert torch.equal(written, without)
         restored = handle.restore_cache(tensors, meta)
         assert torch.equal(
-            model(ids[:, :5], past_key_values=restored).logits,
-            model(ids[:, :5], past_key_values=cache).logits,
+            model(ids[:, :5], **tiny.cached(restored)).logits,
+            model(ids[:, :5], **tiny.cached(cache)).logits,
         )
 
 

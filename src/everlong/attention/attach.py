@@ -23,6 +23,7 @@ from everlong.attention.view import LayerCall
 from everlong.attention.window import LocalWindow
 from everlong.errors import ConfigurationError, StateError, UnsupportedModelError, UnsupportedUseError
 from everlong.models.anatomy import LayerAnatomy, decoder_of, dissect, replaced_rotaries
+from everlong.models.cache_argument import cache_argument
 from everlong.models.rotary import IdentityRotary
 from everlong.models.seam import Seam
 
@@ -61,6 +62,8 @@ class Attachment:
         What full-attention layers follow, resolved for this model.
     training_length : int or None
         Tokens the model was trained on at most.
+    cache_argument : str
+        What its forward calls the cache: ``"cache"``, or ``"past_key_values"`` before transformers 5.24.
     """
 
     def __init__(self, model: nn.Module, policy: Policy) -> None:
@@ -79,6 +82,7 @@ class Attachment:
         self.model = model
         self.decoder = decoder
         self.training_length = anatomy.training_length
+        self.cache_argument = cache_argument(decoder)
         self.policy = policy.resolve(anatomy.training_length)
         self.owner = uuid.uuid4().hex
         self._generator = inner
@@ -187,7 +191,7 @@ class Attachment:
                 "leave it out (where the model brings it along, set "
                 "model.generation_config.cache_implementation = None)"
             )
-        given = model_kwargs.get("past_key_values")
+        given = model_kwargs.get(self.cache_argument)
         if given is not None:
             refuse_foreign_cache(given, self.owner)
             if given.seen and generation_config.prefill_chunk_size is not None and not _CHUNKS_CONTINUE:
@@ -197,7 +201,7 @@ class Attachment:
                     "or use transformers 5.21 or newer"
                 )
         elif generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = self._implicit_cache()
+            model_kwargs[self.cache_argument] = self._implicit_cache()
 
     def _implicit_cache(self) -> StreamCache:
         if self.policy.needs_surprisal:
@@ -214,7 +218,7 @@ class Attachment:
     ) -> tuple[Any, dict[str, Any]]:
         """Read the decoder's inputs, choose the cache, and take padding and positions over."""
         inputs = Inputs.read(decoder, args, kwargs)
-        given = inputs.arguments.get("past_key_values")
+        given = inputs.cache
         use_cache = inputs.arguments.get("use_cache")
         if use_cache is None:
             use_cache = getattr(decoder.config, "use_cache", True)
@@ -228,12 +232,8 @@ class Attachment:
         outer = self._end_forward()
         cache.begin(inputs.rows, pads)
         _forward.set(_Forward(self, cache, inputs.tokens, is_kept, outer))
-        inputs.arguments.update(
-            past_key_values=cache if is_kept else None,
-            use_cache=is_kept,
-            attention_mask=None,
-            position_ids=positions,
-        )
+        inputs.arguments.update(use_cache=is_kept, attention_mask=None, position_ids=positions)
+        inputs.arguments[self.cache_argument] = cache if is_kept else None
         return (), inputs.arguments
 
     def _after(self, decoder: nn.Module, args: Any, kwargs: Any, output: Any) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -79,11 +80,13 @@ class StreamCache(Cache):
 
     def bytes(self) -> dict[str, int]:
         """Bytes held, by tier."""
-        total: dict[str, int] = {}
-        for memory in self.memories.values():
-            for tier, held in memory.nbytes().items():
-                total[tier] = total.get(tier, 0) + held
-        return total
+        return _summed(memory.nbytes() for memory in self.memories.values())
+
+    def bytes_at(self, tokens: int) -> dict[str, int]:
+        """Bytes it will hold when `tokens` were seen, by tier; once some were. Spare room is not counted."""
+        if self.rows is None:
+            raise StateError("what a cache will hold is known once it was read into: read a token first")
+        return _summed(memory.nbytes_at(tokens) for memory in self.memories.values())
 
     # --- taking back -------------------------------------------------------------------------------
 
@@ -299,6 +302,21 @@ class StreamCache(Cache):
         return self.rows is not None
 
     @property
+    def is_linear(self) -> list[bool]:
+        """Per layer: none holds a state of linear attention."""
+        return [False] * len(self)
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        """Per layer: none is a sliding window of transformers' own."""
+        return [False] * len(self)
+
+    @property
+    def is_dummy(self) -> list[bool]:
+        """Per layer: all hold keys."""
+        return [False] * len(self)
+
+    @property
     def is_croppable(self) -> bool:
         """A ring cannot be cropped: use :meth:`provisional`."""
         return False
@@ -320,3 +338,10 @@ class StreamCache(Cache):
 
     def __repr__(self) -> str:
         return f"StreamCache({self.policy!r}, seen={self.seen}, kept={self.kept}, forgotten={self.forgotten})"
+
+
+def _summed(tiers: Iterable[dict[str, int]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for each in tiers:
+        total.update(each)
+    return dict(total)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from everlong.attention.cache import StreamCache
 from everlong.errors import InputError, StateError, UnsupportedUseError
+from everlong.models.cache_argument import CACHE_ARGUMENTS
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,6 +22,8 @@ class Inputs:
     ----------
     arguments : dict
         By name.
+    cache : Any
+        What was given as the cache, under either of its names; None: nothing.
     rows, tokens : int
         Batch size, and new tokens per row.
     device : torch.device
@@ -28,6 +31,7 @@ class Inputs:
     """
 
     arguments: dict[str, Any]
+    cache: Any
     rows: int
     tokens: int
     device: torch.device
@@ -39,6 +43,10 @@ class Inputs:
         if args:
             names = [name for name in inspect.signature(decoder.forward).parameters if name != "self"]
             arguments.update(zip(names, args, strict=False))
+        caches = [arguments.pop(name, None) for name in CACHE_ARGUMENTS]
+        cache = next((cache for cache in caches if cache is not None), None)
+        if any(other is not None and other is not cache for other in caches):
+            raise InputError(f"two caches were given, as {' and as '.join(CACHE_ARGUMENTS)}: pass one")
         given = arguments.get("input_ids")
         if given is None:
             given = arguments.get("inputs_embeds")
@@ -57,7 +65,7 @@ class Inputs:
                 "gradient checkpointing runs layers a second time outside the forward: "
                 "call gradient_checkpointing_disable() while attached"
             )
-        return cls(arguments, given.shape[0], given.shape[1], given.device)
+        return cls(arguments, cache, given.shape[0], given.shape[1], given.device)
 
 
 def refuse_foreign_cache(cache: Any, owner: str) -> None:
@@ -65,7 +73,7 @@ def refuse_foreign_cache(cache: Any, owner: str) -> None:
     if not isinstance(cache, StreamCache):
         raise UnsupportedUseError(
             f"a {type(cache).__name__} cannot follow a policy (its keys are, or will be, rotated already): "
-            "leave past_key_values out, or pass handle.new_cache()"
+            "leave it out, or pass handle.new_cache()"
         )
     if cache.owner != owner:
         raise StateError(

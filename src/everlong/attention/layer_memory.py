@@ -189,6 +189,16 @@ class LayerMemory:
         window = sum(buffer.nbytes for buffer in held if buffer is not None)
         return {"window": window, "ram": 0 if self.tier is None else self.tier.nbytes()}
 
+    def nbytes_at(self, tokens: int) -> dict[str, int]:
+        """Bytes it will hold when `tokens` were seen, by tier, spare room aside; asked once some were."""
+        assert self.keys is not None and self.values is not None
+        held = tokens if self.window is None else min(tokens, self.window)
+        keys, values = (buffer.nbytes // buffer.shape[2] for buffer in (self.keys, self.values))
+        sinks = sum(buffer.nbytes for buffer in (self.sink_keys, self.sink_values) if buffer is not None)
+        middle = 0 if self.tier is None else tokens - held
+        a_token = keys * (2 if self.keep_raw else 1) + values
+        return {"window": held * a_token + sinks, "ram": middle * (keys + values)}
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return tensors and numbers from which :meth:`load` continues bit by bit."""
         if self.pending is not None:

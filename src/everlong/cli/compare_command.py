@@ -8,20 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from everlong.cli.options import (
-    ATTENTION_DEFAULT,
-    MODEL_DEFAULT,
-    Device,
-    Dtype,
-    Json,
-    Model,
-    Quiet,
-    Revision,
-    Settings,
-    Threads,
-    parse_settings,
-    use_threads,
-)
+from everlong.cli.grouping import grouped
+from everlong.cli.options import MethodOptions, ModelOptions, OutputOptions, parse_settings
 from everlong.cli.terminal import notes, output, print_json, pull_progress
 from everlong.errors import ConfigurationError, InputError
 
@@ -41,22 +29,19 @@ Methods = Annotated[
         "Default: stock and the method of --attention.",
     ),
 ]
-Attention = Annotated[
-    str | None,
-    typer.Option("--attention", "-a", metavar="METHOD", help="Short for --methods stock,METHOD."),
-]
 
 
 def register(app: typer.Typer) -> None:
     """Add the command to `app`."""
-    app.command("compare")(compare)
+    app.command("compare")(grouped(compare))
 
 
 def compare(
     file: File,
+    model: ModelOptions,
+    method: MethodOptions,
+    output_options: OutputOptions,
     methods: Methods = None,
-    attention: Attention = None,
-    settings: Settings = None,
     tokens: Annotated[
         int, typer.Option("--tokens", min=0, help="Tokens to read from the beginning; 0: the whole text.")
     ] = _TOKENS,
@@ -69,34 +54,27 @@ def compare(
     png: Annotated[
         Path | None, typer.Option("--png", metavar="PATH", help="Write the picture to this file.")
     ] = None,
-    model: Model = MODEL_DEFAULT,
-    revision: Revision = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    threads: Threads = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
 ) -> None:
     """Compare methods on a text: perplexity by position, speed, bytes held.
 
-    The model is loaded once and reads the text under each method in turn; **stock** is the model as it is, with
-    transformers' own cache. An option given with `--set` goes to every method that has it.
+    The model is loaded once and reads the text under each method in turn; **stock** is the model as it is,
+    with transformers' own cache. An option given with `--set` goes to every method that has it;
+    `--attention M` is short for `--methods stock,M`.
     """
-    if methods is not None and attention is not None:
+    if methods is not None and method.attention is not None:
         raise ConfigurationError(
             "--methods names all methods and --attention one beside stock: give one of the two"
         )
-    names = methods if methods is not None else f"stock,{attention or ATTENTION_DEFAULT}"
-    console = notes(quiet=quiet)
-    use_threads(threads)
+    names = methods if methods is not None else f"stock,{method.name}"
+    console = notes(quiet=output_options.quiet)
     from everlong.evaluation import report
     from everlong.evaluation.comparison import Plan, make_methods
 
-    chosen = make_methods(names.split(","), parse_settings(settings))
-    with pull_progress(quiet=quiet) as progress:
+    chosen = make_methods(names.split(","), parse_settings(method.settings))
+    with pull_progress(quiet=output_options.quiet) as progress:
         from everlong.models.loading import load_model
 
-        loaded = load_model(model, device=device, dtype=dtype, revision=revision, progress=progress)
+        loaded = load_model(model.model, **model.loading(progress))
     excerpt = _excerpt(loaded.tokenizer, file, tokens)
     if not excerpt.is_whole:
         console.print(
@@ -110,7 +88,7 @@ def compare(
         report.save_png(comparison, path)
     if folder is not None:
         report.save_json(comparison, folder / "compare.json")
-    if as_json:
+    if output_options.as_json:
         print_json(comparison.as_json())
     else:
         output().print(report.table(comparison))

@@ -9,20 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from everlong.cli.options import (
-    ATTENTION_DEFAULT,
-    MODEL_DEFAULT,
-    Attention,
-    Device,
-    Dtype,
-    Json,
-    Model,
-    Quiet,
-    Settings,
-    Threads,
-    parse_settings,
-    use_threads,
-)
+from everlong.cli.grouping import grouped
+from everlong.cli.options import MethodOptions, ModelOptions, OutputOptions, parse_settings
 from everlong.cli.terminal import notes, output, print_json, pull_progress
 
 if TYPE_CHECKING:
@@ -36,34 +24,28 @@ _STOCK_STEPS, _STEPS = 24, 160
 
 def register(app: typer.Typer) -> None:
     """Add the command to `app`."""
-    app.command("demo")(demo)
+    app.command("demo")(grouped(demo))
 
 
 def demo(
-    model: Model = MODEL_DEFAULT,
-    attention: Attention = ATTENTION_DEFAULT,
-    settings: Settings = None,
+    model: ModelOptions,
+    method: MethodOptions,
+    output_options: OutputOptions,
     tokens: Annotated[int, typer.Option("--tokens", min=2, help="Tokens to read.")] = _TOKENS,
     bucket: Annotated[int, typer.Option("--bucket", min=1, help="Positions per row of the table.")] = _WIDTH,
     folder: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="Where demo.png and demo.json go.")
     ] = Path("demo-output"),
-    device: Device = None,
-    dtype: Dtype = None,
-    threads: Threads = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
 ) -> None:
     """See the stock model fall apart past its training length, and Everlong read on.
 
-    The model reads about 14,000 tokens of Python's own sources twice: with its stock attention, and with Everlong
-    in a window of 2,048 tokens. Then it goes on writing from there.
+    The model reads about 14,000 tokens of Python's own sources twice: with its stock attention, and with
+    Everlong in a window of 2,048 tokens. Then it goes on writing from there.
     """
     started = time.perf_counter()
-    console = notes(quiet=quiet)
+    console = notes(quiet=output_options.quiet)
     console.rule("[bold]everlong demo")
-    use_threads(threads)
-    with pull_progress(quiet=quiet) as progress:
+    with pull_progress(quiet=output_options.quiet) as progress:
         from everlong.attention import make_policy
         from everlong.evaluation import report
         from everlong.evaluation.comparison import STOCK, Method, Plan, compare_methods
@@ -71,22 +53,22 @@ def demo(
         from everlong.models.loading import load_model
         from everlong.reading.sampling import Sampling
 
-        options: dict[str, Any] = {"window": _WINDOW} if attention != "full" else {}
-        policy = make_policy(attention, options | parse_settings(settings))
-        loaded = load_model(model, device=device, dtype=dtype, progress=progress)
+        options: dict[str, Any] = {"window": _WINDOW} if method.name != "full" else {}
+        policy = make_policy(method.name, options | parse_settings(method.settings))
+        loaded = load_model(model.model, **model.loading(progress))
     excerpt = standard_library(loaded.tokenizer, tokens)
     what = f"{len(excerpt.ids):,} tokens of {excerpt.name}"
     how = f"a window of {policy.span:,} tokens" if policy.span else "no window"
     console.print(
         f"[bold]{escape(loaded.name)}[/] reads {escape(what)}: first as it is, keeping everything, "
-        f"then with Everlong's [bold]{attention}[/] and {how}."
+        f"then with Everlong's [bold]{method.name}[/] and {how}."
     )
     from everlong.cli.reading_bars import ReadingBars
 
     with ReadingBars(console, show_text=True) as bars:
         comparison = compare_methods(
             loaded,
-            [Method(STOCK, None, _STOCK_STEPS), Method(attention, policy, _STEPS)],
+            [Method(STOCK, None, _STOCK_STEPS), Method(method.name, policy, _STEPS)],
             excerpt.ids,
             text=excerpt.name,
             plan=Plan(width=bucket, sampling=Sampling(repetition_penalty=1.1)),
@@ -95,7 +77,7 @@ def demo(
         )
     report.save_png(comparison, folder / "demo.png")
     report.save_json(comparison, folder / "demo.json")
-    if as_json:
+    if output_options.as_json:
         print_json(comparison.as_json())
     else:
         output().print(report.table(comparison))
@@ -103,8 +85,8 @@ def demo(
         output().print(_verdict(comparison), soft_wrap=False)
     seconds = time.perf_counter() - started
     console.print(
-        f"\nThe picture: [bold]{escape(str(folder / 'demo.png'))}[/]; the numbers: {escape(str(folder / 'demo.json'))}. "
-        f"All of this took {int(seconds) // 60} min {int(seconds) % 60} s.",
+        f"\nThe picture: [bold]{escape(str(folder / 'demo.png'))}[/]; "
+        f"the numbers: {escape(str(folder / 'demo.json'))}. All of this took {int(seconds) // 60} min {int(seconds) % 60} s.",
         soft_wrap=True,
     )
 

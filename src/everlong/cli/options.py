@@ -1,72 +1,30 @@
-"""Options that several commands share, with one wording each, and what is made of them."""
+"""Options that several commands share, in groups, with one wording each."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from everlong.errors import ConfigurationError
 from everlong.models.catalogue import DEFAULT_MODEL
 
-_MODEL, _METHOD, _MACHINE, _OUTPUT = "Model", "Attention", "Machine", "Output"
+if TYPE_CHECKING:
+    from everlong.attention import Policy
+    from everlong.models.pulling import OnProgress
+    from everlong.reading.sampling import Sampling
 
-Model = Annotated[
-    str,
-    typer.Option(
-        "--model",
-        "-m",
-        metavar="NAME|PATH|HUB-ID",
-        help="A name from `everlong models`, a folder, a .gguf file or a hub id.",
-        rich_help_panel=_MODEL,
-    ),
-]
-Revision = Annotated[
-    str | None,
-    typer.Option("--revision", help="Branch, tag or commit of a hub id.", rich_help_panel=_MODEL),
-]
+ATTENTION_DEFAULT = "lm-infinite"
+"""The method where none is named."""
+
+_MODEL, _METHOD, _WRITING, _OUTPUT = "Model", "Attention", "Writing", "Output"
+
 System = Annotated[
     str | None,
     typer.Option(
         "--system", metavar="TEXT", help="Instructions that are never forgotten.", rich_help_panel=_MODEL
     ),
-]
-Attention = Annotated[
-    str,
-    typer.Option(
-        "--attention",
-        "-a",
-        metavar="METHOD",
-        help="Attention method: lm-infinite, streaming-llm, full.",
-        rich_help_panel=_METHOD,
-    ),
-]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="An option of the attention method, such as window=2048. May be given several times.",
-        rich_help_panel=_METHOD,
-    ),
-]
-Device = Annotated[
-    str | None,
-    typer.Option(
-        "--device", help="cpu, cuda, cuda:1, mps … (default: cuda if there is one)", rich_help_panel=_MACHINE
-    ),
-]
-Dtype = Annotated[
-    str | None,
-    typer.Option(
-        "--dtype",
-        help="float32, bfloat16, float16 (default: float32 on the CPU)",
-        rich_help_panel=_MACHINE,
-    ),
-]
-Threads = Annotated[
-    int | None,
-    typer.Option("--threads", min=1, help="CPU threads (default: PyTorch's)", rich_help_panel=_MACHINE),
 ]
 Json = Annotated[
     bool,
@@ -77,11 +35,180 @@ Quiet = Annotated[
     typer.Option("--quiet", "-q", help="No progress and no remarks.", rich_help_panel=_OUTPUT),
 ]
 
-MODEL_DEFAULT = DEFAULT_MODEL
-"""The default of :data:`Model`."""
 
-ATTENTION_DEFAULT = "lm-infinite"
-"""The default of :data:`Attention`."""
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, and what it runs on."""
+
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="NAME|PATH|HUB-ID",
+            help="A name from `everlong models`, a folder, a .gguf file or a hub id.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = DEFAULT_MODEL
+    revision: Annotated[
+        str | None,
+        typer.Option("--revision", help="Branch, tag or commit of a hub id.", rich_help_panel=_MODEL),
+    ] = None
+    device: Annotated[
+        str | None,
+        typer.Option(
+            "--device",
+            help="cpu, cuda, cuda:1, mps … (default: cuda if there is one)",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            "--dtype",
+            help="float32, bfloat16, float16 (default: float32 on the CPU)",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None
+    threads: Annotated[
+        int | None,
+        typer.Option("--threads", min=1, help="CPU threads (default: PyTorch's)", rich_help_panel=_MODEL),
+    ] = None
+
+    def loading(self, progress: OnProgress) -> dict[str, Any]:
+        """Return what ``load()`` and ``load_model()`` take beside the model, having set the threads."""
+        if self.threads is not None:
+            import torch
+
+            torch.set_num_threads(self.threads)
+        return {
+            "device": self.device,
+            "dtype": self.dtype,
+            "revision": self.revision,
+            "progress": progress,
+        }
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """Which attention method, with which options."""
+
+    attention: Annotated[
+        str | None,
+        typer.Option(
+            "--attention",
+            "-a",
+            metavar="METHOD",
+            help=f"lm-infinite, streaming-llm, full (default: {ATTENTION_DEFAULT}).",
+            rich_help_panel=_METHOD,
+        ),
+    ] = None
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="An option of the attention method, such as window=2048. May be given several times.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = None
+
+    @property
+    def name(self) -> str:
+        """The method asked for, or the default."""
+        return self.attention or ATTENTION_DEFAULT
+
+    @property
+    def is_given(self) -> bool:
+        """Whether anything was asked for."""
+        return self.attention is not None or bool(self.settings)
+
+    def policy(self) -> Policy:
+        """Make the policy that was asked for."""
+        from everlong.attention import make_policy
+
+        return make_policy(self.name, parse_settings(self.settings))
+
+
+@dataclass(frozen=True)
+class WritingOptions:
+    """How much a model writes, and how each token is chosen."""
+
+    max_new_tokens: Annotated[
+        int,
+        typer.Option("--max-new-tokens", min=1, help="Tokens to write at most.", rich_help_panel=_WRITING),
+    ] = 512
+    temperature: Annotated[
+        float,
+        typer.Option("--temperature", help="0: always the likeliest token.", rich_help_panel=_WRITING),
+    ] = 0.0
+    top_p: Annotated[
+        float,
+        typer.Option(
+            "--top-p",
+            help="Draw among the likeliest that make up this probability.",
+            rich_help_panel=_WRITING,
+        ),
+    ] = 1.0
+    top_k: Annotated[
+        int,
+        typer.Option("--top-k", help="Draw among this many likeliest; 0: off.", rich_help_panel=_WRITING),
+    ] = 0
+    min_p: Annotated[
+        float,
+        typer.Option(
+            "--min-p",
+            help="Draw among those at least this likely, to the likeliest.",
+            rich_help_panel=_WRITING,
+        ),
+    ] = 0.0
+    repetition_penalty: Annotated[
+        float,
+        typer.Option(
+            "--repetition-penalty",
+            help="Above 1: what occurred lately becomes less likely.",
+            rich_help_panel=_WRITING,
+        ),
+    ] = 1.0
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="Of the random draws.", rich_help_panel=_WRITING)
+    ] = None
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--stop",
+            metavar="TEXT",
+            help="Where to stop. May be given several times.",
+            rich_help_panel=_WRITING,
+        ),
+    ] = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Return what ``Session.stream`` and its kin take, checked; the seed is the session's."""
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "sampling": self._sampling(),
+            "stop": tuple(self.stop or ()),
+        }
+
+    def _sampling(self) -> Sampling:
+        from everlong.reading.sampling import Sampling
+
+        return Sampling(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+        )
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """What is printed beside the result."""
+
+    as_json: Json = False
+    quiet: Quiet = False
 
 
 def parse_settings(settings: list[str] | None) -> dict[str, str]:
@@ -102,11 +229,3 @@ def parse_settings(settings: list[str] | None) -> dict[str, str]:
             raise ConfigurationError(f"--set {key} is given twice: {parsed[key]!r} and {value.strip()!r}")
         parsed[key] = value.strip()
     return parsed
-
-
-def use_threads(threads: int | None) -> None:
-    """Let PyTorch use this many CPU threads, if a number was given."""
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)

@@ -2,84 +2,149 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import typer
+from rich.console import Console
 
-from everlong.cli.options import (
-    ATTENTION_DEFAULT,
-    MODEL_DEFAULT,
-    Attention,
-    Device,
-    Dtype,
-    Json,
-    Model,
-    Quiet,
-    Revision,
-    Settings,
-    System,
-    Threads,
-)
-from everlong.cli.session_options import account, open_llm, open_session
+from everlong.cli.grouping import grouped
+from everlong.cli.options import MethodOptions, ModelOptions, OutputOptions, System, WritingOptions
+from everlong.cli.session_options import account, in_words, open_llm, open_session, print_as_written
 from everlong.cli.terminal import notes, output, print_json
+from everlong.errors import ConfigurationError
+from everlong.models.files import human_bytes
+
+if TYPE_CHECKING:
+    from everlong.llm import LLM
+    from everlong.reading.session import Session
+
+_STANDARD_INPUT = "-"
 
 
 def register(app: typer.Typer) -> None:
     """Add the command to `app`."""
-    app.command("read")(read)
+    app.command("read")(grouped(read))
 
 
 def read(
-    files: Annotated[list[str], typer.Argument(metavar="FILE…", help="Text files; - for standard input.")],
+    files: Annotated[list[str], typer.Argument(metavar="FILE", help="Text files; - for standard input.")],
+    model: ModelOptions,
+    method: MethodOptions,
+    writing: WritingOptions,
+    output_options: OutputOptions,
     ask: Annotated[
-        list[str] | None, typer.Option("--ask", metavar="Q", help="A question, after reading.")
+        list[str] | None,
+        typer.Option("--ask", metavar="Q", help="Answer this after reading. May be given several times."),
     ] = None,
     state: Annotated[
-        Path | None, typer.Option("--state", help="Go on from this file, and save to it.")
+        Path | None,
+        typer.Option("--state", metavar="FILE", help="Go on from this file if it is there, and save to it."),
     ] = None,
-    surprisal: Annotated[bool, typer.Option("--surprisal", help="Report perplexity too.")] = False,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Of each answer.")] = 256,
-    model: Model = MODEL_DEFAULT,
-    revision: Revision = None,
-    attention: Attention = ATTENTION_DEFAULT,
-    settings: Settings = None,
     system: System = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    threads: Threads = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    surprisal: Annotated[
+        bool, typer.Option("--surprisal", help="Report perplexity too; it takes the model's head.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what it would cost, in tokens, minutes and bytes.")
+    ] = False,
 ) -> None:
-    """Read files as one stream of any length, in bounded memory."""
+    """Read files as one stream of any length, in bounded memory, and answer questions about it.
+
+    Each question is answered from the end of the stream by itself. Ctrl-C ends the reading; with `--state`
+    what was read is saved, and the same command with the rest of the text goes on.
+    """
+    console = notes(quiet=output_options.quiet)
+    _check(files, state)
+    arguments = writing.arguments()
+    with open_llm(model, method, quiet=output_options.quiet) as llm:
+        if dry_run:
+            _estimate(llm, files, surprisal=surprisal, as_json=output_options.as_json)
+            return
+        session = open_session(
+            llm, method, system=system, state=state, surprisal=surprisal, seed=writing.seed
+        )
+        _read(session, files, state, console)
+        answers = [
+            _answer(session, question, arguments, console, silent=output_options.as_json)
+            for question in ask or []
+        ]
+        if output_options.as_json:
+            print_json({"answers": answers, "stats": account(session.stats)})
+
+
+def _check(files: Sequence[str], state: Path | None) -> None:
+    """Refuse what cannot be read before a model is loaded."""
+    from everlong.reading.source import open_source
+
+    if list(files).count(_STANDARD_INPUT) > 1:
+        raise ConfigurationError("standard input (-) can be read once")
+    for file in files:
+        if file != _STANDARD_INPUT:
+            open_source(Path(file), 0).close()
+    if state is not None and not state.parent.is_dir():
+        raise ConfigurationError(f"cannot save to {state}: there is no folder {state.parent}")
+
+
+def _source(file: str) -> Path | BinaryIO:
+    return sys.stdin.buffer if file == _STANDARD_INPUT else Path(file)
+
+
+def _read(session: Session, files: Sequence[str], state: Path | None, console: Console) -> None:
+    """Read the files one after another; whatever ends it, what was read is saved."""
     from everlong.cli.reading_bars import ReadingBars
 
-    console = notes(quiet=quiet)
-    answers: list[dict[str, Any]] = []
-    with open_llm(model, attention, settings, device, dtype, revision, threads, quiet) as llm:
-        session = open_session(llm, system, state, surprisal=surprisal)
-        try:
-            for file in files:
-                with ReadingBars(console) as bars:
-                    source = sys.stdin.buffer if file == "-" else Path(file)
-                    session.read(source, progress=partial(bars.reading, file))
-        finally:
-            if state is not None:
-                session.save(state)
-                console.print(f"saved to {state}", soft_wrap=True)
-        for question in ask or []:
-            answer = session.ask(question, max_new_tokens=max_new_tokens)
-            answers.append({"question": question, "answer": str(answer)})
-            if not as_json:
-                output().print(str(answer), markup=False, soft_wrap=True)
-        if as_json:
-            print_json({"answers": answers, "stats": account(session)})
-        else:
-            stats = session.stats
-            console.print(
-                f"{stats.tokens_read:,} tokens read, {stats.kept:,} kept, {stats.forgotten:,} forgotten, "
-                f"{sum(stats.bytes.values()):,} bytes, {stats.seconds:.1f} s",
-                soft_wrap=True,
-            )
+    before = session.stats.tokens_read
+    try:
+        for file in files:
+            with ReadingBars(console) as bars:
+                session.read(_source(file), progress=partial(bars.reading, file))
+    finally:
+        if state is not None and session.stats.tokens_read > before:
+            session.save(state)
+            console.print(f"saved to {state}", soft_wrap=True, markup=False)
+        console.print(in_words(session.stats), soft_wrap=True)
+
+
+def _answer(
+    session: Session, question: str, arguments: dict[str, Any], console: Console, *, silent: bool
+) -> dict[str, Any]:
+    console.print(f"\n{question}", style="bold", markup=False, soft_wrap=True)
+    result = print_as_written(session.stream_answer(question, **arguments), silent=silent)
+    return {
+        "question": question,
+        "answer": result.text,
+        "tokens": result.tokens,
+        "seconds": result.seconds,
+        "stop_reason": result.stop_reason,
+    }
+
+
+def _estimate(llm: LLM, files: Sequence[str], *, surprisal: bool, as_json: bool) -> None:
+    from everlong.evaluation.estimate import count_tokens, estimate
+
+    counts = [(file, count_tokens(llm.tokenizer, _source(file))) for file in files]
+    cost = estimate(llm.handle, sum(count for _, count in counts), surprisal=surprisal)
+    if as_json:
+        listed = [{"name": file, "tokens": count} for file, count in counts]
+        print_json({"files": listed, **dataclasses.asdict(cost)})
+        return
+    for file, count in counts:
+        output().print(f"{file}: {count:,} tokens", markup=False, soft_wrap=True)
+    output().print(
+        f"{cost.tokens:,} tokens, about {_duration(cost.seconds)} "
+        f"({cost.last_tokens_per_second:,.0f} tokens/s at the end), "
+        f"{human_bytes(sum(cost.bytes.values()))} held at the end, under {llm.attention}",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 6000 else f"{seconds / 3600:.1f} hours"

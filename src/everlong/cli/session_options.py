@@ -1,54 +1,103 @@
-"""Opens a model and a session from a command's options."""
+"""Opens a model and a session from a command's options, and shows what the session writes."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import sys
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from everlong.cli.options import parse_settings, use_threads
+from everlong.cli.options import MethodOptions, ModelOptions
 from everlong.cli.terminal import pull_progress
+from everlong.errors import ConfigurationError
+from everlong.models.files import human_bytes
 
 if TYPE_CHECKING:
     from everlong.llm import LLM
+    from everlong.reading.reports import Generation, Stats
     from everlong.reading.session import Session
 
 
 @contextmanager
-def open_llm(
-    model: str,
-    attention: str,
-    settings: list[str] | None,
-    device: str | None,
-    dtype: str | None,
-    revision: str | None,
-    threads: int | None,
-    quiet: bool,
-) -> Iterator[LLM]:
-    """Load a model under the named policy; it is closed at the end."""
-    use_threads(threads)
-    from everlong.attention import make_policy
+def open_llm(model: ModelOptions, method: MethodOptions, *, quiet: bool) -> Iterator[LLM]:
+    """Load a model under a policy; it is closed at the end."""
+    policy = method.policy()
     from everlong.llm import load
 
-    policy = make_policy(attention, parse_settings(settings))
     with pull_progress(quiet=quiet) as progress:
-        llm = load(model, policy, device=device, dtype=dtype, revision=revision, progress=progress)
+        llm = load(model.model, policy, **model.loading(progress))
     with llm:
         yield llm
 
 
-def open_session(llm: LLM, system: str | None, state: Path | None, *, surprisal: bool = False) -> Session:
-    """Restore the session in `state` if there is one, else begin one with `system` pinned."""
+def open_session(
+    llm: LLM,
+    method: MethodOptions,
+    *,
+    system: str | None = None,
+    state: Path | None = None,
+    surprisal: bool = False,
+    seed: int | None = None,
+) -> Session:
+    """Restore the session saved in `state` if there is one, else begin one with `system` pinned.
+
+    Raises
+    ------
+    ConfigurationError
+        An option would change what the saved session has settled already.
+    """
     if state is not None and state.exists():
+        settled = {
+            "--attention and --set": method.is_given,
+            "--system": system is not None,
+            "--surprisal": surprisal,
+            "--seed": seed is not None,
+        }
+        given = [name for name, is_given in settled.items() if is_given]
+        if given:
+            raise ConfigurationError(
+                f"{state} goes on as it was begun: leave out {', '.join(given)}, or begin another state file"
+            )
         return llm.restore(state)
-    session = llm.session(surprisal=surprisal)
+    session = llm.session(surprisal=surprisal, seed=seed)
     if system is not None:
         session.pin(system)
     return session
 
 
-def account(session: Session) -> dict[str, Any]:
-    """Return the session's statistics for JSON."""
-    return dataclasses.asdict(session.stats)
+def print_as_written(pieces: Generator[str, None, Generation], *, silent: bool = False) -> Generation:
+    """Print a text as it is written, ending the line, and return the outcome."""
+
+    def show(text: str) -> None:
+        if not silent:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+    try:
+        while True:
+            show(next(pieces))
+    except StopIteration as end:
+        generation: Generation = end.value
+        return generation
+    finally:
+        pieces.close()
+        show("\n")
+
+
+def account(stats: Stats) -> dict[str, Any]:
+    """Return a session's accounts for JSON."""
+    return dataclasses.asdict(stats)
+
+
+def in_words(stats: Stats) -> str:
+    """Return a session's accounts as one line."""
+    perplexity = "" if stats.perplexity is None else f", perplexity {stats.perplexity:,.2f}"
+    counts = {"kept": stats.kept, "recallable": stats.recallable, "forgotten": stats.forgotten}
+    return (
+        f"{stats.tokens_read:,} tokens read, {stats.tokens_written:,} written: "
+        + ", ".join(f"{count:,} {word}" for word, count in counts.items() if count or word != "recallable")
+        + f"; {human_bytes(sum(stats.bytes.values()))} held; "
+        f"{stats.seconds:,.1f} s in the model, {stats.tokens_per_second:,.0f} tokens/s{perplexity}"
+    )

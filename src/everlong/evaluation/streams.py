@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 from everlong.attention import Attachment, Policy, attach
 from everlong.models.anatomy import decoder_of
+from everlong.models.cache_argument import cache_argument
 
 
 class Stream(ABC):
@@ -35,7 +36,8 @@ class Stream(ABC):
     @torch.inference_mode()
     def read(self, ids: Tensor) -> Tensor:
         """Read `ids`, shape (n,), and return the hidden states after them, shape (n, d)."""
-        output = self.decoder(input_ids=ids[None], past_key_values=self.cache, use_cache=True)
+        call = {"input_ids": ids[None], cache_argument(self.decoder): self.cache, "use_cache": True}
+        output = self.decoder(**call)
         hidden: Tensor = output.last_hidden_state[0]
         return hidden
 

@@ -69,19 +69,22 @@ class Driver:
             started = time.perf_counter()
             model: Any = self._attachment.model
             given = torch.tensor([ids], device=self._device)
+            call: dict[str, Any] = {
+                "input_ids": given,
+                self._attachment.cache_argument: self.cache,
+                "use_cache": True,
+            }
             surprisal = None
             if self.surprisal:
-                output = model(input_ids=given, past_key_values=self.cache, use_cache=True).logits[0]
+                output = model(**call).logits[0]
                 surprisal = self._surprisal(given[0], output)
                 self.logits = output[-1].clone()  # not the whole chunk's
             elif logits:
-                output = model(input_ids=given, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+                output = model(**call, logits_to_keep=1)
                 self.logits = output.logits[0, -1]
             else:
                 decoder: Any = self._attachment.decoder
-                last = decoder(input_ids=given, past_key_values=self.cache, use_cache=True).last_hidden_state[
-                    0, -1
-                ]
+                last = decoder(**call).last_hidden_state[0, -1]
                 self.logits = None
                 self._require_finite(float(last.float().abs().max()))
             self.cache.after_forward(given, None if surprisal is None else surprisal[None])

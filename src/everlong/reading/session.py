@@ -98,16 +98,21 @@ class Session:
         self._model.require_attached()
         opened = open_source(source, self._model.vocabulary)
         tape, account = self._tape, Account(self._tape)
+
+        def run_whole_chunks(fraction: float | None) -> None:
+            while len(tape.queue) > self._chunk:
+                tape.run_chunk(self._chunk, logits=False)
+                if progress is not None:
+                    progress(account.progress(fraction))
+
         with closing(opened):
             for piece in opened:
                 with deferred_interrupt():
                     tape.take(piece)
-                while len(tape.queue) > self._chunk:
-                    tape.run_chunk(self._chunk, logits=False)
-                    if progress is not None:
-                        progress(account.progress(opened.fraction))
+                run_whole_chunks(opened.fraction)
         with deferred_interrupt():
             tape.accept(tape.text.settle())
+        run_whole_chunks(1.0)
         tape.run_all(self._chunk, logits=not tape.text.tail)
         if progress is not None:
             progress(account.progress(None, finished=True))

@@ -1,0 +1,68 @@
+import json
+import math
+
+import pytest
+
+from everlong.attention import LMInfinite
+from everlong.llm import load
+from tests.cli.conftest import TEXT
+
+OPTIONS = ("--set", "window=40", "--bucket", 100, "--tokens", 400)
+PNG = b"\x89PNG\r\n"
+
+
+def test_stock_and_the_default_method_side_by_side(everlong, novel, folder):
+    result = everlong("compare", novel, *OPTIONS, "--json")
+    comparison = json.loads(result.out)
+    assert result.code == 0 and "--tokens reads more" in result.err
+    assert [method["name"] for method in comparison["results"]] == ["stock", "lm-infinite"]
+    stock, ours = comparison["results"]
+    assert ours["options"]["window"] == 40 and (ours["kept"], ours["forgotten"]) == (40, 360)
+    assert (stock["kept"], stock["forgotten"]) == (400, 0)
+    with load(folder, LMInfinite(window=40), device="cpu") as llm:
+        session = llm.session()
+        score = session.score(TEXT[:400])
+    nll = sum(b["tokens"] * math.log(b["perplexity"]) for b in ours["buckets"])
+    assert sum(b["tokens"] for b in ours["buckets"]) == score.tokens
+    assert nll == pytest.approx(score.nll * score.tokens, rel=1e-4)
+
+
+def test_the_table_has_a_column_a_method(everlong, novel):
+    result = everlong("compare", "-", "--methods", "stock,streaming-llm,full", *OPTIONS, stdin=TEXT)
+    assert all(word in result.out for word in ("stock", "streaming-llm", "full", "window 40", "0 to 100"))
+
+
+def test_pictures_and_numbers_are_written_where_asked(everlong, novel, tmp_path):
+    everlong("compare", novel, *OPTIONS, "--output", tmp_path / "out", "--png", tmp_path / "b.png", "--quiet")
+    assert (tmp_path / "out" / "compare.png").read_bytes().startswith(PNG)
+    assert (tmp_path / "b.png").read_bytes().startswith(PNG)
+    saved = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert saved["tokens"] == 400 and saved["training_length"] == 64
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--methods", "stok"], "unknown method 'stok'; did you mean 'stock'?"),
+        (["--methods", "full,full"], "each method is compared once"),
+        (["--methods", "full", "--attention", "full"], "give one of the two"),
+        (["--methods", ","], "name at least one method"),
+        (["--set", "wndow=3"], "did you mean 'window'?"),
+        (["--tokens", "1"], "perplexity needs at least 2"),
+    ],
+)
+def test_bad_input_is_one_line(everlong, novel, words, message):
+    result = everlong("compare", novel, *words, "--quiet")
+    assert result.code == 2 and message in result.err and len(result.err.splitlines()) == 1
+
+
+def test_the_demo_compares_and_writes_on(everlong, tmp_path, monkeypatch):
+    result = everlong(
+        "demo", "--tokens", 300, "--bucket", 60, "--set", "window=40", "--output", tmp_path / "out"
+    )
+    assert result.code == 0
+    assert "stock" in result.out and "lm-infinite" in result.out and "has forgotten 260 of 300" in result.out
+    assert "goes on writing" in result.err and "300 tokens of" in result.err
+    assert (tmp_path / "out" / "demo.png").read_bytes().startswith(PNG)
+    saved = json.loads((tmp_path / "out" / "demo.json").read_text())
+    assert [len(method["continuation"]) > 0 for method in saved["results"]] == [True, True]
