@@ -86,7 +86,8 @@ def demo(
     seconds = time.perf_counter() - started
     console.print(
         f"\nThe picture: [bold]{escape(str(folder / 'demo.png'))}[/]; "
-        f"the numbers: {escape(str(folder / 'demo.json'))}. All of this took {int(seconds) // 60} min {int(seconds) % 60} s.",
+        f"the numbers: {escape(str(folder / 'demo.json'))}. "
+        f"All of this took {int(seconds) // 60} min {int(seconds) % 60} s.",
         soft_wrap=True,
     )
 
