@@ -206,7 +206,7 @@ def cache_kept(handle, read):
 def test_a_state_with_a_part_missing_is_refused(model, handle, batch):
     cache = tiny.cache_of(model(batch[0]))
     tensors, meta = cache.state()
-    for key in ("policy", "options", "seen", "offset", "pads", "rows", "local_windows", "layers", "shapes"):
+    for key in ("policy", "options", "seen", "offset", "pads", "rows", "kept_layers", "layers", "shapes"):
         with pytest.raises(StateError, match="not complete|other layers"):
             handle.restore_cache(tensors, {k: v for k, v in meta.items() if k != key})
     for name in tensors:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -14,12 +14,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from everlong.attention.cache import StreamCache
+from everlong.attention.cache import KeptLayer, StreamCache
 from everlong.attention.inputs import Inputs, clamped_positions, read_padding, refuse_foreign_cache
 from everlong.attention.parts import attend
 from everlong.attention.policy import Policy, make_policy
 from everlong.attention.positions import Rotation
-from everlong.attention.view import LayerCall
+from everlong.attention.view import LayerCall, LayerView
 from everlong.attention.window import LocalWindow
 from everlong.errors import ConfigurationError, StateError, UnsupportedModelError, UnsupportedUseError
 from everlong.models.anatomy import LayerAnatomy, decoder_of, dissect, replaced_rotaries
@@ -43,6 +43,7 @@ class _Forward:
     is_kept: bool
     outer: _Forward | None = None
     attended: int = 0
+    donated: dict[int, LayerView] = field(default_factory=dict)
     memo: dict[Any, Any] = field(default_factory=dict)
 
 
@@ -87,8 +88,11 @@ class Attachment:
         self.owner = uuid.uuid4().hex
         self._generator = inner
         self._layers = {layer.index: layer for layer in anatomy.layers}
-        self._local_windows = {layer.index: layer.window for layer in anatomy.layers}
-        self._local_policies = {w: LocalWindow(w) for w in self._local_windows.values() if w is not None}
+        self._kept_layers = _kept_layers(anatomy.layers)
+        self._local_policies = {
+            layer.window: LocalWindow(layer.window) for layer in anatomy.layers if layer.window is not None
+        }
+        self._donors = {layer.donor for layer in anatomy.layers}
         self._closing = self._open()
         self.is_attached = True
 
@@ -144,7 +148,7 @@ class Attachment:
             Stream position of its first token, for streams that continue an earlier count.
         """
         resolved = self.policy if policy is None else policy.resolve(self.training_length)
-        return StreamCache(resolved, self._local_windows, self.owner, offset)
+        return StreamCache(resolved, self._kept_layers, self.owner, offset)
 
     def restore_cache(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> StreamCache:
         """Rebuild a cache from what :meth:`StreamCache.state` returned.
@@ -159,8 +163,8 @@ class Attachment:
         except (KeyError, TypeError, ValueError) as error:
             raise StateError(f"the saved state is not complete: {error!r}") from error
         length = seen if span is None else min(seen, span)
-        rotations = {index: self._rotation(layer, length, {}) for index, layer in self._layers.items()}
-        return StreamCache.from_state(tensors, meta, self._local_windows, self.owner, rotations)
+        rotations = {index: self._rotation(self._layers[index], length, {}) for index in self._kept_layers}
+        return StreamCache.from_state(tensors, meta, self._kept_layers, self.owner, rotations)
 
     def _rotation(self, layer: LayerAnatomy, length: int, memo: dict[Any, Any]) -> Rotation:
         frequencies = None
@@ -248,6 +252,9 @@ class Attachment:
                 "implementation was changed while attached; call set_attn_implementation() before attach() "
                 "or after detach()"
             )
+        for view in forward.donated.values():
+            if forward.is_kept:
+                view.memory.settle(view)
         forward.cache.end(forward.tokens)
 
     def _end_forward(self) -> _Forward | None:
@@ -280,7 +287,6 @@ class Attachment:
             raise UnsupportedUseError("attention dropout is not supported under a policy: call model.eval()")
         cache, layer = forward.cache, self._layers[int(module.layer_idx)]  # type: ignore[arg-type]
         policy = cache.policy if layer.window is None else self._local_policies[layer.window]
-        memory = cache.memories[layer.index]
         length = cache.seen + forward.tokens
         if policy.span is not None:
             length = min(length, policy.span)
@@ -291,7 +297,11 @@ class Attachment:
             query.shape[-1] ** -0.5 if scaling is None else scaling,
             softcap,
         )
-        view = memory.append(key, value, call, provisional=cache.is_provisional)
+        if layer.donor is None:
+            memory = cache.memories[layer.index]
+            view = memory.append(key, value, call, provisional=cache.is_provisional)
+        else:
+            view = forward.donated[layer.donor].of(call)
         placed = view.place(query)
         first, total = view.stop - query.shape[2], query.shape[2]
         outputs = []
@@ -300,8 +310,10 @@ class Attachment:
             queries = view.queries(query[:, :, near], placed[:, :, near], begin)
             parts = policy.parts(queries, view)
             outputs.append(attend(parts, scaling=call.scaling, softcap=softcap, sink_logits=s_aux))
-        if forward.is_kept:
-            memory.settle(view)
+        if layer.index in self._donors:
+            forward.donated[layer.index] = view  # settled when the layers that share it have seen it
+        elif forward.is_kept and layer.donor is None:
+            view.memory.settle(view)
         forward.attended += 1
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
         assert output.shape[2] == total
@@ -359,6 +371,17 @@ def _groups(first: int, stop: int, policy: Policy) -> list[tuple[int, int]]:
         for low, high in zip(edges, edges[1:], strict=False)
         for begin in range(low, high, size)
     ]
+
+
+def _kept_layers(layers: Sequence[LayerAnatomy]) -> dict[int, KeptLayer]:
+    """Return what a cache needs to know of each layer that has keys of its own."""
+    return {
+        layer.index: KeptLayer(
+            layer.window, max(other.index for other in layers if layer.index in (other.index, other.donor))
+        )
+        for layer in layers
+        if layer.donor is None
+    }
 
 
 def _refuse_prompt_learning(model: Any) -> None:

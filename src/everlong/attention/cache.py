@@ -6,6 +6,7 @@ import copy
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,22 @@ from everlong.attention.window import LocalWindow
 from everlong.errors import StateError, UnsupportedUseError
 
 
+@dataclass(frozen=True)
+class KeptLayer:
+    """A layer whose keys are kept.
+
+    Attributes
+    ----------
+    window : int or None
+        Its own sliding window; None: a full-attention layer, which follows the policy.
+    last_reader : int
+        The last layer that attends to its keys: itself, unless others share them.
+    """
+
+    window: int | None
+    last_reader: int
+
+
 class StreamCache(Cache):
     """What an attached model remembers of a stream. Made by ``handle.new_cache()`` or by ``generate()``.
 
@@ -28,17 +45,15 @@ class StreamCache(Cache):
     ----------
     policy : Policy
         The resolved policy of the full-attention layers.
-    local_windows : dict of int to int or None
-        Layer number to its own sliding window; None: a full-attention layer, which follows the policy.
+    layers : dict of int to KeptLayer
+        By number, the layers that have keys of their own.
     owner : str
         The attachment this cache belongs to.
     offset : int
         Stream position of the first token.
     """
 
-    def __init__(
-        self, policy: Policy, local_windows: dict[int, int | None], owner: str, offset: int = 0
-    ) -> None:
+    def __init__(self, policy: Policy, layers: dict[int, KeptLayer], owner: str, offset: int = 0) -> None:
         super().__init__(layers=[])
         self.policy = policy
         self.owner = owner
@@ -47,10 +62,12 @@ class StreamCache(Cache):
         self.pads: tuple[int, ...] | None = None
         self.rows: int | None = None
         self.memories = {
-            layer: (policy if window is None else LocalWindow(window)).memory(layer, offset)
-            for layer, window in local_windows.items()
+            number: (policy if layer.window is None else LocalWindow(layer.window)).memory(
+                layer.last_reader, offset
+            )
+            for number, layer in layers.items()
         }
-        self._local_windows = dict(local_windows)
+        self._kept_layers = dict(layers)
         self._is_provisional = False
         self._provisional_seen = 0
         self._half_done = False
@@ -203,7 +220,7 @@ class StreamCache(Cache):
             "offset": self.offset,
             "pads": self.pads,
             "rows": self.rows,
-            "local_windows": {str(layer): window for layer, window in self._local_windows.items()},
+            "kept_layers": {str(number): asdict(layer) for number, layer in self._kept_layers.items()},
             "layers": numbers,
             "shapes": {key: list(tensor.shape) for key, tensor in tensors.items()},
         }
@@ -214,7 +231,7 @@ class StreamCache(Cache):
         cls,
         tensors: dict[str, Tensor],
         meta: dict[str, Any],
-        local_windows: dict[int, int | None],
+        layers: dict[int, KeptLayer],
         owner: str,
         rotations: dict[int, Rotation],
     ) -> StreamCache:
@@ -226,12 +243,9 @@ class StreamCache(Cache):
                     key for key in shapes | meta["shapes"] if shapes.get(key) != meta["shapes"].get(key)
                 )
                 raise StateError(f"the saved state is not complete: {odd[0]} is missing, or of another shape")
-            saved_windows = {int(layer): window for layer, window in meta["local_windows"].items()}
-            if saved_windows != local_windows:
+            if {int(number): KeptLayer(**saved) for number, saved in meta["kept_layers"].items()} != layers:
                 raise StateError("the saved state has other layers than this model")
-            cache = cls(
-                make_policy(meta["policy"], meta["options"]), local_windows, owner, int(meta["offset"])
-            )
+            cache = cls(make_policy(meta["policy"], meta["options"]), layers, owner, int(meta["offset"]))
             cache.seen = int(meta["seen"])
             cache.pads = None if meta["pads"] is None else tuple(meta["pads"])
             cache.rows = meta["rows"]
@@ -330,7 +344,7 @@ class StreamCache(Cache):
 
     def reset(self) -> None:
         """Forget everything and begin again."""
-        fresh = type(self)(self.policy, self._local_windows, self.owner, self.offset)
+        fresh = type(self)(self.policy, self._kept_layers, self.owner, self.offset)
         self.__dict__.update(fresh.__dict__)
 
     def __len__(self) -> int:

@@ -6,6 +6,7 @@ padding. A `LayerView` answers in such indices; angles are its business.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -101,6 +102,12 @@ class LayerView:
         self.pads = call.pads if call.pads and any(call.pads) else None
         self._first = memory.first
         self._lists: dict[str, Tensor] = {}
+
+    def of(self, call: LayerCall) -> LayerView:
+        """Return the same view for another layer, which shares these keys and values."""
+        shared = copy.copy(self)
+        shared.call = call
+        return shared
 
     def queries(self, raw: Tensor, placed: Tensor, first: int) -> Queries:
         """Group queries that begin at index `first`."""

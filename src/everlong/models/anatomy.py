@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,6 +48,8 @@ class LayerAnatomy:
         The table its queries and keys are rotated with; None: the layer has no rotary positions.
     layout : {"halves", "interleaved"}
         Which dimensions the rotation pairs.
+    donor : int or None
+        The earlier layer whose keys and values it uses (Gemma 4); None: it has its own.
     """
 
     index: int
@@ -55,6 +57,7 @@ class LayerAnatomy:
     window: int | None
     rotary: Rotary | None
     layout: Layout
+    donor: int | None = None
 
 
 @dataclass(frozen=True)
@@ -128,10 +131,15 @@ def dissect(model: nn.Module) -> Anatomy:
         moved = _probe(decoder, range(len(_PROBE_POSITIONS)))
     name = type(model).__name__
     _check_layers(decoder, raw, moved, name)
-    layers = tuple(
+    layers = [
         _layer(seen_raw, seen_real, rotaries, name) for seen_raw, seen_real in zip(raw, real, strict=True)
-    )
-    return Anatomy(decoder, layers, tuple(rotaries), training_length_of(_config(decoder)))
+    ]
+    own: dict[int, int] = {}  # where a layer's keys lie in memory, to the layer that made them
+    for at, seen in enumerate(raw):
+        donor = own.setdefault(seen.key.data_ptr(), layers[at].index)
+        if donor != layers[at].index:
+            layers[at] = replace(layers[at], donor=donor)
+    return Anatomy(decoder, tuple(layers), tuple(rotaries), training_length_of(_config(decoder)))
 
 
 @contextmanager
