@@ -10,6 +10,7 @@ import typer
 
 from everlong.cli.grouping import grouped
 from everlong.cli.options import MethodOptions, ModelOptions, OutputOptions, parse_settings
+from everlong.cli.policy_files import method_name
 from everlong.cli.terminal import notes, output, print_json, pull_progress
 from everlong.errors import ConfigurationError, InputError
 
@@ -25,8 +26,8 @@ Methods = Annotated[
     typer.Option(
         "--methods",
         metavar="A,B,…",
-        help="What to compare: stock (the model as it is), lm-infinite, streaming-llm, full. "
-        "Default: stock and the method of --attention.",
+        help="What to compare: stock (the model as it is), lm-infinite, streaming-llm, full, "
+        "Python files that register one. Default: stock and the method of --attention.",
     ),
 ]
 
@@ -65,12 +66,14 @@ def compare(
         raise ConfigurationError(
             "--methods names all methods and --attention one beside stock: give one of the two"
         )
-    names = methods if methods is not None else f"stock,{method.name}"
+    names = (
+        ["stock", method.name] if methods is None else [method_name(m.strip()) for m in methods.split(",")]
+    )
     console = notes(quiet=output_options.quiet)
     from everlong.evaluation import report
     from everlong.evaluation.comparison import Plan, make_methods
 
-    chosen = make_methods(names.split(","), parse_settings(method.settings))
+    chosen = make_methods(names, parse_settings(method.settings))
     with pull_progress(quiet=output_options.quiet) as progress:
         from everlong.models.loading import load_model
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from everlong.cli.policy_files import method_name
 from everlong.errors import ConfigurationError
 from everlong.models.catalogue import DEFAULT_MODEL
 
@@ -99,7 +100,8 @@ class MethodOptions:
             "--attention",
             "-a",
             metavar="METHOD",
-            help=f"lm-infinite, streaming-llm, full (default: {ATTENTION_DEFAULT}).",
+            help="lm-infinite, streaming-llm, full, or a Python file that registers one "
+            f"(default: {ATTENTION_DEFAULT}).",
             rich_help_panel=_METHOD,
         ),
     ] = None
@@ -116,7 +118,7 @@ class MethodOptions:
     @property
     def name(self) -> str:
         """The method asked for, or the default."""
-        return self.attention or ATTENTION_DEFAULT
+        return method_name(self.attention or ATTENTION_DEFAULT)
 
     @property
     def is_given(self) -> bool:

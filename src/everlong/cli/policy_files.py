@@ -1,0 +1,57 @@
+"""Methods from a file of one's own: ``--attention my_policy.py`` or ``my_policy.py:name``."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+from everlong.errors import ConfigurationError, InputError
+
+_loaded: dict[Path, list[str]] = {}  # the names each file registered: it is run once
+
+
+def method_name(named: str) -> str:
+    """Return the registered name that `named` stands for; a Python file is run first.
+
+    Parameters
+    ----------
+    named : str
+        A name, a Python file that registers one policy, or ``file.py:name``.
+
+    Raises
+    ------
+    InputError
+        The file cannot be run.
+    ConfigurationError
+        It registers no policy of that name, or several and none is named.
+    """
+    file, colon, name = named.rpartition(":") if not named.endswith(".py") else (named, "", "")
+    if not file.endswith(".py"):
+        return named
+    registered = _registered_by(Path(file))
+    if colon and name in registered:
+        return name
+    if colon or len(registered) != 1:
+        known = ", ".join(f"{file}:{each}" for each in registered) or "none"
+        raise ConfigurationError(f"{named} is not one policy; those it registers: {known}")
+    return registered[0]
+
+
+def _registered_by(path: Path) -> list[str]:
+    from everlong.attention import POLICIES
+
+    path = path.resolve()
+    if path not in _loaded:
+        before = set(POLICIES)
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[path.stem] = module  # dataclasses look their module up
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            del sys.modules[path.stem]
+            raise InputError(f"cannot take a policy from {path}: {type(error).__name__}: {error}") from error
+        _loaded[path] = sorted(set(POLICIES) - before)
+    return _loaded[path]
