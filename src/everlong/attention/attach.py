@@ -3,51 +3,29 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
-import torch
 import transformers
 from torch import Tensor, nn
 
-from everlong.attention.cache import KeptLayer, StreamCache
+from everlong.attention.cache import StreamCache
+from everlong.attention.forward import Forward, Layers
 from everlong.attention.inputs import Inputs, clamped_positions, read_padding, refuse_foreign_cache
-from everlong.attention.parts import attend
 from everlong.attention.policy import Policy, make_policy
-from everlong.attention.positions import Rotation
-from everlong.attention.view import LayerCall, LayerView
-from everlong.attention.window import LocalWindow
 from everlong.errors import ConfigurationError, StateError, UnsupportedModelError, UnsupportedUseError
-from everlong.models.anatomy import LayerAnatomy, decoder_of, dissect, replaced_rotaries
+from everlong.models.anatomy import decoder_of, dissect, replaced_rotaries
 from everlong.models.cache_argument import cache_argument
 from everlong.models.rotary import IdentityRotary
 from everlong.models.seam import Seam
 
-GROUP = 256
-"""Queries that are attended together in prefill."""
-
 _CHUNKS_CONTINUE = tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= (5, 21)
 
 
-@dataclass
-class _Forward:
-    """One forward under way."""
-
-    attachment: Attachment
-    cache: StreamCache
-    tokens: int
-    is_kept: bool
-    outer: _Forward | None = None
-    attended: int = 0
-    donated: dict[int, LayerView] = field(default_factory=dict)
-    memo: dict[Any, Any] = field(default_factory=dict)
-
-
-_forward: ContextVar[_Forward | None] = ContextVar("everlong_forward", default=None)
+_forward: ContextVar[Forward | None] = ContextVar("everlong_forward", default=None)
 
 
 class Attachment:
@@ -87,12 +65,7 @@ class Attachment:
         self.policy = policy.resolve(anatomy.training_length)
         self.owner = uuid.uuid4().hex
         self._generator = inner
-        self._layers = {layer.index: layer for layer in anatomy.layers}
-        self._kept_layers = _kept_layers(anatomy.layers)
-        self._local_policies = {
-            layer.window: LocalWindow(layer.window) for layer in anatomy.layers if layer.window is not None
-        }
-        self._donors = {layer.donor for layer in anatomy.layers}
+        self._layers = Layers(anatomy.layers)
         self._closing = self._open()
         self.is_attached = True
 
@@ -148,7 +121,7 @@ class Attachment:
             Stream position of its first token, for streams that continue an earlier count.
         """
         resolved = self.policy if policy is None else policy.resolve(self.training_length)
-        return StreamCache(resolved, self._kept_layers, self.owner, offset)
+        return StreamCache(resolved, self._layers.kept, self.owner, offset)
 
     def restore_cache(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> StreamCache:
         """Rebuild a cache from what :meth:`StreamCache.state` returned.
@@ -163,21 +136,10 @@ class Attachment:
         except (KeyError, TypeError, ValueError) as error:
             raise StateError(f"the saved state is not complete: {error!r}") from error
         length = seen if span is None else min(seen, span)
-        rotations = {index: self._rotation(self._layers[index], length, {}) for index in self._kept_layers}
-        return StreamCache.from_state(tensors, meta, self._kept_layers, self.owner, rotations)
-
-    def _rotation(self, layer: LayerAnatomy, length: int, memo: dict[Any, Any]) -> Rotation:
-        frequencies = None
-        if layer.rotary is not None:
-            reach = length if layer.window is None else min(length, layer.window)
-            key = (
-                layer.rotary,
-                reach,
-            )  # one table for all layers of a forward, whatever other threads ask for
-            if key not in memo:
-                memo[key] = layer.rotary.frequencies(reach)
-            frequencies = memo[key]
-        return Rotation(frequencies, layer.layout, memo)
+        rotations = {
+            number: self._layers.rotation(self._layers[number], length, {}) for number in self._layers.kept
+        }
+        return StreamCache.from_state(tensors, meta, self._layers.kept, self.owner, rotations)
 
     def _prepare_cache(
         self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, *_: Any, **__: Any
@@ -235,7 +197,7 @@ class Attachment:
         positions = clamped_positions(inputs, cache, pads, cache.window)
         outer = self._end_forward()
         cache.begin(inputs.rows, pads)
-        _forward.set(_Forward(self, cache, inputs.tokens, is_kept, outer))
+        _forward.set(Forward(self.owner, self._layers, cache, inputs.tokens, is_kept, outer))
         inputs.arguments.update(use_cache=is_kept, attention_mask=None, position_ids=positions)
         inputs.arguments[self.cache_argument] = cache if is_kept else None
         return (), inputs.arguments
@@ -244,23 +206,14 @@ class Attachment:
         """Count the tokens if the forward came through; called after an error too."""
         forward = _forward.get()
         self._end_forward()
-        if forward is None or forward.attachment is not self or output is None:
+        if forward is None or forward.owner != self.owner or output is None:
             return
-        if forward.attended != len(self._layers):
-            raise UnsupportedUseError(
-                f"{forward.attended} of {len(self._layers)} layers followed the policy: the attention "
-                "implementation was changed while attached; call set_attn_implementation() before attach() "
-                "or after detach()"
-            )
-        for view in forward.donated.values():
-            if forward.is_kept:
-                view.memory.settle(view)
-        forward.cache.end(forward.tokens)
+        forward.finish()
 
-    def _end_forward(self) -> _Forward | None:
+    def _end_forward(self) -> Forward | None:
         """Close this attachment's forward if one is open in this thread; return the one around it."""
         forward = _forward.get()
-        if forward is None or forward.attachment is not self:
+        if forward is None or forward.owner != self.owner:
             return forward
         forward.cache.abandon()
         _forward.set(forward.outer)
@@ -281,42 +234,19 @@ class Attachment:
     ) -> tuple[Tensor, None]:
         """Attend as the policy says; transformers' attention interface. Returns (batch, n, heads, d)."""
         forward = _forward.get()
-        if forward is None or forward.attachment is not self:
+        if forward is None or forward.owner != self.owner:
             raise StateError("an attached model's layers were called outside its decoder's forward")
         if dropout:
             raise UnsupportedUseError("attention dropout is not supported under a policy: call model.eval()")
-        cache, layer = forward.cache, self._layers[int(module.layer_idx)]  # type: ignore[arg-type]
-        policy = cache.policy if layer.window is None else self._local_policies[layer.window]
-        length = cache.seen + forward.tokens
-        if policy.span is not None:
-            length = min(length, policy.span)
-        call = LayerCall(
-            layer.index,
-            self._rotation(layer, length, forward.memo),
-            cache.pads,
-            query.shape[-1] ** -0.5 if scaling is None else scaling,
-            softcap,
+        output = forward.attend(
+            int(module.layer_idx),  # type: ignore[arg-type]
+            query,
+            key,
+            value,
+            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+            softcap=softcap,
+            sink_logits=s_aux,
         )
-        if layer.donor is None:
-            memory = cache.memories[layer.index]
-            view = memory.append(key, value, call, provisional=cache.is_provisional)
-        else:
-            view = forward.donated[layer.donor].of(call)
-        placed = view.place(query)
-        first, total = view.stop - query.shape[2], query.shape[2]
-        outputs = []
-        for begin, stop in _groups(first, view.stop, policy):
-            near = slice(begin - first, stop - first)
-            queries = view.queries(query[:, :, near], placed[:, :, near], begin)
-            parts = policy.parts(queries, view)
-            outputs.append(attend(parts, scaling=call.scaling, softcap=softcap, sink_logits=s_aux))
-        if layer.index in self._donors:
-            forward.donated[layer.index] = view  # settled when the layers that share it have seen it
-        elif forward.is_kept and layer.donor is None:
-            view.memory.settle(view)
-        forward.attended += 1
-        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
-        assert output.shape[2] == total
         return output.transpose(1, 2).contiguous(), None
 
 
@@ -357,31 +287,6 @@ def _instance_attribute(module: nn.Module, name: str, value: Any) -> Iterator[No
         del module.__dict__[name]
         if before is not missing:
             module.__dict__[name] = before
-
-
-def _groups(first: int, stop: int, policy: Policy) -> list[tuple[int, int]]:
-    """Cut queries [first, stop) into groups of at most `GROUP`, and where the policy changes its form."""
-    if stop - first == 1:
-        return [(first, stop)]
-    cuts = [at for at in sorted(set(policy.breaks())) if first < at < stop]
-    edges = [first, *cuts, stop]
-    size = GROUP if policy.span is None else max(1, min(GROUP, policy.span))
-    return [
-        (begin, min(begin + size, high))
-        for low, high in zip(edges, edges[1:], strict=False)
-        for begin in range(low, high, size)
-    ]
-
-
-def _kept_layers(layers: Sequence[LayerAnatomy]) -> dict[int, KeptLayer]:
-    """Return what a cache needs to know of each layer that has keys of its own."""
-    return {
-        layer.index: KeptLayer(
-            layer.window, max(other.index for other in layers if layer.index in (other.index, other.donor))
-        )
-        for layer in layers
-        if layer.donor is None
-    }
 
 
 def _refuse_prompt_learning(model: Any) -> None:

@@ -1,0 +1,184 @@
+"""One forward of an attached model: how each of its layers attends, and what its cache takes in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from everlong.attention.cache import KeptLayer, StreamCache
+from everlong.attention.parts import attend
+from everlong.attention.policy import Policy
+from everlong.attention.positions import Rotation
+from everlong.attention.view import LayerCall, LayerView
+from everlong.attention.window import LocalWindow
+from everlong.errors import UnsupportedUseError
+from everlong.models.anatomy import LayerAnatomy
+
+GROUP = 256
+"""Queries that are attended together in prefill."""
+
+
+class Layers:
+    """The attention layers of one model.
+
+    Attributes
+    ----------
+    kept : dict of int to KeptLayer
+        By number, the layers that have keys of their own.
+    """
+
+    def __init__(self, anatomy: Sequence[LayerAnatomy]) -> None:
+        self._by_number = {layer.index: layer for layer in anatomy}
+        self._local_policies = {
+            w: LocalWindow(w) for w in {layer.window for layer in anatomy} if w is not None
+        }
+        self._donors = {layer.donor for layer in anatomy}
+        self.kept = {
+            layer.index: KeptLayer(layer.window, self._last_reader(layer))
+            for layer in anatomy
+            if layer.donor is None
+        }
+
+    def __len__(self) -> int:
+        return len(self._by_number)
+
+    def __getitem__(self, number: int) -> LayerAnatomy:
+        return self._by_number[number]
+
+    def policy(self, layer: LayerAnatomy, policy: Policy) -> Policy:
+        """Return what `layer` follows under `policy`: its own window, where it has one."""
+        return policy if layer.window is None else self._local_policies[layer.window]
+
+    def gives(self, layer: LayerAnatomy) -> bool:
+        """Whether other layers use the keys of this one."""
+        return layer.index in self._donors
+
+    def rotation(self, layer: LayerAnatomy, length: int, memo: dict[Any, Any]) -> Rotation:
+        """Return the rotation of `layer` in an input of `length` tokens, the same for all of a forward."""
+        frequencies = None
+        if layer.rotary is not None:
+            key = (layer.rotary, length if layer.window is None else min(length, layer.window))
+            if key not in memo:
+                memo[key] = layer.rotary.frequencies(key[1])
+            frequencies = memo[key]
+        return Rotation(frequencies, layer.layout, memo)
+
+    def _last_reader(self, layer: LayerAnatomy) -> int:
+        readers = (other.index for other in self._by_number.values() if other.donor == layer.index)
+        return max(readers, default=layer.index)
+
+
+@dataclass
+class Forward:
+    """One forward under way.
+
+    Attributes
+    ----------
+    owner : str
+        The attachment it belongs to.
+    layers : Layers
+        The model's.
+    cache : StreamCache
+        What it goes on from.
+    tokens : int
+        New tokens per row.
+    is_kept : bool
+        Whether the cache takes them in.
+    outer : Forward or None
+        The forward it was begun in, of another model.
+    """
+
+    owner: str
+    layers: Layers
+    cache: StreamCache
+    tokens: int
+    is_kept: bool
+    outer: Forward | None = None
+    _attended: int = 0
+    _given: dict[int, LayerView] = field(default_factory=dict)
+    _memo: dict[Any, Any] = field(default_factory=dict)
+
+    def attend(
+        self,
+        number: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scaling: float,
+        softcap: float | None,
+        sink_logits: Tensor | None,
+    ) -> Tensor:
+        """Let layer `number` attend as its policy says.
+
+        Parameters
+        ----------
+        number : int
+            The layer's.
+        query : Tensor
+            Unrotated, shape (batch, heads, n, d); n may be less than the new tokens: then it is the last.
+        key, value : Tensor
+            Unrotated, of all new tokens, shape (batch, key-value heads, new tokens, d).
+        scaling, softcap, sink_logits
+            See :func:`~everlong.attention.parts.attend`.
+
+        Returns
+        -------
+        Tensor
+            Shape (batch, heads, n, d).
+        """
+        layer, cache = self.layers[number], self.cache
+        policy = self.layers.policy(layer, cache.policy)
+        length = cache.seen + self.tokens
+        if policy.span is not None:
+            length = min(length, policy.span)
+        rotation = self.layers.rotation(layer, length, self._memo)
+        call = LayerCall(number, rotation, cache.pads, scaling, softcap)
+        if layer.donor is None:
+            view = cache.memories[number].append(key, value, call, provisional=cache.is_provisional)
+        else:
+            view = self._given[layer.donor].of(call)
+        first, placed = view.stop - query.shape[2], view.place(query)
+        outputs = []
+        for begin, stop in _groups(first, view.stop, policy):
+            group = slice(begin - first, stop - first)
+            queries = view.queries(query[:, :, group], placed[:, :, group], begin)
+            parts = policy.parts(queries, view)
+            outputs.append(attend(parts, scaling=scaling, softcap=softcap, sink_logits=sink_logits))
+        if self.layers.gives(layer):
+            self._given[number] = view  # settled at the end, when the layers that share it have seen it
+        elif self.is_kept and layer.donor is None:
+            view.memory.settle(view)
+        self._attended += 1
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+    def finish(self) -> None:
+        """Count the tokens, once all layers have attended."""
+        if self._attended != len(self.layers):
+            raise UnsupportedUseError(
+                f"{self._attended} of {len(self.layers)} layers followed the policy: the attention "
+                "implementation was changed while attached; call set_attn_implementation() before attach() "
+                "or after detach()"
+            )
+        if self.is_kept:
+            for view in self._given.values():
+                view.memory.settle(view)
+        self.cache.end(self.tokens)
+
+
+def _groups(first: int, stop: int, policy: Policy) -> list[tuple[int, int]]:
+    """Cut queries [first, stop) into groups of at most `GROUP`, and where the policy changes its form."""
+    if stop - first == 1:
+        return [(first, stop)]
+    cuts = [at for at in sorted(set(policy.breaks())) if first < at < stop]
+    edges = [first, *cuts, stop]
+    size = GROUP if policy.span is None else max(1, min(GROUP, policy.span))
+    return [
+        (begin, min(begin + size, high))
+        for low, high in zip(edges, edges[1:], strict=False)
+        for begin in range(low, high, size)
+    ]
