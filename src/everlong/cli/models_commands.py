@@ -38,7 +38,7 @@ def models(as_json: Json = False) -> None:
         )
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("name", "size", "context", "licence", "state", "on disk", "good for"):
+    for heading in ("name", "size", "context", "licence", "state", "on disk"):
         table.add_column(heading, justify="right" if heading in ("size", "context", "on disk") else "left")
     for state in states:
         entry = state.entry
@@ -49,11 +49,14 @@ def models(as_json: Json = False) -> None:
             entry.licence,
             state.state,
             human_bytes(state.bytes) if state.bytes else "",
-            f"{'chat' if entry.chat else 'base'}: {entry.good_for}",
         )
     for name, size in conversions.items():
-        table.add_row(name, "", "", "", "ready", human_bytes(size), "converted from a .gguf file of yours")
+        table.add_row(f"{name} (from a .gguf file)", "", "", "", "ready", human_bytes(size))
     output().print(table)
+    output().print()
+    for state in states:
+        kind = "a chat model" if state.entry.chat else "a base model"
+        output().print(f"{state.entry.name}: {kind}, for {state.entry.good_for}", style="dim", markup=False)
     output().print(f"\nkept in {store.home} (EVERLONG_HOME)", style="dim", soft_wrap=True)
 
 

@@ -188,7 +188,7 @@ CATALOGUE.register("gemma-3-270m")(
         context=32_768,
         chat=False,
         bos=True,
-        good_for="using its context: answers from facts it was given; a base model, completes text",
+        good_for="using its context: answers from facts it was given",
         terms=Terms(
             url="https://ai.google.dev/gemma/terms",
             notice="Gemma is provided under and subject to the Gemma Terms of Use "
