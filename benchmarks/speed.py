@@ -73,7 +73,7 @@ def main() -> None:
     def below(tokens: int) -> dict[str, Any]:
         times: dict[str, list[list[float]]] = {"prefill": [[], []], "decode": [[], []]}
         ids = random_ids(models[0].get_decoder(), tokens + STEPS)
-        for _ in range(options.repeats + 1):  # the first warms up
+        for _ in range(2 * options.repeats + 2):  # the first warms up; differences are small here
             with ExitStack() as stack:
                 for number, stream in enumerate(both(stack)):
                     started = time.perf_counter()
@@ -137,7 +137,7 @@ def page(options: Any, short: Any, deep: Any, whole: Any) -> list[str]:
             [[f"{n:,}", *deep_cells(row)] for n, row in deep.items()],
         ),
         "",
-        "Whole prompts within the window:",
+        f"Whole prompts within the window (medians of {2 * options.repeats + 1}):",
         "",
         *table(
             ["prompt", "prefill, tok/s: stock", "ours", "ratio", "decode, ms: stock", "ours", "ratio"],

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tests.tiny as tiny
-from everlong.attention import FullAttention, LMInfinite, StreamCache, StreamingLLM, attach
+from everlong.attention import FullAttention, LMInfinite, StreamCache, StreamingLLM, attach, forward
 from everlong.errors import ConfigurationError
 
 POLICY = LMInfinite(window=24, sinks=3)
@@ -30,6 +30,34 @@ def expected(model, ids):
     """Logits of one forward that keeps nothing."""
     with torch.no_grad(), attach(model, POLICY):
         return model(ids, use_cache=False).logits
+
+
+# --- groups -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "policy, padding, groups",
+    [
+        (FullAttention(), 0, [LENGTH]),
+        (FullAttention(), 1, [16, 16, 16, 12]),
+        (LMInfinite(window=24, sinks=3), 0, [24, 2, 16, 16, 2]),
+        (LMInfinite(window=70, sinks=3), 0, [LENGTH]),
+        (FullAttention(ceiling=20), 0, [20, 16, 16, 8]),
+    ],
+)
+@torch.no_grad()
+def test_plain_causal_attention_is_one_group_and_the_rest_is_cut(model, policy, padding, groups, monkeypatch):
+    monkeypatch.setattr(forward, "GROUP", 16)
+    seen = []
+    real = type(policy).parts
+    monkeypatch.setattr(
+        type(policy), "parts", lambda self, q, view: seen.append(q.stop - q.first) or real(self, q, view)
+    )
+    mask = torch.ones(1, LENGTH)
+    mask[:, :padding] = 0
+    with attach(model, policy):
+        model(tiny.random_ids(1, LENGTH), attention_mask=mask)
+    assert seen == groups * model.config.num_hidden_layers
 
 
 # --- ways of calling ----------------------------------------------------------------------------------

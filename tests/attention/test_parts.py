@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import everlong.attention.parts as parts_module
-from everlong.attention.parts import Part, Partial, attend, merge_logits
+from everlong.attention.parts import Part, Partial, Triangle, attend, merge_logits
 
 BATCH, HEADS, KV_HEADS, QUERIES, KEYS, SIZE = 2, 4, 2, 5, 12, 8
 SPLITS = {"one part": [12], "two parts": [7, 5], "four parts": [1, 6, 2, 3]}
@@ -60,6 +60,25 @@ def test_parts_merge_to_one_softmax(sizes, softcap, has_sink, heads, gradients):
     given[0].requires_grad_(gradients)
     ours = attend(split(*given, sizes), scaling=SCALING, softcap=softcap, sink_logits=sink_logits)
     torch.testing.assert_close(ours.double(), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("triangle", Triangle)
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)], ids=["full heads", "grouped heads"])
+@pytest.mark.parametrize("path", ["kernel", "explicit", "soft-cap"])
+@pytest.mark.parametrize("n", [1, 2, 300], ids=["one", "two", "more than are held at once"])
+def test_triangles_are_the_masks_they_stand_for(triangle, heads, path, n):
+    torch.manual_seed(1)
+    queries = torch.randn(BATCH, heads[0], n, SIZE).requires_grad_(path == "explicit")
+    keys, values, more, of_more = (torch.randn(BATCH, heads[1], m, SIZE) for m in (n, n, 3, 3))
+    square = torch.ones(n, n).tril() if triangle is Triangle.LOWER else torch.ones(n, n).triu()
+    visible = torch.cat((square.bool(), torch.ones(n, 3, dtype=torch.bool)), 1)[None, None]
+    softcap = 1.5 if path == "soft-cap" else None
+    expected = one_softmax(
+        queries, torch.cat((keys, more), 2), torch.cat((values, of_more), 2), visible, softcap
+    )
+    parts = [Part(queries, keys, values, triangle), Part(queries, more, of_more)]
+    ours = attend(parts, scaling=SCALING, softcap=softcap)
+    torch.testing.assert_close(ours.double(), expected, atol=5e-6, rtol=0)
 
 
 def test_the_kernel_and_the_explicit_path_are_both_taken(monkeypatch):

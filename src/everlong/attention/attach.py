@@ -21,6 +21,7 @@ from everlong.models.anatomy import decoder_of, dissect, replaced_rotaries
 from everlong.models.cache_argument import cache_argument
 from everlong.models.rotary import IdentityRotary
 from everlong.models.seam import Seam
+from everlong.models.unrotated import unrotated
 
 _CHUNKS_CONTINUE = tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= (5, 21)
 
@@ -66,15 +67,16 @@ class Attachment:
         self.owner = uuid.uuid4().hex
         self._generator = inner
         self._layers = Layers(anatomy.layers)
-        self._closing = self._open()
+        self._closing = self._open([layer.module for layer in anatomy.layers if anatomy.can_skip_rotation])
         self.is_attached = True
 
     # --- opening and closing -----------------------------------------------------------------------
 
-    def _open(self) -> ExitStack:
+    def _open(self, skip_rotation: list[nn.Module]) -> ExitStack:
         """Put ourselves under the model; closing the stack undoes it. Undone at once if a step fails."""
         with ExitStack() as stack:
             stack.enter_context(replaced_rotaries(self.decoder, IdentityRotary))
+            stack.enter_context(unrotated(skip_rotation))
             stack.enter_context(Seam(self.decoder, self._attention))
             stack.enter_context(_instance_attribute(self.decoder, "_everlong_attachment", self.owner))
             if hasattr(self._generator, "_prepare_cache_for_generation"):

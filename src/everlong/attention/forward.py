@@ -144,7 +144,7 @@ class Forward:
             view = self._given[layer.donor].of(call)
         first, placed = view.stop - query.shape[2], view.place(query)
         outputs = []
-        for begin, stop in _groups(first, view.stop, policy):
+        for begin, stop in _groups(first, view.stop, policy, is_padded=view.pads is not None):
             group = slice(begin - first, stop - first)
             queries = view.queries(query[:, :, group], placed[:, :, group], begin)
             parts = policy.parts(queries, view)
@@ -170,15 +170,18 @@ class Forward:
         self.cache.end(self.tokens)
 
 
-def _groups(first: int, stop: int, policy: Policy) -> list[tuple[int, int]]:
-    """Cut queries [first, stop) into groups of at most `GROUP`, and where the policy changes its form."""
+def _groups(first: int, stop: int, policy: Policy, *, is_padded: bool) -> list[tuple[int, int]]:
+    """Cut queries [first, stop) into groups: where the policy changes its form, and at most `GROUP` long.
+
+    Plain causal attention is not cut, except where padding needs a mask.
+    """
     if stop - first == 1:
         return [(first, stop)]
-    cuts = [at for at in sorted(set(policy.breaks())) if first < at < stop]
-    edges = [first, *cuts, stop]
+    plain = 0 if is_padded else policy.plain_until()
+    edges = [first, *sorted({at for at in policy.breaks() if first < at < stop}), stop]
     size = GROUP if policy.span is None else max(1, min(GROUP, policy.span))
-    return [
-        (begin, min(begin + size, high))
-        for low, high in zip(edges, edges[1:], strict=False)
-        for begin in range(low, high, size)
-    ]
+    groups: list[tuple[int, int]] = []
+    for low, high in zip(edges, edges[1:], strict=False):
+        step = high - low if plain is None or high <= plain else size
+        groups += [(begin, min(begin + step, high)) for begin in range(low, high, step)]
+    return groups

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 from torch import Tensor
@@ -17,6 +18,13 @@ from torch.nn import functional as F
 from everlong.attention.positions import working_dtype
 
 _FLASH_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+class Triangle(Enum):
+    """Which of n keys each of n queries sees, where a kernel can leave out the other half."""
+
+    LOWER = "query i sees keys 0 to i"
+    UPPER = "query i sees keys i to n - 1"
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +37,7 @@ class Part:
         Shape (batch, heads, n, d).
     keys, values : Tensor
         Shape (batch, key-value heads, m, d).
-    visible : Tensor or None
+    visible : Tensor, Triangle or None
         Boolean, shape (batch or 1, 1 or heads, n, m): which query sees which key; None: all see all.
         Rows that see nothing have no weight in the merge; at least one part must show each query a key.
     """
@@ -37,7 +45,7 @@ class Part:
     queries: Tensor
     keys: Tensor
     values: Tensor
-    visible: Tensor | None = None
+    visible: Tensor | Triangle | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,19 +119,36 @@ def merge_logits(logits: Tensor, values: Tensor) -> Partial:
     return Partial((weights.unsqueeze(-2) @ values.to(logits.dtype)).squeeze(-2).to(values.dtype), lse)
 
 
+_ROWS = 256  # queries whose logits are held at once where no kernel fits
 _HIDDEN = -1e30  # a hidden key's logit: finite, so that a query that sees nothing of a part stays finite
 
 
 def _attend_one(part: Part, scaling: float, softcap: float | None) -> Partial:
+    if part.visible is Triangle.UPPER:  # read backwards, it is a lower one
+        return _backwards(_attend_one(_backwards_part(part), scaling, softcap))
     if softcap is None and _flash_fits(part):
-        bias = None if part.visible is None else _bias(part.visible, part.queries.dtype)
-        keys, values = part.keys, part.values
-        if not _flash_takes_grouped_heads():
-            groups = part.queries.shape[1] // keys.shape[1]
-            keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
-        output, lse = _FLASH_CPU(part.queries, keys, values, 0.0, False, attn_mask=bias, scale=scaling)
-        return Partial(output, lse)
-    return _explicit(part, scaling, softcap)
+        return _flash(part, scaling)
+    if part.visible is Triangle.LOWER:
+        return _explicit_rows(part, scaling, softcap)
+    return _explicit(part, part.visible, scaling, softcap)
+
+
+def _backwards_part(part: Part) -> Part:
+    return Part(part.queries.flip(2), part.keys.flip(2), part.values.flip(2), Triangle.LOWER)
+
+
+def _backwards(partial: Partial) -> Partial:
+    return Partial(partial.output.flip(2), partial.lse.flip(2))
+
+
+def _flash(part: Part, scaling: float) -> Partial:
+    visible, keys, values = part.visible, part.keys, part.values
+    bias = _bias(visible, part.queries.dtype) if isinstance(visible, Tensor) else None
+    if not _flash_takes_grouped_heads():
+        groups = part.queries.shape[1] // keys.shape[1]
+        keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
+    is_causal = visible is Triangle.LOWER
+    return Partial(*_FLASH_CPU(part.queries, keys, values, 0.0, is_causal, attn_mask=bias, scale=scaling))
 
 
 def _flash_fits(part: Part) -> bool:
@@ -144,12 +169,18 @@ def _flash_takes_grouped_heads() -> bool:
     """Whether this torch's CPU kernel takes fewer key-value heads than query heads, and gets them right."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, heads, 2, 8, generator=generator) for heads in (4, 2, 2))
+    every = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
     try:
-        ours = _FLASH_CPU(q, k, v, 0.0, False)[0]
+        return all(
+            torch.allclose(
+                _FLASH_CPU(q, k, v, 0.0, causal)[0],
+                F.scaled_dot_product_attention(q, *every, is_causal=causal),
+                atol=1e-5,
+            )
+            for causal in (False, True)
+        )
     except RuntimeError:
         return False
-    k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
-    return torch.allclose(ours, F.scaled_dot_product_attention(q, k, v), atol=1e-5)
 
 
 def _bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
@@ -157,7 +188,18 @@ def _bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, hidden)
 
 
-def _explicit(part: Part, scaling: float, softcap: float | None) -> Partial:
+def _explicit_rows(part: Part, scaling: float, softcap: float | None) -> Partial:
+    """Attend under a lower triangle, some rows at a time, so that the logits never take n x n numbers."""
+    n, pieces = part.queries.shape[2], []
+    for begin in range(0, n, _ROWS):
+        stop = min(begin + _ROWS, n)
+        index = torch.arange(stop, device=part.queries.device)
+        rows = Part(part.queries[:, :, begin:stop], part.keys[:, :, :stop], part.values[:, :, :stop])
+        pieces.append(_explicit(rows, index <= index[begin:, None], scaling, softcap))
+    return Partial(torch.cat([p.output for p in pieces], 2), torch.cat([p.lse for p in pieces], 2))
+
+
+def _explicit(part: Part, visible: Tensor | None, scaling: float, softcap: float | None) -> Partial:
     """Attend with plain operations in float32 (or float64): any device, any gradient."""
     dtype = working_dtype(part.queries)
     batch, heads, n, size = part.queries.shape
@@ -168,8 +210,8 @@ def _explicit(part: Part, scaling: float, softcap: float | None) -> Partial:
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
     logits = logits.reshape(batch, heads, n, m)
-    if part.visible is not None:
-        logits = logits.masked_fill(~part.visible, _HIDDEN)
+    if visible is not None:
+        logits = logits.masked_fill(~visible, _HIDDEN)
     lse = torch.logsumexp(logits, dim=-1)
     weights = (logits - lse.unsqueeze(-1)).exp().reshape(batch, kv_heads, groups * n, m)
     output = (weights @ part.values.to(dtype)).reshape(batch, heads, n, part.values.shape[-1])

@@ -67,6 +67,13 @@ class Policy(ABC):
         """Return indices where a group of queries should end, because :meth:`parts` changes its form."""
         return ()
 
+    def plain_until(self) -> int | None:
+        """Index before which queries see all there is, at true distances; None: all of them do.
+
+        These are attended in one group, however many there are.
+        """
+        return 0
+
     def after_forward(self, cache: StreamCache, tokens: Tensor, surprisal: Tensor | None) -> None:
         """Act after each forward of a session; `tokens` and `surprisal` (nats) have shape (batch, n)."""
         return None

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from everlong.attention.parts import Part
+from everlong.attention.parts import Part, Triangle
 from everlong.attention.positions import Rotation
 
 if TYPE_CHECKING:
@@ -192,20 +192,25 @@ class LayerView:
             visible = _banded(a - low, b - a, high - low, nearest, farthest, place.device)
             index = torch.arange(low, high, device=place.device) - self.pad_column(place.device)
             return [self._part(place, low, high, distance, visible & (index >= lowest))]
-        full_from = low if farthest is None else max(low, b - 1 - farthest)
-        full_to = a - nearest + 1
-        if full_from >= full_to:
+        if b - a == 1:
+            return [self._part(place, low, high, distance, None)]
+        near = a - nearest  # from here on, a key is hidden from the first queries
+        seen_by_all = low if farthest is None else max(low, b - farthest)  # before, from the last
+        if seen_by_all > near:
             visible = _banded(a - low, b - a, high - low, nearest, farthest, place.device)
             return [self._part(place, low, high, distance, visible)]
-        parts = [self._part(place, full_from, full_to, distance, None)]
-        for begin, stop in ((low, full_from), (full_to, high)):
-            if begin < stop:
-                visible = _banded(a - begin, b - a, stop - begin, nearest, farthest, place.device)
-                parts.append(self._part(place, begin, stop, distance, visible))
+        parts = [self._part(place, near, high, distance, Triangle.LOWER)]
+        if seen_by_all < near:
+            parts.append(self._part(place, seen_by_all, near, distance, None))
+        if farthest is not None and low == a - farthest:
+            parts.append(self._part(place, low, seen_by_all, distance, Triangle.UPPER))
+        elif low < seen_by_all:
+            visible = _banded(a - low, b - a, seen_by_all - low, nearest, farthest, place.device)
+            parts.append(self._part(place, low, seen_by_all, distance, visible))
         return parts
 
     def _part(
-        self, place: Tensor, begin: int, stop: int, distance: int | None, visible: Tensor | None
+        self, place: Tensor, begin: int, stop: int, distance: int | None, visible: Tensor | Triangle | None
     ) -> Part:
         keys = self.keys(begin, stop) if distance is None else self.raw(begin, stop)
         if distance is not None:  # R(0) is not the identity where cos and sin carry an attention scaling

@@ -59,6 +59,10 @@ class WindowPolicy(Policy):
             at for at in (full, self.near_until(), self.far_from(), self.local_ceiling()) if at is not None
         )
 
+    def plain_until(self) -> int | None:
+        """Return where the form changes first: before, nothing has left the window or moved."""
+        return min(self.breaks(), default=None)
+
     def parts(self, queries: Queries, view: LayerView) -> list[Part | Partial]:
         """Show the sinks, placed as the subclass says, and the local tokens."""
         sinks, local = self.shape()

@@ -28,6 +28,7 @@ from everlong.models.rotary import (
     rotate,
 )
 from everlong.models.seam import Seam
+from everlong.models.unrotated import unrotated
 
 _PROBE_POSITIONS = (5, 11, 37)
 
@@ -74,12 +75,15 @@ class Anatomy:
         All rotary tables.
     training_length : int or None
         Tokens the model was trained on at most (before any RoPE scaling); None: not known.
+    can_skip_rotation : bool
+        Whether :func:`~everlong.models.unrotated.unrotated` gives what rotation by identities does.
     """
 
     decoder: nn.Module
     layers: tuple[LayerAnatomy, ...]
     rotaries: tuple[Rotary, ...]
     training_length: int | None
+    can_skip_rotation: bool
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
@@ -128,7 +132,14 @@ def dissect(model: nn.Module) -> Anatomy:
         real = _probe(decoder, _PROBE_POSITIONS)
     with replaced_rotaries(decoder, IdentityRotary):
         raw = _probe(decoder, _PROBE_POSITIONS)
-        moved = _probe(decoder, range(len(_PROBE_POSITIONS)))
+        with unrotated(seen.module for seen in raw):
+            moved = _probe(decoder, range(len(_PROBE_POSITIONS)))
+        can_skip = all(
+            _close(there.key, here.key) and _close(there.query, here.query)
+            for here, there in zip(raw, moved, strict=True)
+        )
+        if not can_skip:
+            moved = _probe(decoder, range(len(_PROBE_POSITIONS)))
     name = type(model).__name__
     _check_layers(decoder, raw, moved, name)
     layers = [
@@ -139,7 +150,7 @@ def dissect(model: nn.Module) -> Anatomy:
         donor = own.setdefault(seen.key.data_ptr(), layers[at].index)
         if donor != layers[at].index:
             layers[at] = replace(layers[at], donor=donor)
-    return Anatomy(decoder, tuple(layers), tuple(rotaries), training_length_of(_config(decoder)))
+    return Anatomy(decoder, tuple(layers), tuple(rotaries), training_length_of(_config(decoder)), can_skip)
 
 
 @contextmanager

@@ -73,20 +73,27 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
     layout : {"halves", "interleaved"}
         Which dimensions form a pair: i and i + r/2, or 2i and 2i + 1.
     """
-    half = cos.shape[-1]
-    turned = x[..., : 2 * half].to(cos.dtype)
-    if layout == "halves":
-        first, second = turned[..., :half], turned[..., half:]
-    else:
-        first, second = turned[..., 0::2], turned[..., 1::2]
-    new_first = torch.addcmul(first * cos, second, sin, value=-1)
-    new_second = torch.addcmul(second * cos, first, sin)
-    if layout == "halves":
-        result = torch.cat((new_first, new_second), dim=-1)
-    else:
-        result = torch.stack((new_first, new_second), dim=-1).flatten(-2)
-    result = result.to(x.dtype)
-    return result if 2 * half == x.shape[-1] else torch.cat((result, x[..., 2 * half :]), dim=-1)
+    width = 2 * cos.shape[-1]
+    first, second = _paired(x[..., :width].to(cos.dtype), layout)
+    if torch.is_grad_enabled() and x.requires_grad:
+        turned = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
+        pairs = torch.cat(turned, -1) if layout == "halves" else torch.stack(turned, -1).flatten(-2)
+        return torch.cat((pairs.to(x.dtype), x[..., width:]), dim=-1)
+    rows = max(x.shape[0], cos.shape[0] if cos.dim() == 4 else 1)
+    result = x.new_empty((rows, x.shape[1], max(x.shape[2], cos.shape[-2]), x.shape[3]), dtype=cos.dtype)
+    new_first, new_second = _paired(result[..., :width], layout)
+    torch.mul(first, cos, out=new_first).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=new_second).addcmul_(first, sin)
+    result[..., width:] = x[..., width:]
+    return result.to(x.dtype)
+
+
+def _paired(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """Return the first and the second of each pair of dimensions, as views."""
+    if layout == "interleaved":
+        return x[..., 0::2], x[..., 1::2]
+    half = x.shape[-1] // 2
+    return x[..., :half], x[..., half:]
 
 
 def fresh_copy(module: nn.Module) -> nn.Module:
