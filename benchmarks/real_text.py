@@ -22,7 +22,7 @@ from common import RESULTS, Rows, table
 from everlong.attention import FullAttention, LMInfinite, Policy, StreamingLLM
 from everlong.evaluation.head import Head
 from everlong.evaluation.perplexity import bucketed, read_stream
-from everlong.evaluation.statistics import mean_interval
+from everlong.evaluation.statistics import Interval, mean_interval
 from everlong.evaluation.streams import StockStream, open_stream
 from everlong.evaluation.texts import first_tokens
 from everlong.models.loading import load_model
@@ -116,24 +116,30 @@ def main() -> None:
         f"{anchors[-1]:,}, in nats per token, and the excess over the stock model that re-read its last "
         "`window` tokens from scratch (paired, 95 % interval over anchors).",
         "",
-        *table(["method, window", "surprisal", "re-reading", "excess", "interval"], excess(rows, wanted)),
+        *table(
+            ["method, window", "surprisal", "re-reading", "excess", "interval"], excess(rows.rows, wanted)
+        ),
     ]
     rows.write_table("Real text: perplexity by position", lines)
 
 
-def excess(rows: Rows, wanted: list[tuple[str, Policy | None, int]]) -> list[list[str]]:
+def excess(rows: dict[str, Any], wanted: list[tuple[str, Policy | None, int]]) -> list[list[str]]:
     """Compare each measured method with re-reading at its window."""
     found = []
     for key, _, window in wanted:
-        reference = rows.rows.get(f"re-reading, {window}")
-        if key not in rows.rows or reference is None:
+        if key not in rows or f"re-reading, {window}" not in rows:
             continue
-        ours, theirs = rows.rows[key]["anchors"], reference["anchors"]
-        paired = mean_interval([a - b for a, b in zip(ours, theirs, strict=True)])
-        means = [mean_interval(values).mean for values in (ours, theirs)]
+        paired = excess_of(rows, key, window)
+        means = [mean_interval(rows[name]["anchors"]).mean for name in (key, f"re-reading, {window}")]
         interval = f"{paired.low:+.4f} to {paired.high:+.4f}"
         found.append([key, *(f"{mean:.4f}" for mean in means), f"{paired.mean:+.4f}", interval])
     return found
+
+
+def excess_of(rows: dict[str, Any], key: str, window: int) -> Interval:
+    """Return how much more surprised a method is than the model that re-reads, paired by anchor."""
+    ours, theirs = rows[key]["anchors"], rows[f"re-reading, {window}"]["anchors"]
+    return mean_interval([a - b for a, b in zip(ours, theirs, strict=True)])
 
 
 def number(perplexity: float) -> str:

@@ -3,6 +3,7 @@
 import argparse
 import ast
 import functools
+import importlib
 import inspect
 import re
 import shlex
@@ -178,6 +179,15 @@ def test_the_limits_name_every_family_and_every_refusal():
     assert code_spans(listed) == set(tiny.FAMILIES)
     assert set(refusals._BY_TYPE) <= code_spans(text)
     assert f"{len(tiny.FAMILIES)} model families" in PAGES["CHANGELOG.md"].read_text()
+
+
+def test_the_results_are_those_that_were_measured(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    write_results = importlib.import_module("write_results")
+    for name in ("write_results", "common", "real_text", "weights"):
+        del sys.modules[name]
+    assert write_results.BEGIN in README and write_results.with_results(README) == README
 
 
 def test_the_changelog_knows_this_version():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from everlong.attention import Attachment, LMInfinite, Policy, attach, make_policy
 from everlong.errors import ConfigurationError
 from everlong.models.loading import load_model
+from everlong.models.packing import Weights, choose_weights, pack
 from everlong.reading.attached import AttachedModel
 from everlong.reading.session import Session
 
@@ -29,20 +31,28 @@ class LLM:
         What it was asked for by.
     handle : Attachment
         The attachment: its resolved policy, its training length, new caches.
+    weights : {"float", "int8", "int4"}
+        How forwards of a few rows, as in writing, read the weights.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, attention: Policy
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str,
+        attention: Policy,
+        weights: Weights = "float",
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.name = name
-        self.handle: Attachment = attach(model, attention)
-        try:
-            self._attached = AttachedModel(self.handle, tokenizer, name)
-        except BaseException:
-            self.handle.detach()
-            raise
+        with ExitStack() as stack:
+            self.handle: Attachment = stack.enter_context(attach(model, attention))
+            self.weights = choose_weights(model, weights)
+            if self.weights != "float":
+                stack.callback(pack(model, self.weights).undo)
+            self._attached = AttachedModel(self.handle, tokenizer, name, self.weights)
+            self._closing = stack.pop_all()
 
     @property
     def attention(self) -> Policy:
@@ -93,7 +103,7 @@ class LLM:
 
     def close(self) -> None:
         """Give the model back exactly as it was; its sessions end. A second call does nothing."""
-        self.handle.detach()
+        self._closing.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -104,7 +114,7 @@ class LLM:
         self.close()
 
     def __repr__(self) -> str:
-        return f"LLM({self.name!r}, {self.attention!r})"
+        return f"LLM({self.name!r}, {self.attention!r}, weights={self.weights!r})"
 
 
 def load(
@@ -115,6 +125,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     revision: str | None = None,
+    weights: Weights = "auto",
     **loading: Any,
 ) -> LLM:
     """Load a model and attach it to a policy.
@@ -124,12 +135,15 @@ def load(
     source : str, Path or PreTrainedModel
         A catalogue name, a folder, a ``.gguf`` file, a hub id, or a loaded model.
     attention : Policy or str, optional
-        A policy or its registered name; ``LMInfinite()`` by default, which equals the stock model up to
-        its training length.
+        A policy or its registered name; ``LMInfinite()`` by default, which (with ``weights="float"``) equals
+        the stock model up to its training length.
     tokenizer : PreTrainedTokenizerBase, optional
         Needed with a loaded model.
     device, dtype, revision, **loading
         See :func:`everlong.models.loading.load_model`.
+    weights : {"auto", "float", "int8", "int4"}
+        How forwards of a few rows, as in writing, read the weights; reading uses the float weights anyway.
+        See :func:`everlong.models.packing.choose_weights` for "auto".
 
     Raises
     ------
@@ -138,7 +152,7 @@ def load(
     """
     policy = LMInfinite() if attention is None else _policy(attention)
     loaded = load_model(source, tokenizer=tokenizer, device=device, dtype=dtype, revision=revision, **loading)
-    return LLM(loaded.model, loaded.tokenizer, loaded.name, policy)
+    return LLM(loaded.model, loaded.tokenizer, loaded.name, policy, weights)
 
 
 def _policy(attention: Policy | str) -> Policy:

@@ -9,6 +9,7 @@ import torch
 
 import tests.tiny as tiny
 from everlong.attention import FullAttention, LMInfinite, StreamCache, StreamingLLM, attach, forward
+from everlong.attention.parts import Triangle
 from everlong.errors import ConfigurationError
 
 POLICY = LMInfinite(window=24, sinks=3)
@@ -58,6 +59,19 @@ def test_plain_causal_attention_is_one_group_and_the_rest_is_cut(model, policy, 
     with attach(model, policy):
         model(tiny.random_ids(1, LENGTH), attention_mask=mask)
     assert seen == groups * model.config.num_hidden_layers
+
+
+@torch.no_grad()
+def test_no_mask_is_made_before_a_ceiling_inside_the_window(model, monkeypatch):
+    seen = []
+    real = LMInfinite.parts
+    monkeypatch.setattr(
+        LMInfinite, "parts", lambda self, q, view: seen.append((q.stop, real(self, q, view))) or seen[-1][1]
+    )
+    with attach(model, LMInfinite(window=50, sinks=3, ceiling=20)):
+        model(tiny.random_ids(1, LENGTH))
+    plain = [parts for stop, parts in seen if stop <= 20]
+    assert plain and all(isinstance(part.visible, Triangle) for parts in plain for part in parts)
 
 
 # --- ways of calling ----------------------------------------------------------------------------------

@@ -130,6 +130,16 @@ def test_help_does_not_wait_for_pytorch():
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.parametrize(
+    "given, spin",
+    [({}, "5000"), ({"OMP_WAIT_POLICY": "PASSIVE"}, None), ({"GOMP_SPINCOUNT": "7"}, "7")],
+)
+def test_threads_spin_briefly_unless_told_otherwise(given, spin):
+    environment = dict(given)
+    app_module.let_threads_spin_briefly(environment)
+    assert environment.get("GOMP_SPINCOUNT") == spin
+
+
 def test_it_runs_as_a_module():
     command = [sys.executable, "-m", "everlong", "--version"]
     assert subprocess.run(command, capture_output=True, text=True).stdout == f"everlong {__version__}\n"

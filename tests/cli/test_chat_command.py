@@ -84,10 +84,12 @@ def test_a_mistake_does_not_end_the_chat(everlong, session, line, message):
     assert result.out == f"{said(session, 'Hello')[0]}\n"
 
 
-def test_ctrl_c_ends_an_answer_and_not_the_chat(everlong, monkeypatch):
+@pytest.fixture
+def interrupted_once(monkeypatch):
+    """Ctrl-C in the first answer."""
     real, calls = chat_command.print_as_written, []
 
-    def interrupted_once(pieces, **options):
+    def show(pieces, **options):
         calls.append(None)
         if len(calls) > 1:
             return real(pieces, **options)
@@ -95,8 +97,38 @@ def test_ctrl_c_ends_an_answer_and_not_the_chat(everlong, monkeypatch):
         pieces.close()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(chat_command, "print_as_written", interrupted_once)
+    monkeypatch.setattr(chat_command, "print_as_written", show)
+
+
+def test_ctrl_c_ends_an_answer_and_not_the_chat(everlong, interrupted_once):
     result = everlong("chat", "--json", *OPTIONS, stdin="Hello\nAgain\n")
     (answer,) = map(json.loads, result.out.splitlines())
     assert result.code == 0 and "interrupted" in result.err
     assert answer["message"] == "Again" and answer["stats"]["tokens_written"] > answer["tokens"]
+
+
+def test_whatever_ends_the_chat_it_is_saved(everlong, folder, tmp_path, monkeypatch):
+    state, messages = tmp_path / "talk.state", iter(["Hello"])
+
+    def ask():
+        try:
+            return next(messages)
+        except StopIteration:
+            raise KeyboardInterrupt from None
+
+    monkeypatch.setattr(chat_command, "_next_message", ask)
+    assert everlong("chat", *OPTIONS, "--state", state).code == 130
+    with load(folder, device="cpu") as llm:
+        assert llm.restore(state).stats.tokens_written == 6
+
+
+def test_a_state_that_could_not_be_saved_is_refused_before_the_chat(everlong):
+    result = everlong("chat", *OPTIONS, "--state", "nowhere/talk.state", stdin="Hello\n")
+    assert result.code == 2 and "there is no folder nowhere" in result.err and not result.out
+
+
+def test_reset_says_that_earlier_instructions_are_gone(everlong, tmp_path):
+    state = tmp_path / "talk.state"
+    everlong("chat", "--system", "Be terse.", *OPTIONS, "--state", state, stdin="Hello\n")
+    result = everlong("chat", "--max-new-tokens", 6, "--state", state, stdin="/reset\n")
+    assert "instructions pinned before the state was saved are gone" in result.err

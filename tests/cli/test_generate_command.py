@@ -30,6 +30,13 @@ def test_sampling_options_are_those_of_the_library(everlong, folder):
     assert result.out == f"{expected(folder, 'Once', seed=7, sampling=sampling).text}\n"
 
 
+def test_speculation_changes_nothing_but_the_time(everlong, folder):
+    written = expected(folder, "abcabcabc").text
+    assert everlong("generate", "abcabcabc", *OPTIONS, "--speculate", "prompt-lookup").out == f"{written}\n"
+    result = everlong("generate", "abc", *OPTIONS, "--speculate", "lookup")
+    assert result.code == 2 and "did you mean 'prompt-lookup'" in result.err
+
+
 def test_it_stops_at_a_stop_string(everlong, folder):
     whole = expected(folder, "Once").text
     stop = whole[3:5]

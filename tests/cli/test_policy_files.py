@@ -1,4 +1,6 @@
+import importlib
 import json
+import typing
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,22 @@ def test_the_example_reads_from_the_command_line(everlong, novel, named):
     options = ("--set", "window=40", "--set", "near=8", "--set", "stride=2")
     result = everlong("read", novel, "--attention", named, *options, "--json")
     assert result.code == 0 and json.loads(result.out)["stats"]["kept"] == 40
+
+
+def test_a_state_of_it_goes_on_when_the_file_is_named_again(everlong, novel, tmp_path, monkeypatch):
+    state, named = tmp_path / "novel.state", ("--attention", EXAMPLE)
+    everlong("read", novel, *named, "--set", "window=40", "--set", "near=8", "--state", state)
+    assert everlong("read", novel, *named, "--state", state).code == 0
+    monkeypatch.setattr(POLICIES, "_entries", {k: v for k, v in POLICIES._entries.items() if k != "dilated"})
+    result = everlong("read", novel, "--state", state)
+    assert result.code == 2 and "follows a policy that is not known here" in result.err
+
+
+def test_a_file_may_be_called_like_a_module(tmp_path):
+    file = tmp_path / "typing.py"
+    file.write_text("from typing import Any\n" + POLICY.format(names=["mine"]))
+    assert method_name(str(file)) == "mine"
+    assert importlib.import_module("typing") is typing
 
 
 def test_it_is_compared_like_any_other(everlong, novel):

@@ -61,8 +61,8 @@ def test_a_state_file_is_begun_then_gone_on_with(everlong, novel, tmp_path, fold
 @pytest.mark.parametrize(
     "option, name",
     [
-        (("--set", "window=20"), "--attention and --set"),
-        (("--attention", "full"), "--attention and --set"),
+        (("--set", "window=20"), "--set"),
+        (("--attention", "full"), "--attention"),
         (("--system", "Be terse."), "--system"),
         (("--surprisal",), "--surprisal"),
         (("--seed", "1"), "--seed"),

@@ -4,7 +4,7 @@ from everlong.attention.attach import Attachment, attach
 from everlong.attention.cache import StreamCache
 from everlong.attention.full import FullAttention
 from everlong.attention.lm_infinite import LMInfinite
-from everlong.attention.policy import POLICIES, Policy, make_policy, policy_options
+from everlong.attention.policy import POLICIES, Policy, make_policy, policy_options, with_sinks
 from everlong.attention.streaming_llm import StreamingLLM
 
 __all__ = [
@@ -18,4 +18,5 @@ __all__ = [
     "attach",
     "make_policy",
     "policy_options",
+    "with_sinks",
 ]

@@ -16,7 +16,13 @@ from everlong.attention.cache import StreamCache
 from everlong.attention.forward import Forward, Layers
 from everlong.attention.inputs import Inputs, clamped_positions, read_padding, refuse_foreign_cache
 from everlong.attention.policy import Policy, make_policy
-from everlong.errors import ConfigurationError, StateError, UnsupportedModelError, UnsupportedUseError
+from everlong.errors import (
+    ConfigurationError,
+    StateError,
+    UnknownNameError,
+    UnsupportedModelError,
+    UnsupportedUseError,
+)
 from everlong.models.anatomy import decoder_of, dissect, replaced_rotaries
 from everlong.models.cache_argument import cache_argument
 from everlong.models.rotary import IdentityRotary
@@ -135,6 +141,8 @@ class Attachment:
         """
         try:
             span, seen = make_policy(meta["policy"], meta["options"]).span, int(meta["seen"])
+        except UnknownNameError as error:
+            raise StateError(f"the saved state follows a policy that is not known here: {error}") from error
         except (KeyError, TypeError, ValueError) as error:
             raise StateError(f"the saved state is not complete: {error!r}") from error
         length = seen if span is None else min(seen, span)

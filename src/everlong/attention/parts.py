@@ -128,9 +128,7 @@ def _attend_one(part: Part, scaling: float, softcap: float | None) -> Partial:
         return _backwards(_attend_one(_backwards_part(part), scaling, softcap))
     if softcap is None and _flash_fits(part):
         return _flash(part, scaling)
-    if part.visible is Triangle.LOWER:
-        return _explicit_rows(part, scaling, softcap)
-    return _explicit(part, part.visible, scaling, softcap)
+    return _explicit_rows(part, scaling, softcap)
 
 
 def _backwards_part(part: Part) -> Part:
@@ -189,17 +187,24 @@ def _bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _explicit_rows(part: Part, scaling: float, softcap: float | None) -> Partial:
-    """Attend under a lower triangle, some rows at a time, so that the logits never take n x n numbers."""
-    n, pieces = part.queries.shape[2], []
+    """Attend with plain operations, some queries at a time, so that the logits never take n x m numbers."""
+    n, visible, pieces = part.queries.shape[2], part.visible, []
     for begin in range(0, n, _ROWS):
         stop = min(begin + _ROWS, n)
-        index = torch.arange(stop, device=part.queries.device)
-        rows = Part(part.queries[:, :, begin:stop], part.keys[:, :, :stop], part.values[:, :, :stop])
-        pieces.append(_explicit(rows, index <= index[begin:, None], scaling, softcap))
+        keys, values, seen = part.keys, part.values, visible
+        if isinstance(visible, Triangle):
+            keys, values = keys[:, :, :stop], values[:, :, :stop]
+            index = torch.arange(stop, device=keys.device)
+            seen = index <= index[begin:, None]
+        elif visible is not None and visible.shape[-2] > 1:
+            seen = visible[..., begin:stop, :]
+        pieces.append(_explicit(Part(part.queries[:, :, begin:stop], keys, values, seen), scaling, softcap))
+    if len(pieces) == 1:
+        return pieces[0]
     return Partial(torch.cat([p.output for p in pieces], 2), torch.cat([p.lse for p in pieces], 2))
 
 
-def _explicit(part: Part, visible: Tensor | None, scaling: float, softcap: float | None) -> Partial:
+def _explicit(part: Part, scaling: float, softcap: float | None) -> Partial:
     """Attend with plain operations in float32 (or float64): any device, any gradient."""
     dtype = working_dtype(part.queries)
     batch, heads, n, size = part.queries.shape
@@ -210,8 +215,8 @@ def _explicit(part: Part, visible: Tensor | None, scaling: float, softcap: float
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
     logits = logits.reshape(batch, heads, n, m)
-    if visible is not None:
-        logits = logits.masked_fill(~visible, _HIDDEN)
+    if isinstance(part.visible, Tensor):
+        logits = logits.masked_fill(~part.visible, _HIDDEN)
     lse = torch.logsumexp(logits, dim=-1)
     weights = (logits - lse.unsqueeze(-1)).exp().reshape(batch, kv_heads, groups * n, m)
     output = (weights @ part.values.to(dtype)).reshape(batch, heads, n, part.values.shape[-1])

@@ -12,7 +12,7 @@ from torch import Tensor
 from everlong.attention.layer_memory import LayerMemory
 from everlong.attention.parts import Part, Partial
 from everlong.attention.view import LayerView, Queries
-from everlong.errors import ConfigurationError
+from everlong.errors import ConfigurationError, UnsupportedUseError
 from everlong.registry import Registry, unknown_name
 
 if TYPE_CHECKING:
@@ -117,6 +117,32 @@ def make_policy(name: str, options: dict[str, Any] | None = None) -> Policy:
 def policy_options(policy: Policy) -> tuple[str, dict[str, Any]]:
     """Return a policy's registered name and its options, the inverse of :func:`make_policy`."""
     return POLICIES.name_of(type(policy)), dataclasses.asdict(policy)
+
+
+def with_sinks(policy: Policy, pinned: int) -> Policy:
+    """Return a policy like this one that keeps at least the first `pinned` tokens.
+
+    Raises
+    ------
+    UnsupportedUseError
+        It keeps no sinks.
+    ConfigurationError
+        That many leave no room in its window.
+    """
+    if policy.span is None:
+        return policy  # forgets nothing
+    name = type(policy).__name__
+    if "sinks" not in {field.name for field in dataclasses.fields(policy)}:
+        raise UnsupportedUseError(
+            f"{name} keeps no first tokens, so nothing can be pinned; use LMInfinite or StreamingLLM"
+        )
+    if pinned >= policy.span:
+        raise ConfigurationError(
+            f"the pinned text has {pinned} tokens (turn markers included) and the window only {policy.span}: "
+            f"pin less, or use {name}(window=...) well above {pinned}"
+        )
+    sinks: int = getattr(policy, "sinks")  # noqa: B009
+    return dataclasses.replace(policy, **{"sinks": max(sinks, pinned)})
 
 
 def require_count(owner: str, name: str, value: object, *, least: int, optional: bool = False) -> None:

@@ -69,7 +69,9 @@ class WindowPolicy(Policy):
         last, pads = queries.stop - 1, view.pads or (0,)
         near, far, ceiling = self.near_until(), self.far_from(), self.local_ceiling()
         in_place = view.new is None and ceiling is None
-        if (local is None or last < sinks + local) and (near is None or last < near) and ceiling is None:
+        is_full = local is not None and last >= sinks + local
+        is_moved = (near is not None and last >= near) or (ceiling is not None and last > ceiling)
+        if not is_full and not is_moved:
             # Nothing has left the window, all distances are true: ordinary causal attention.
             if in_place and not view.pads:
                 return [view.all_slots(queries)]

@@ -13,8 +13,22 @@ import typer
 from rich.console import Console
 
 from everlong.cli.grouping import grouped
-from everlong.cli.options import MethodOptions, ModelOptions, OutputOptions, System, WritingOptions
-from everlong.cli.session_options import account, in_words, open_llm, open_session, print_as_written
+from everlong.cli.options import (
+    MethodOptions,
+    ModelOptions,
+    OutputOptions,
+    System,
+    WeightsOption,
+    WritingOptions,
+)
+from everlong.cli.session_options import (
+    account,
+    check_state,
+    in_words,
+    open_llm,
+    open_session,
+    print_as_written,
+)
 from everlong.cli.terminal import notes, print_error
 from everlong.errors import EverlongError, InputError
 from everlong.registry import unknown_name
@@ -40,6 +54,7 @@ def chat(
         ),
     ] = None,
     system: System = None,
+    weights: WeightsOption = "auto",
 ) -> None:
     """Talk with a model, one message a line, for as long as you like.
 
@@ -48,13 +63,29 @@ def chat(
     """
     arguments = writing.arguments()
     console = notes(quiet=output_options.quiet)
-    with open_llm(model, method, quiet=output_options.quiet) as llm:
+    check_state(state)
+    with open_llm(model, method, weights=weights, quiet=output_options.quiet) as llm:
+        is_restored = state is not None and state.exists()
         session = open_session(llm, method, system=system, state=state, seed=writing.seed)
-        console.print(f"{llm.name}, {session.policy}", style="dim", markup=False, soft_wrap=True)
-        _Chat(session, system, arguments, console, as_json=output_options.as_json).run()
-        if state is not None:
-            session.save(state)
-            console.print(f"saved to {state}", markup=False, soft_wrap=True)
+        console.print(
+            f"{llm.name}, {session.policy}, weights={llm.weights!r}",
+            style="dim",
+            markup=False,
+            soft_wrap=True,
+        )
+        try:
+            _Chat(
+                session,
+                system,
+                arguments,
+                console,
+                is_restored=is_restored,
+                as_json=output_options.as_json,
+            ).run()
+        finally:
+            if state is not None:
+                session.save(state)
+                console.print(f"saved to {state}", markup=False, soft_wrap=True)
 
 
 class _Chat:
@@ -67,9 +98,11 @@ class _Chat:
         arguments: dict[str, Any],
         console: Console,
         *,
+        is_restored: bool,
         as_json: bool,
     ) -> None:
         self._session = session
+        self._is_restored = is_restored
         self._system = system
         self._arguments = arguments
         self._console = console
@@ -84,7 +117,7 @@ class _Chat:
         }
 
     def run(self) -> None:
-        """Take messages until there are no more. A mistake in one does not end the chat."""
+        """Take messages until there are no more. A mistake in one, or Ctrl-C, does not end the chat."""
         while (message := _next_message()) not in (None, "/exit"):
             try:
                 if message.startswith("/"):
@@ -93,14 +126,12 @@ class _Chat:
                     self._say(message)
             except EverlongError as error:
                 print_error(f"everlong: {error}")
+            except KeyboardInterrupt:
+                self._console.print("(interrupted; what was read and written stays)", style="dim")
 
     def _say(self, message: str) -> None:
         pieces = self._session.stream_answer(message, keep=True, **self._arguments)
-        try:
-            result = print_as_written(pieces, silent=self._as_json)
-        except KeyboardInterrupt:
-            self._console.print("(interrupted; what was written stays in the conversation)", style="dim")
-            return
+        result = print_as_written(pieces, silent=self._as_json)
         if self._as_json:
             answer = {
                 "message": message,
@@ -140,6 +171,8 @@ class _Chat:
         self._session.reset()
         if self._system is not None:
             self._session.pin(self._system)
+        elif self._is_restored:
+            self._console.print("(instructions pinned before the state was saved are gone)", style="dim")
 
     def _help(self, _: str) -> None:
         for explanation, _action in self._commands.values():

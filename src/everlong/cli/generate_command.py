@@ -8,7 +8,14 @@ from typing import Annotated
 import typer
 
 from everlong.cli.grouping import grouped
-from everlong.cli.options import MethodOptions, ModelOptions, OutputOptions, System, WritingOptions
+from everlong.cli.options import (
+    MethodOptions,
+    ModelOptions,
+    OutputOptions,
+    System,
+    WeightsOption,
+    WritingOptions,
+)
 from everlong.cli.session_options import account, open_llm, open_session, print_as_written
 from everlong.cli.terminal import print_json
 from everlong.errors import InputError
@@ -28,12 +35,13 @@ def generate(
         str, typer.Argument(metavar="[TEXT]", help="The text to go on from; - for standard input.")
     ] = "-",
     system: System = None,
+    weights: WeightsOption = "auto",
 ) -> None:
     """Go on writing from a text of any length, printing it as it comes."""
     if not prompt:
         raise InputError("the prompt is empty: give a text to go on from, or - for standard input")
     arguments = writing.arguments()
-    with open_llm(model, method, quiet=output_options.quiet) as llm:
+    with open_llm(model, method, weights=weights, quiet=output_options.quiet) as llm:
         session = open_session(llm, method, system=system, seed=writing.seed)
         session.read(sys.stdin.buffer if prompt == "-" else prompt)
         result = print_as_written(session.stream(**arguments), silent=output_options.as_json)

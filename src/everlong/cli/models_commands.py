@@ -24,8 +24,22 @@ def register(app: typer.Typer) -> None:
     app.command("remove")(remove)
 
 
-def models(as_json: Json = False) -> None:
+def models(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="NAME|PATH|HUB-ID",
+            help="Load this one and say what each choice of --weights takes.",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """List the models that can be named, with size, licence and whether they are on this machine."""
+    if model is not None:
+        _weights(model, as_json)
+        return
     store = Store()
     states, conversions = store.states(), store.conversions()
     if as_json:
@@ -113,6 +127,42 @@ def _see_to_terms(store: Store, name: str, accept: bool) -> None:
             raise ModelFileError(f"{name} is not fetched: its terms were not accepted")
         if answer in ("show", "s"):
             console.print(text, markup=False)
+
+
+def _weights(name: str, as_json: bool) -> None:
+    """Show the bytes of each way to keep a model's weights, and which one "auto" is."""
+    with pull_progress(quiet=as_json) as progress:
+        from everlong.models.loading import load_model
+        from everlong.models.packed_weights import kernels_missing
+        from everlong.models.packing import MOST_ROWS, bytes_of, choose_weights
+
+        model = load_model(name, progress=progress).model
+    auto = choose_weights(model, "auto")
+    given = sum(parameter.nbytes for parameter in model.parameters())
+    missing = kernels_missing() or (
+        "" if bytes_of(model, "int8") else "not on the CPU in float32 or bfloat16"
+    )
+    extra = {"float": 0, "int8": bytes_of(model, "int8"), "int4": bytes_of(model, "int4")}
+    if as_json:
+        print_json(
+            {"model": name, "weights": given, "packed": extra, "auto": auto, "missing": missing or None}
+        )
+        return
+    if missing:
+        output().print(f"{name}: {human_bytes(given)}; its weights cannot be packed here: {missing}")
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("--weights", "float weights", "packed copy", "together"):
+        table.add_column(heading, justify="left" if heading == "--weights" else "right")
+    for kind, packed in extra.items():
+        shown = f"{kind} (auto)" if kind == auto else kind
+        table.add_row(
+            shown, *(human_bytes(count) if count else "" for count in (given, packed, given + packed))
+        )
+    output().print(table)
+    output().print(
+        f"\nthe packed copy is read in forwards of up to {MOST_ROWS} rows, as in writing", style="dim"
+    )
 
 
 def _as_json(state: ModelState) -> dict[str, object]:

@@ -37,6 +37,17 @@ Quiet = Annotated[
 ]
 
 
+WeightsOption = Annotated[
+    str,
+    typer.Option(
+        "--weights",
+        help="How writing reads the weights: auto, float, int8, int4. `everlong models --model M` tells what "
+        "each takes.",
+        rich_help_panel=_MODEL,
+    ),
+]
+
+
 @dataclass(frozen=True)
 class ModelOptions:
     """Which model, and what it runs on."""
@@ -121,9 +132,9 @@ class MethodOptions:
         return method_name(self.attention or ATTENTION_DEFAULT)
 
     @property
-    def is_given(self) -> bool:
-        """Whether anything was asked for."""
-        return self.attention is not None or bool(self.settings)
+    def is_file(self) -> bool:
+        """Whether the method comes from a file, which a saved session of it needs again."""
+        return self.attention is not None and self.name != self.attention
 
     def policy(self) -> Policy:
         """Make the policy that was asked for."""
@@ -185,9 +196,20 @@ class WritingOptions:
         ),
     ] = None
 
+    speculate: Annotated[
+        str | None,
+        typer.Option(
+            "--speculate",
+            metavar="WAY",
+            help="Guess tokens to come and run several at once: prompt-lookup. The text stays the same.",
+            rich_help_panel=_WRITING,
+        ),
+    ] = None
+
     def arguments(self) -> dict[str, Any]:
         """Return what ``Session.stream`` and its kin take, checked; the seed is the session's."""
         return {
+            "speculate": self.speculate,
             "max_new_tokens": self.max_new_tokens,
             "sampling": self._sampling(),
             "stop": tuple(self.stop or ()),

@@ -44,14 +44,15 @@ def _registered_by(path: Path) -> list[str]:
     path = path.resolve()
     if path not in _loaded:
         before = set(POLICIES)
-        spec = importlib.util.spec_from_file_location(path.stem, path)
+        name = f"everlong_policy_file_{len(_loaded)}_{path.stem}"
+        spec = importlib.util.spec_from_file_location(name, path)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        sys.modules[path.stem] = module  # dataclasses look their module up
+        sys.modules[name] = module  # dataclasses look their module up
         try:
             spec.loader.exec_module(module)
         except Exception as error:
-            del sys.modules[path.stem]
+            del sys.modules[name]
             raise InputError(f"cannot take a policy from {path}: {type(error).__name__}: {error}") from error
         _loaded[path] = sorted(set(POLICIES) - before)
     return _loaded[path]

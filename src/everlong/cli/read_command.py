@@ -13,8 +13,22 @@ import typer
 from rich.console import Console
 
 from everlong.cli.grouping import grouped
-from everlong.cli.options import MethodOptions, ModelOptions, OutputOptions, System, WritingOptions
-from everlong.cli.session_options import account, in_words, open_llm, open_session, print_as_written
+from everlong.cli.options import (
+    MethodOptions,
+    ModelOptions,
+    OutputOptions,
+    System,
+    WeightsOption,
+    WritingOptions,
+)
+from everlong.cli.session_options import (
+    account,
+    check_state,
+    in_words,
+    open_llm,
+    open_session,
+    print_as_written,
+)
 from everlong.cli.terminal import notes, output, print_json
 from everlong.errors import ConfigurationError
 from everlong.models.files import human_bytes
@@ -46,6 +60,7 @@ def read(
         typer.Option("--state", metavar="FILE", help="Go on from this file if it is there, and save to it."),
     ] = None,
     system: System = None,
+    weights: WeightsOption = "auto",
     surprisal: Annotated[
         bool, typer.Option("--surprisal", help="Report perplexity too; it takes the model's head.")
     ] = False,
@@ -61,7 +76,7 @@ def read(
     console = notes(quiet=output_options.quiet)
     _check(files, state)
     arguments = writing.arguments()
-    with open_llm(model, method, quiet=output_options.quiet) as llm:
+    with open_llm(model, method, weights=weights, quiet=output_options.quiet) as llm:
         if dry_run:
             _estimate(llm, files, surprisal=surprisal, as_json=output_options.as_json)
             return
@@ -84,10 +99,9 @@ def _check(files: Sequence[str], state: Path | None) -> None:
     if list(files).count(_STANDARD_INPUT) > 1:
         raise ConfigurationError("standard input (-) can be read once")
     for file in files:
-        if file != _STANDARD_INPUT:
+        if file != _STANDARD_INPUT and not Path(file).is_fifo():
             open_source(Path(file), 0).close()
-    if state is not None and not state.parent.is_dir():
-        raise ConfigurationError(f"cannot save to {state}: there is no folder {state.parent}")
+    check_state(state)
 
 
 def _source(file: str) -> Path | BinaryIO:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from everlong.cli.options import MethodOptions, ModelOptions
 from everlong.cli.terminal import pull_progress
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def open_llm(model: ModelOptions, method: MethodOptions, *, quiet: bool) -> Iterator[LLM]:
+def open_llm(model: ModelOptions, method: MethodOptions, *, weights: str, quiet: bool) -> Iterator[LLM]:
     """Load a model under a policy; it is closed at the end."""
     policy = method.policy()
     from everlong.llm import load
 
     with pull_progress(quiet=quiet) as progress:
-        llm = load(model.model, policy, **model.loading(progress))
+        llm = load(model.model, policy, weights=cast(Any, weights), **model.loading(progress))
     with llm:
         yield llm
 
@@ -50,7 +50,8 @@ def open_session(
     """
     if state is not None and state.exists():
         settled = {
-            "--attention and --set": method.is_given,
+            "--attention": method.attention is not None and not method.is_file,
+            "--set": bool(method.settings),
             "--system": system is not None,
             "--surprisal": surprisal,
             "--seed": seed is not None,
@@ -65,6 +66,12 @@ def open_session(
     if system is not None:
         session.pin(system)
     return session
+
+
+def check_state(state: Path | None) -> None:
+    """Refuse a state file that could not be written, before anything is done."""
+    if state is not None and not state.parent.is_dir():
+        raise ConfigurationError(f"cannot save to {state}: there is no folder {state.parent}")
 
 
 def print_as_written(pieces: Generator[str, None, Generation], *, silent: bool = False) -> Generation:

@@ -23,7 +23,7 @@ def describe_machine() -> dict[str, Any]:
     """Return the machine and versions a result was measured with, for people who compare results."""
     return {
         "date": date.today().isoformat(),
-        "cpu": _cpu_name(),
+        "cpu": f"{_cpu_name()} ({torch.backends.cpu.get_cpu_capability()})",
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

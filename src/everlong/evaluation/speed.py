@@ -86,7 +86,13 @@ def random_ids(decoder: nn.Module, count: int, generator: torch.Generator | None
 
 
 def rates(
-    streams: Sequence[Stream], *, chunk: int, steps: int, repeats: int, seed: int = 1
+    streams: Sequence[Stream],
+    *,
+    chunk: int,
+    steps: int,
+    repeats: int,
+    heads: Sequence[nn.Module] | None = None,
+    seed: int = 1,
 ) -> list[dict[str, float]]:
     """Measure filled streams in turn, several times over, and return each one's medians.
 
@@ -98,6 +104,8 @@ def rates(
         Tokens of the prefill chunk, and decode steps, per repeat.
     repeats : int
         Interleaved, so that a change in the machine's load meets all streams alike.
+    heads : sequence of nn.Module, optional
+        Each stream's output embeddings, counted in the decode steps; without them, they are not.
 
     Returns
     -------
@@ -116,7 +124,8 @@ def rates(
         for number, stream in enumerate(streams):
             ids = random_ids(stream.decoder, chunk + steps, generator)
             prefill[number].append(prefill_seconds(stream, ids[:chunk]))
-            decode[number].append(median(decode_seconds(stream, ids[chunk:])))
+            head = None if heads is None else heads[number]
+            decode[number].append(median(decode_seconds(stream, ids[chunk:], head)))
             rewind(stream, depths[number])
     return [
         {"prefill_tokens_per_second": chunk / median(p), "decode_ms": 1000 * median(d)}

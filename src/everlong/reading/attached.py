@@ -32,15 +32,18 @@ class AttachedModel:
         Its tokenizer.
     name : str
         What reports and state files call it.
+    packed_as : str
+        How its weights are packed for forwards of a few rows; "float": not at all.
     """
 
-    def __init__(self, attachment: Attachment, tokenizer: Any, name: str) -> None:
+    def __init__(self, attachment: Attachment, tokenizer: Any, name: str, packed_as: str = "float") -> None:
         if attachment.model.training:
             raise ConfigurationError(
                 "the model is in training mode, where dropout makes it forgetful: call model.eval()"
             )
         self.attachment = attachment
         self.name = name
+        self.packed_as = packed_as
         self.coder = TextCoder(tokenizer)
         model: Any = attachment.model
         self.vocabulary = int(model.get_input_embeddings().weight.shape[0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -92,6 +92,36 @@ class Driver:
             self.tokens += len(ids)
             self.seconds += time.perf_counter() - started
             return surprisal
+
+    def run_tentatively(self, ids: Sequence[int], judge: Callable[[Tensor], Iterator[int]]) -> None:
+        """Run tokens of which only the first is certain.
+
+        Parameters
+        ----------
+        ids : sequence of int
+            At least one.
+        judge : callable
+            Given the logits after each token, shape (len(ids), vocabulary), it counts up how many of them
+            stay. If it raises, those it has counted do.
+        """
+        with torch.inference_mode():
+            started = time.perf_counter()
+            model: Any = self._attachment.model
+            given, kept = torch.tensor([ids], device=self._device), 0
+            call = {"input_ids": given, self._attachment.cache_argument: self.cache, "use_cache": True}
+            try:
+                with self.cache.provisional():
+                    logits = model(**call).logits[0]
+                for kept in judge(logits):
+                    self.logits = logits[kept - 1]
+            finally:
+                self.cache.commit(list(range(kept)))
+                self.recent.extend(ids[:kept])
+                self.tokens += kept
+                self.seconds += time.perf_counter() - started
+            assert self.logits is not None
+            self.logits = self.logits.clone()  # not all of them
+            self.cache.after_forward(given[:, :kept], None)
 
     def fork(self) -> Driver:
         """Return an independent copy."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
@@ -11,8 +10,8 @@ from typing import Any, Self
 
 import torch
 
-from everlong.attention import Policy, make_policy, policy_options
-from everlong.errors import ConfigurationError, InputError, StateError, UnsupportedUseError
+from everlong.attention import Policy, make_policy, policy_options, with_sinks
+from everlong.errors import ConfigurationError, InputError, StateError
 from everlong.reading.account import Account
 from everlong.reading.attached import AttachedModel
 from everlong.reading.detokenize import checked_stop
@@ -143,7 +142,7 @@ class Session:
         tape = self._tape.fork()
         tape.take(text if text.endswith("\n") else text + "\n\n")
         tape.finish()
-        policy = _with_sinks(tape.driver.cache.policy, len(tape.queue))
+        policy = with_sinks(tape.driver.cache.policy, len(tape.queue))
         tape.driver.cache = self._model.attachment.new_cache(policy)
         account = Account(self._tape)
         self._tape = account.tape = tape
@@ -183,7 +182,12 @@ class Session:
     # --- writing -----------------------------------------------------------------------------------
 
     def stream(
-        self, max_new_tokens: int = 256, *, sampling: Sampling = _GREEDY, stop: str | Sequence[str] = ()
+        self,
+        max_new_tokens: int = 256,
+        *,
+        sampling: Sampling = _GREEDY,
+        stop: str | Sequence[str] = (),
+        speculate: str | None = None,
     ) -> Generator[str, None, Generation]:
         """Go on writing, and yield the text as it comes: whole characters, never a part of a stop string.
 
@@ -195,6 +199,8 @@ class Session:
             How each is chosen; the likeliest by default.
         stop : str or sequence of str
             Texts at which to stop; they are not given out.
+        speculate : {"prompt-lookup"}, optional
+            Guess tokens to come and run several at once; what is written stays the same.
 
         Returns
         -------
@@ -212,13 +218,18 @@ class Session:
         strings = checked_stop(stop)
         self._model.require_attached()
         self._tape.begin_writing()
-        return write(self._tape, self._chunk, count, sampling, strings, time.perf_counter())
+        return write(self._tape, self._chunk, count, sampling, strings, speculate, time.perf_counter())
 
     def generate(
-        self, max_new_tokens: int = 256, *, sampling: Sampling = _GREEDY, stop: str | Sequence[str] = ()
+        self,
+        max_new_tokens: int = 256,
+        *,
+        sampling: Sampling = _GREEDY,
+        stop: str | Sequence[str] = (),
+        speculate: str | None = None,
     ) -> Generation:
         """Go on writing and return the whole; parameters and errors as of :meth:`stream`."""
-        return drained(self.stream(max_new_tokens, sampling=sampling, stop=stop))
+        return drained(self.stream(max_new_tokens, sampling=sampling, stop=stop, speculate=speculate))
 
     def stream_answer(
         self,
@@ -228,6 +239,7 @@ class Session:
         max_new_tokens: int = 256,
         sampling: Sampling = _GREEDY,
         stop: str | Sequence[str] = (),
+        speculate: str | None = None,
     ) -> Generator[str, None, Generation]:
         """Answer a question as :meth:`ask` does, and yield the text as it comes."""
         count = _checked_count(max_new_tokens)
@@ -238,7 +250,8 @@ class Session:
         tape = target._tape
         with deferred_interrupt():
             tape.ask(question)
-        return write(tape, self._chunk, count, sampling, (*tape.form.stop, *strings), time.perf_counter())
+        strings = (*tape.form.stop, *strings)
+        return write(tape, self._chunk, count, sampling, strings, speculate, time.perf_counter())
 
     def ask(
         self,
@@ -248,6 +261,7 @@ class Session:
         max_new_tokens: int = 256,
         sampling: Sampling = _GREEDY,
         stop: str | Sequence[str] = (),
+        speculate: str | None = None,
     ) -> Generation:
         """Answer a question about what was read.
 
@@ -260,12 +274,17 @@ class Session:
             The question.
         keep : bool
             Whether question and answer stay in the stream; by default the session stays as it is.
-        max_new_tokens, sampling, stop
+        max_new_tokens, sampling, stop, speculate
             As of :meth:`stream`.
         """
         return drained(
             self.stream_answer(
-                question, keep=keep, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop
+                question,
+                keep=keep,
+                max_new_tokens=max_new_tokens,
+                sampling=sampling,
+                stop=stop,
+                speculate=speculate,
             )
         )
 
@@ -276,9 +295,17 @@ class Session:
         max_new_tokens: int = 256,
         sampling: Sampling = _GREEDY,
         stop: str | Sequence[str] = (),
+        speculate: str | None = None,
     ) -> Generation:
         """Say something and return the answer; both stay in the stream. Parameters as of :meth:`ask`."""
-        return self.ask(message, keep=True, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop)
+        return self.ask(
+            message,
+            keep=True,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            stop=stop,
+            speculate=speculate,
+        )
 
     # --- copies, state, accounts -------------------------------------------------------------------
 
@@ -362,24 +389,6 @@ class Session:
 
     def __repr__(self) -> str:
         return f"Session({self._model.name!r}, {self.policy!r}, tokens={self._tape.driver.tokens})"
-
-
-def _with_sinks(policy: Policy, pinned: int) -> Policy:
-    """Return a policy like this one that keeps at least the first `pinned` tokens."""
-    if policy.span is None:
-        return policy  # forgets nothing
-    name = type(policy).__name__
-    if "sinks" not in {field.name for field in dataclasses.fields(policy)}:
-        raise UnsupportedUseError(
-            f"{name} keeps no first tokens, so nothing can be pinned; use LMInfinite or StreamingLLM"
-        )
-    if pinned >= policy.span:
-        raise ConfigurationError(
-            f"the pinned text has {pinned} tokens (turn markers included) and the window only {policy.span}: "
-            f"pin less, or use {name}(window=...) well above {pinned}"
-        )
-    sinks: int = getattr(policy, "sinks")  # noqa: B009
-    return dataclasses.replace(policy, **{"sinks": max(sinks, pinned)})
 
 
 def _checked_count(max_new_tokens: int) -> int:

@@ -33,12 +33,21 @@ class TextPieces:
         The text.
     characters, size : int, optional
         Its length in characters, or in bytes, where known.
+    opened : open file, optional
+        What to close in the end.
     """
 
     def __init__(
-        self, name: str, pieces: Iterator[str], *, characters: int | None = None, size: int | None = None
+        self,
+        name: str,
+        pieces: Iterator[str],
+        *,
+        characters: int | None = None,
+        size: int | None = None,
+        opened: IO[bytes] | None = None,
     ) -> None:
         self.name = name
+        self._opened = opened
         self._pieces = pieces
         self._characters = characters
         self._size = size
@@ -73,6 +82,8 @@ class TextPieces:
         close = getattr(self._pieces, "close", None)
         if close is not None:
             close()
+        if self._opened is not None:
+            self._opened.close()
 
 
 class TokenPieces:
@@ -176,11 +187,7 @@ def _open_path(path: Path) -> TextPieces:
             f"cannot open {path}: {error.strerror or error}; check the name and its permissions"
         ) from None
 
-    def pieces() -> Iterator[str]:
-        with file:
-            yield from _decoded(file, str(path))
-
-    return TextPieces(str(path), pieces(), size=size)
+    return TextPieces(str(path), _decoded(file, str(path)), size=size, opened=file)
 
 
 def _size(file: Any) -> int | None:

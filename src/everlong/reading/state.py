@@ -6,6 +6,7 @@ import json
 import os
 import struct
 import uuid
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from everlong.errors import InputError, StateError
 from everlong.reading.attached import AttachedModel
 
-FORMAT = 1
+FORMAT = 2
 """Version of what is written; raised when older versions of Everlong could not read it."""
 
 _KEY = "everlong"  # of the header's metadata
@@ -43,6 +44,7 @@ def write_state(
         "format": FORMAT,
         "model": model.name,
         "weights": model.weights_hash,
+        "packed_as": model.packed_as,
         "tokenizer": model.tokenizer_hash,
         "session": session,
     }
@@ -107,7 +109,7 @@ def _header(text: str | None, path: Path) -> dict[str, Any]:
             f"{path} has state format {header.get('format')!r}, this version of Everlong reads {FORMAT}; "
             "restore it with the version that wrote it, or read the text again"
         )
-    missing = {"model", "weights", "tokenizer", "session"} - header.keys()
+    missing = {"model", "weights", "packed_as", "tokenizer", "session"} - header.keys()
     if missing or not isinstance(header["session"], dict):
         raise InputError(f"{path} is not complete: {', '.join(sorted(missing)) or 'session'} is missing")
     return header
@@ -124,6 +126,13 @@ def _require_same(header: dict[str, Any], model: AttachedModel, path: Path) -> N
         raise StateError(
             f"{path} was written with another tokenizer or chat template than {model.name} has here; "
             "load the model together with the tokenizer it was saved with"
+        )
+    packed_as = header["packed_as"]
+    if packed_as != model.packed_as:
+        warnings.warn(
+            f"{path} was written with weights={packed_as!r} and goes on with {model.packed_as!r}: "
+            "nearly, not exactly, as it would have",
+            stacklevel=5,
         )
 
 

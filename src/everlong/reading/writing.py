@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator, Sequence
 
+from torch import Tensor
+
+from everlong.errors import UnsupportedUseError
 from everlong.reading.detokenize import Detokenizer
+from everlong.reading.interrupt import deferred_interrupt
 from everlong.reading.reports import Generation, StopReason
 from everlong.reading.sampling import Sampler, Sampling
+from everlong.reading.speculation import SPECULATORS, Speculator
 from everlong.reading.tape import Tape
 
 
 def write(
-    tape: Tape, chunk: int, max_new_tokens: int, sampling: Sampling, stop: tuple[str, ...], started: float
+    tape: Tape,
+    chunk: int,
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop: tuple[str, ...],
+    speculate: str | None,
+    started: float,
 ) -> Generator[str, None, Generation]:
     """Let the model go on from where the tape stands; yield the text as it comes.
 
@@ -30,44 +41,126 @@ def write(
         How each is chosen.
     stop : tuple of str
         Texts at which to stop.
+    speculate : str or None
+        How tokens to come are guessed: a name of ``SPECULATORS``.
     started : float
         ``time.perf_counter()`` when the text was asked for.
     """
-    driver, ends = tape.driver, tape.model.end_tokens
+    speculator_of = None if speculate is None else SPECULATORS[speculate]
+    if speculator_of is not None and tape.driver.surprisal:
+        raise UnsupportedUseError(
+            "speculation does not report the surprisal of each token, which this session or its policy "
+            "asks for: leave speculate out, or begin a session without surprisal=True"
+        )
+    return _written(tape, chunk, max_new_tokens, sampling, stop, speculator_of, started)
+
+
+def _written(
+    tape: Tape,
+    chunk: int,
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop: tuple[str, ...],
+    speculator_of: type[Speculator] | None,
+    started: float,
+) -> Generator[str, None, Generation]:
+    driver = tape.driver
     tape.run_all(chunk, logits=True)
     tape.end_of_read()
     if sampling.seed is not None:
         tape.generator.manual_seed(sampling.seed)
     sampler = Sampler(sampling, tape.generator)
-    detokenizer = Detokenizer(tape.model.tokenizer, list(driver.recent)[-16:], stop)
-    texts: list[str] = []
-    count = 0
-    reason: StopReason = "length"
-    while count < max_new_tokens:
-        if tape.queue:
-            tape.run_chunk(1, logits=True)
-        assert driver.logits is not None, "begin_writing() left nothing to go on from"
-        token = sampler(driver.logits, driver.recent)
-        if token in ends:
-            reason = "eos"
-            break
-        tape.queue = [token]
-        tape.written += 1
-        count += 1
-        text = detokenizer.put(token)
-        if text:
-            texts.append(text)
-            yield text
-        if detokenizer.stopped:
-            reason = "stop"
-            break
-    text = detokenizer.finish()
-    if text:
-        texts.append(text)
-        yield text
-    if detokenizer.stopped:
-        reason = "stop"
-    return Generation("".join(texts), count, time.perf_counter() - started, reason, tape.stats())
+    speculator = None if speculator_of is None else speculator_of(driver.recent)
+    page = _Page(tape, Detokenizer(tape.model.tokenizer, list(driver.recent)[-16:], stop), max_new_tokens)
+    while page.reason is None:
+        guesses = speculator.guess()[: page.room - 1] if speculator is not None and tape.queue else ()
+        if guesses:
+            assert speculator is not None
+            before = page.count
+            with deferred_interrupt():
+                _run_with_guesses(tape, page, sampler, guesses)
+            speculator.judged(min(page.count - before - 1, len(guesses)))
+        else:
+            if tape.queue:
+                tape.run_chunk(1, logits=True)
+            assert driver.logits is not None, "begin_writing() left nothing to go on from"
+            page.take(sampler(driver.logits, driver.recent))
+        if speculator is not None:
+            for token in page.tokens:
+                speculator.add(token)
+        yield from page.texts()
+    yield from page.finish()
+    return Generation(page.text, page.count, time.perf_counter() - started, page.reason, tape.stats())
+
+
+class _Page:
+    """What is being written: chosen tokens, their text, and whether that is the end."""
+
+    def __init__(self, tape: Tape, detokenizer: Detokenizer, max_new_tokens: int) -> None:
+        self._tape = tape
+        self._detokenizer = detokenizer
+        self._limit = max_new_tokens
+        self._pieces: list[str] = []
+        self._shown = 0
+        self.count = 0
+        self.reason: StopReason | None = None
+        self.tokens: list[int] = []
+        """Taken since :meth:`texts` was called last."""
+
+    @property
+    def room(self) -> int:
+        """Tokens that may still be written."""
+        return self._limit - self.count
+
+    @property
+    def text(self) -> str:
+        """All that was written."""
+        return "".join(self._pieces)
+
+    def take(self, token: int) -> None:
+        """Write down the next token; it waits on the tape, unless it ends the text."""
+        self._tape.queue = []
+        if token in self._tape.model.end_tokens:
+            self.reason = "eos"
+            return
+        self._tape.queue = [token]
+        self._tape.written += 1
+        self.count += 1
+        self.tokens.append(token)
+        self._pieces.append(self._detokenizer.put(token))
+        if self._detokenizer.stopped:
+            self.reason = "stop"
+        elif not self.room:
+            self.reason = "length"
+
+    def texts(self) -> list[str]:
+        """Return the pieces of text not returned before."""
+        fresh = [piece for piece in self._pieces[self._shown :] if piece]
+        self._shown, self.tokens = len(self._pieces), []
+        return fresh
+
+    def finish(self) -> list[str]:
+        """Return what was held back at the end."""
+        self._pieces.append(self._detokenizer.finish())
+        if self._detokenizer.stopped:
+            self.reason = "stop"
+        return self.texts()
+
+
+def _run_with_guesses(tape: Tape, page: _Page, sampler: Sampler, guesses: Sequence[int]) -> None:
+    """Run the waiting token and guesses at what follows; go on as far as the model chooses them too."""
+    ids = [*tape.queue, *guesses]
+    recent = [*tape.driver.recent]
+
+    def judge(logits: Tensor) -> Iterator[int]:
+        for kept, guess in enumerate([*guesses, None], start=1):
+            chosen = sampler(logits[kept - 1], [*recent, *ids[:kept]])
+            page.take(chosen)
+            yield kept
+            if page.reason is not None or chosen != guess:
+                return
+
+    tape.driver.run_tentatively(ids, judge)
 
 
 def drained(writing: Generator[str, None, Generation]) -> Generation:

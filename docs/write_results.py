@@ -1,0 +1,168 @@
+"""Writes the README's results from what the benchmark scripts measured: ``python docs/write_results.py``.
+
+The tables in ``benchmarks/results/`` say more; a test holds that the README is what this script writes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- results: written by docs/write_results.py -->", "<!-- end of results -->"
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from common import table  # noqa: E402
+from real_text import excess_of, number  # noqa: E402
+from weights import cells  # noqa: E402
+
+SHOWN = {
+    "stock": "stock",
+    "LM-Infinite, 2048": "LM-Infinite, window 2,048",
+    "LM-Infinite, 4096": "LM-Infinite, window 4,096",
+    "StreamingLLM, 2048": "StreamingLLM, window 2,048",
+    "window without sinks, 2048": "ablation: window without sinks",
+    "Λ mask without ceiling, 2048": "ablation: Λ mask without ceiling",
+}
+POSITIONS = (2048, 8192, 12288, 16384, 24576, 32768)
+
+
+def main() -> None:
+    """Write the section into the README."""
+    readme = ROOT / "README.md"
+    readme.write_text(with_results(readme.read_text()))
+
+
+def with_results(readme: str) -> str:
+    """Return the README's text with the section of results as it should be."""
+    section = "\n".join([BEGIN, "", *real_text(), "", *speed(), "", *writing(), "", *bounded(), "", END])
+    return re.sub(f"{re.escape(BEGIN)}.*{re.escape(END)}", lambda _: section, readme, flags=re.DOTALL)
+
+
+def real_text() -> list[str]:
+    """Perplexity by position, and the excess over re-reading."""
+    saved = load("real_text")
+    setting, rows = saved["setting"], saved["rows"]
+    shown = [
+        [words, *(number(ppl) for stop, ppl, *_ in rows[key]["buckets"] if stop in POSITIONS)]
+        for key, words in SHOWN.items()
+    ]
+    excess = {window: excess_of(rows, f"LM-Infinite, {window}", window) for window in (2048, 4096)}
+    return [
+        f"**Reading on.** Perplexity of {setting['model']} (trained on 8,192 tokens) on "
+        f"*{setting['text'].title()}*, of the {setting['bucket']:,} tokens up to each position:",
+        "",
+        *table(["", *(f"{position:,}" for position in POSITIONS)], shown),
+        "",
+        "The honest upper reference is the stock model re-reading its last tokens from scratch before every",
+        f"64. Beyond the training length, at {len(setting['anchors'])} places, LM-Infinite's surprisal is",
+        "above it by "
+        + " and ".join(
+            f"{each.mean:.3f} nats a token at window {window:,} ({each.low:+.3f} to {each.high:+.3f}, 95 %)"
+            for window, each in excess.items()
+        )
+        + ".",
+        source("real_text", saved),
+    ]
+
+
+def speed() -> list[str]:
+    """Prefill, decode and state against stock transformers."""
+    saved = load("speed")
+    rows, window = saved["rows"], saved["setting"]["window"]
+    shown = []
+    for depth in (8192, 16384, 32768):
+        stock, ours = rows[f"at {depth}"]["stock"], rows[f"at {depth}"]["ours"]
+        held = rows[f"at {depth}"]["bytes"]
+        whole = [rows[f"whole {method} {depth}"] for method in ("stock", "ours")]
+        shown.append(
+            [
+                f"{depth:,}",
+                ratio(stock["decode_ms"], ours["decode_ms"], "{:.0f} ms"),
+                ratio(whole[0]["seconds"], whole[1]["seconds"], "{:.0f} s"),
+                ratio(held[0] / 2**20, held[1] / 2**20, "{:.0f} MiB"),
+                ratio(whole[0]["peak"] / 2**20, whole[1]["peak"] / 2**20, "{:.0f} MiB"),
+            ]
+        )
+    packed = rows["packed at 32768"]
+    packed_decode = ratio(packed["stock"]["decode_ms"], packed["ours"]["decode_ms"], "{:.0f} ms")
+    shown.append(["32,768, weights packed in 4 bits", packed_decode, "", "", ""])
+    return [
+        f"**Speed and memory.** LM-Infinite with a window of {window:,} against stock transformers (SDPA, "
+        "`DynamicCache`, the same chunked",
+        "prefill), SmolLM2-135M, float weights but for the last line: stock's figure, then ours, then the "
+        "ratio.",
+        "",
+        *table(
+            ["context", "decode a token", "prefill of it all", "state held", "peak memory above the weights"],
+            shown,
+        ),
+        "",
+        source("speed", saved),
+    ]
+
+
+def writing() -> list[str]:
+    """Packed weights."""
+    saved, cost = load("writing"), load("weights")
+    rows, base = saved["rows"], cost["rows"]["float"]["blocks"]
+    shown = []
+    for weights in ("stock", "float", "int8", "int4"):
+        milliseconds = rows[f"{weights}, spin briefly"]
+        change = ""
+        if weights in ("int8", "int4"):
+            change = cells(cost["rows"][weights], base, weights)[1]
+        name = "stock transformers" if weights == "stock" else f'`weights="{weights}"`'
+        shown.append([name, f"{milliseconds:.1f} ms", f"{1000 / milliseconds:.0f}", change])
+    return [
+        "**Writing.** With weights packed for it (the default on CPUs, where it pays; reading uses the float "
+        "ones),",
+        f"a token at a full window of {saved['setting']['window']:,}, threads as the command line sets them:",
+        "",
+        *table(["", "a token", "tokens/s", "perplexity"], shown),
+        "",
+        source("writing", saved),
+        source("weights", cost),
+    ]
+
+
+def bounded() -> list[str]:
+    """A million tokens."""
+    saved = load("bounded")
+    row, setting = saved["rows"]["LM-Infinite"], saved["setting"]
+    growth = row["resident"][1] / row["resident"][0] - 1
+    slower = row["milliseconds"][1] / row["milliseconds"][0] - 1
+    return [
+        f"**Bounded.** Reading {setting['tokens']:,} tokens with a tiny model, resident memory grew by "
+        f"{growth:.2%} after the first {setting['settled']:,},",
+        f"and the last chunks took {abs(slower):.1%} {'more' if slower > 0 else 'less'} time than the first.",
+        source("bounded", saved),
+    ]
+
+
+def ratio(stock: float, ours: float, form: str) -> str:
+    """Write both figures and how many times better ours is."""
+    return f"{form.format(stock)} / {form.format(ours)}: **{stock / ours:.1f}x**"
+
+
+def source(name: str, saved: dict[str, Any]) -> str:
+    """Say where a result comes from."""
+    machine = saved["machine"]
+    return (
+        f"([{name}.md](benchmarks/results/{name}.md), by [{name}.py](benchmarks/{name}.py); "
+        f"{machine['date']}, {machine['cpu']}, {machine['threads']} threads.)"
+    )
+
+
+def load(name: str) -> dict[str, Any]:
+    """Read what a benchmark script saved."""
+    saved: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return saved
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""Copies of a weight matrix in fewer bits, each with the kernel that multiplies with it on the CPU.
+
+The kernels of 8 and 4 bits take bfloat16 activations and give bfloat16 back; that of 16 multiplies in
+float32.
+"""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_GROUP = 32  # weights that share a scale and a zero in 4 bits
+_ROWS = 16  # the 4-bit kernel takes output channels by this many
+_TINY = 1e-12
+
+
+class Packed(ABC):
+    """A copy of a weight of shape (out, in)."""
+
+    @abstractmethod
+    def __init__(self, weight: Tensor) -> None: ...
+
+    @abstractmethod
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Return the product with `rows`, shape (n, in), as (n, out) in the rows' dtype."""
+
+    @abstractmethod
+    def restored(self) -> Tensor:
+        """Return the weight that is multiplied with, float32, shape (out, in)."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes held."""
+
+    @staticmethod
+    @abstractmethod
+    def bytes_for(weight: Tensor) -> int:
+        """Bytes a copy of `weight` would hold."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Packed:
+        return self  # never changed
+
+
+class Half(Packed):
+    """float16, multiplied in float32."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._shape = weight.shape
+        self._packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Multiply."""
+        product: Tensor = torch.ops.quantized.linear_dynamic_fp16(rows.float(), self._packed)
+        return product.to(rows.dtype)
+
+    def restored(self) -> Tensor:
+        """Return the weight in float16's precision."""
+        weight: Tensor = torch.ops.quantized.linear_unpack_fp16(self._packed)[0]
+        return weight.float()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return 2 * self._shape.numel()
+
+    @staticmethod
+    def bytes_for(weight: Tensor) -> int:
+        """Bytes a copy of `weight` would hold."""
+        return 2 * weight.numel()
+
+
+class Int8(Packed):
+    """Whole numbers from -127 to 127, and a bfloat16 scale for each output channel."""
+
+    def __init__(self, weight: Tensor) -> None:
+        largest = weight.float().abs().amax(1).clamp(min=_TINY)
+        self._scales = (largest / 127).bfloat16()  # rounded first: the numbers are found for what it becomes
+        numbers = (weight.float() / self._scales.float()[:, None]).round_().clamp_(-127, 127)
+        self._numbers = numbers.to(torch.int8)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Multiply."""
+        product: Tensor = torch._weight_int8pack_mm(rows.bfloat16(), self._numbers, self._scales)
+        return product.to(rows.dtype)
+
+    def restored(self) -> Tensor:
+        """Return numbers times scales."""
+        return self._numbers.float() * self._scales.float()[:, None]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self._numbers.nbytes + self._scales.nbytes
+
+    @staticmethod
+    def bytes_for(weight: Tensor) -> int:
+        """Bytes a copy of `weight` would hold."""
+        return weight.numel() + 2 * len(weight)
+
+
+class Int4(Packed):
+    """Whole numbers from 0 to 15, and a bfloat16 scale and zero for each 32 weights of a row.
+
+    The scale spans a group from its least to its greatest weight, as GGUF's Q4_1 does: weights that came from
+    there get their own 4-bit values again, only scale and zero are rounded.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        numbers, scales, zeros = _in_four_bits(weight)
+        self._shape = weight.shape
+        self._scales_and_zeros = torch.stack((scales.T, zeros.T), -1).bfloat16().contiguous()
+        self._packed: Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(numbers, 1)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Multiply."""
+        product: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
+            rows.bfloat16(), self._packed, _GROUP, self._scales_and_zeros
+        )
+        return product.to(rows.dtype)
+
+    def restored(self) -> Tensor:
+        """Return the weight, by multiplying with ones one at a time."""
+        return self(torch.eye(self._shape[1])).T.contiguous()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self._packed.nbytes + self._scales_and_zeros.nbytes
+
+    @staticmethod
+    def bytes_for(weight: Tensor) -> int:
+        """Bytes a copy of `weight` would hold."""
+        return weight.numel() // 2 + 4 * weight.numel() // _GROUP
+
+    @staticmethod
+    def fits(weight: Tensor) -> bool:
+        """Whether the kernel takes this shape."""
+        return weight.shape[0] % _ROWS == 0 and weight.shape[1] % _GROUP == 0
+
+    @staticmethod
+    def loss(weight: Tensor) -> float:
+        """Largest error of the 4-bit values, before scales are rounded, as a fraction of the group's span."""
+        numbers, scales, zeros = _in_four_bits(weight)
+        groups = weight.float().reshape(*scales.shape, _GROUP)
+        back = (numbers.reshape(groups.shape) - 8) * scales[..., None] + zeros[..., None]
+        return float(((back - groups).abs() / (15 * scales[..., None]).clamp(min=_TINY)).max())
+
+
+def _in_four_bits(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return numbers (out, in), scales and zeros (out, groups): weight = (number - 8) * scale + zero."""
+    groups = weight.float().reshape(len(weight), -1, _GROUP)
+    least, greatest = groups.aminmax(dim=-1)
+    scales = (greatest - least) / 15
+    numbers = ((groups - least[..., None]) / scales[..., None].clamp(min=_TINY)).round_().clamp_(0, 15)
+    return numbers.reshape(weight.shape).to(torch.int32), scales, least + 8 * scales
+
+
+@functools.cache
+def kernels_missing() -> str | None:
+    """Say what this PyTorch lacks for packed weights; None: nothing."""
+    if "fbgemm" not in torch.backends.quantized.supported_engines:
+        return "this PyTorch was built without FBGEMM"
+    generator = torch.Generator().manual_seed(0)
+    weight, rows = (
+        torch.randn(_ROWS, _GROUP, generator=generator),
+        torch.randn(2, _GROUP, generator=generator),
+    )
+    for kind in (Half, Int8, Int4):
+        try:
+            packed = kind(weight)
+            works = torch.allclose(packed(rows), rows @ packed.restored().T, atol=0.1)
+        except (RuntimeError, AttributeError, NotImplementedError) as error:
+            return f"this PyTorch has no kernel for {kind.__name__} ({error})"
+        if not works:
+            return f"this PyTorch's kernel for {kind.__name__} gives wrong results here"
+    return None

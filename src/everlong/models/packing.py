@@ -1,0 +1,177 @@
+"""Linear layers with a second, packed copy of their weights, for forwards of a few rows.
+
+Writing reads every weight once a token, and that is what it costs; reading multiplies hundreds of rows
+with each weight and is bound by arithmetic. So a packed layer keeps its float weights for many rows and
+has a copy in 8 or 4 bits for few. It stays the linear layer it was: adapters that wrap it, and code that
+looks at its weights, see no difference.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from everlong.errors import ConfigurationError, UnsupportedUseError
+from everlong.models.files import human_bytes
+from everlong.models.packed_weights import Half, Int4, Int8, Packed, kernels_missing
+from everlong.registry import unknown_name
+
+Weights = Literal["auto", "float", "int8", "int4"]
+"""How weights are kept for forwards of a few rows; "auto": as model and machine suggest."""
+
+MOST_ROWS = 64
+"""Rows up to which a forward uses packed weights: beyond, the float kernels are as fast."""
+
+_WORTH_IT = 32 * 2**20  # bytes of float weights: fewer fit into a processor's caches as they are
+_LOSSLESS = 2.0**-8  # of a group's span: the rounding of a bfloat16 scale
+_KINDS: dict[str, type[Packed]] = {"int8": Int8, "int4": Int4}
+
+
+class PackedLinear(nn.Linear):
+    """A linear layer with a packed copy of its weights. Layers become one, and again what they were."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the product, by the packed weights where there are few rows and no gradient is wanted."""
+        packed: Packed = self.__dict__["_everlong_packed"]
+        rows = input.numel() // self.in_features
+        if rows > MOST_ROWS or torch.is_grad_enabled() or input.device.type != "cpu":
+            return F.linear(input, self.weight, self.bias)
+        output = packed(input.reshape(rows, self.in_features)).view(*input.shape[:-1], self.out_features)
+        return output if self.bias is None else output.add_(self.bias)
+
+
+class Packing:
+    """The packed layers of one model; what :func:`pack` returns.
+
+    Attributes
+    ----------
+    kind : {"int8", "int4"}
+        How the weights are packed.
+    nbytes : int
+        Held besides the float weights.
+    """
+
+    def __init__(self, kind: str, layers: list[nn.Linear], nbytes: int) -> None:
+        self.kind = kind
+        self.nbytes = nbytes
+        self._layers = layers
+
+    def undo(self) -> None:
+        """Make the layers what they were. A second call does nothing."""
+        for layer in self._layers:
+            layer.__class__ = nn.Linear
+            layer.__dict__.pop("_everlong_packed", None)
+        self._layers = []
+
+
+def pack(model: nn.Module, kind: Literal["int8", "int4"]) -> Packing:
+    """Give the linear layers of `model` a packed copy of their weights.
+
+    The head, whose logits must not be rounded coarsely, is packed in float16; layers of a shape or kind that
+    the kernels do not take stay as they are. Weights that change later must be packed again.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A causal language model on the CPU, in float32 or bfloat16.
+    kind : {"int8", "int4"}
+        See :class:`~everlong.models.packed_weights.Int8` and :class:`~everlong.models.packed_weights.Int4`.
+
+    Raises
+    ------
+    UnsupportedUseError
+        Nothing here can be packed: the model is on another device, or this PyTorch has no such kernels.
+    ConfigurationError
+        The copy does not fit into memory.
+    """
+    missing = kernels_missing()
+    chosen = list(_packable(model, kind))
+    if missing or not chosen:
+        reason = missing or "it has no linear layers on the CPU in float32 or bfloat16 that fit the kernels"
+        raise UnsupportedUseError(f"weights={kind!r} is not possible for this model: {reason}; use 'float'")
+    needed, available = bytes_of(model, kind), _available()
+    if needed > available:
+        raise ConfigurationError(
+            f"weights={kind!r} needs {human_bytes(needed)} besides the float weights, and "
+            f"{human_bytes(available)} are available: use weights='float'"
+        )
+    copies = [(layer, packed_as(layer.weight.detach())) for layer, packed_as in chosen]
+    packing = Packing(kind, [layer for layer, _ in copies], sum(copy.nbytes for _, copy in copies))
+    try:
+        for layer, packed in copies:
+            layer.__dict__["_everlong_packed"] = packed
+            layer.__class__ = PackedLinear
+    except BaseException:
+        packing.undo()
+        raise
+    return packing
+
+
+def bytes_of(model: nn.Module, kind: Literal["int8", "int4"]) -> int:
+    """Bytes that packing would take besides the float weights."""
+    return sum(packed_as.bytes_for(layer.weight) for layer, packed_as in _packable(model, kind))
+
+
+def choose_weights(model: nn.Module, asked: str) -> Literal["float", "int8", "int4"]:
+    """Settle what "auto" means for a model: packed where that pays and fits.
+
+    It pays where the weights do not fit into caches. It fits where the packed copy takes at most half of the
+    memory that is available. Four bits are chosen where they lose nothing (a model that came with them), else
+    eight.
+
+    Raises
+    ------
+    UnknownNameError
+        `asked` is no such choice.
+    """
+    if asked not in get_args(Weights):
+        raise unknown_name("choice of weights", asked, list(get_args(Weights)))
+    if asked != "auto":
+        return asked  # type: ignore[return-value]
+    layers = list(_packable(model, "int4"))
+    if kernels_missing() or sum(layer.weight.nbytes for layer, _ in layers) < _WORTH_IT:
+        return "float"
+    in_four = [layer for layer, packed_as in layers if packed_as is Int4]
+    kind: Literal["int8", "int4"] = "int4" if _came_in_four_bits(in_four) else "int8"
+    return kind if 2 * bytes_of(model, kind) <= _available() else "float"
+
+
+def _packable(model: nn.Module, kind: str) -> Iterator[tuple[nn.Linear, type[Packed]]]:
+    """Yield the layers that can be packed, and as what."""
+    inner: Any = model
+    head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
+    head = getattr(head, "base_layer", head)  # an adapter's wrapper
+    for name, module in model.named_modules():
+        is_adapter = any(
+            part.startswith("lora_") for part in name.split(".")
+        )  # they are trained, and swapped
+        if is_adapter or type(module) not in (nn.Linear, PackedLinear):
+            continue
+        assert isinstance(module, nn.Linear)
+        weight, packed_as = module.weight, Half if module is head else _KINDS[kind]
+        if weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16):
+            if packed_as is Int4 and not Int4.fits(weight):
+                packed_as = Int8
+            yield module, packed_as
+
+
+def _came_in_four_bits(layers: list[nn.Linear]) -> bool:
+    """Whether 4 bits give the weights back: looked at in a few layers."""
+    some = layers[:: max(1, len(layers) // 4)]
+    return bool(some) and all(Int4.loss(layer.weight.detach()) < _LOSSLESS for layer in some)
+
+
+def _available() -> int:
+    """Bytes of memory that can be taken without swapping (Linux); elsewhere half of all there is."""
+    try:
+        with open("/proc/meminfo") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        return 1024 * int(lines["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError):
+        pages: int = os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+        return pages * os.sysconf("SC_PAGE_SIZE") // 2 if pages else 2**62

@@ -1,0 +1,254 @@
+"""Packed weights: what they stand for, when they are used, and that they leave no trace."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.nn import functional as F
+
+from everlong.attention import FullAttention, LMInfinite
+from everlong.errors import ConfigurationError, UnknownNameError, UnsupportedUseError
+from everlong.llm import LLM, load
+from everlong.models import packing
+from everlong.models.packed_weights import Half, Int4, Int8, kernels_missing
+from everlong.models.packing import MOST_ROWS, PackedLinear, bytes_of, choose_weights, pack
+from tests import tiny
+
+pytestmark = pytest.mark.skipif(kernels_missing() is not None, reason=str(kernels_missing()))
+KINDS = (Half, Int8, Int4)
+
+
+def weight_of(out, size, seed=0):
+    return torch.randn(out, size, generator=torch.Generator().manual_seed(seed))
+
+
+def q4_1(out, size):
+    """Weights as GGUF's Q4_1 stores them: numbers from 0 to 15, both among them, a scale, a least weight."""
+    generator = torch.Generator().manual_seed(1)
+    numbers = torch.randint(0, 16, (out, size // 32, 32), generator=generator).float()
+    numbers[..., 3], numbers[..., 7] = 0, 15
+    scales, least = (torch.rand(out, size // 32, 1, generator=generator).half().float() for _ in range(2))
+    return (numbers * scales - least).reshape(out, size)
+
+
+# --- one weight --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [1, 5])
+def test_the_product_is_with_the_weights_it_stands_for(kind, rows):
+    packed, x = kind(weight_of(48, 64)), weight_of(rows, 64, seed=2)
+    rounding = 1e-5 if kind is Half else 2**-7  # activations and results in bfloat16
+    expected = x @ packed.restored().T
+    assert (packed(x) - expected).abs().max() < rounding * (x.abs() @ packed.restored().abs().T).max()
+
+
+@pytest.mark.parametrize(
+    "kind, steps", [(Half, 2**11), (Int8, 2 * 127), (Int4, 2 * 15)], ids=["half", "int8", "int4"]
+)
+def test_no_weight_is_off_by_more_than_half_a_step(kind, steps):
+    weight = weight_of(48, 64)
+    groups = {Half: weight.abs(), Int8: weight.abs().amax(1, True)}.get(kind)
+    if groups is None:
+        spans = weight.reshape(48, 2, 32)
+        groups = (spans.amax(-1) - spans.amin(-1)).repeat_interleave(32, 1)
+    rounding = 2**-7 * weight.abs() + 2**-8 * groups if kind is Int4 else 1e-6
+    assert ((kind(weight).restored() - weight).abs() <= groups / steps * 1.01 + rounding).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_bytes_are_those_announced(kind):
+    weight = weight_of(48, 64)
+    assert kind(weight).nbytes == kind.bytes_for(weight)
+
+
+def test_weights_that_came_in_four_bits_get_their_own_values_again():
+    weight = q4_1(32, 64)
+    assert Int4.loss(weight) < 1e-6 < 1e-2 < Int4.loss(weight_of(32, 64))
+    spans = weight.reshape(32, 2, 32).amax(-1) - weight.reshape(32, 2, 32).amin(-1)
+    error = (Int4(weight).restored() - weight).abs().reshape(32, 2, 32).amax(-1)
+    assert (error < 2**-7 * (spans + weight.abs().max())).all()
+
+
+# --- a model -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model():
+    return tiny.byte_llama()[0]
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_few_rows_take_the_packed_weights_and_many_the_float_ones(model, kind):
+    pack(model, kind)
+    layer = model.model.layers[0].self_attn.q_proj
+    packed = layer.__dict__["_everlong_packed"]
+    few, many = weight_of(MOST_ROWS, 32), weight_of(MOST_ROWS + 1, 32)
+    with torch.no_grad():
+        assert torch.equal(layer(few), packed(few)) and not torch.equal(
+            layer(few), F.linear(few, layer.weight)
+        )
+        assert torch.equal(layer(few[None, :, None]), packed(few)[None, :, None])
+        assert torch.equal(layer(many), F.linear(many, layer.weight))
+    assert torch.equal(layer(few), F.linear(few, layer.weight)), "with gradients, the float weights"
+
+
+def test_a_bias_is_added():
+    model = tiny.build("qwen2")
+    pack(model, "int8")
+    layer, x = model.model.layers[0].self_attn.q_proj, weight_of(3, 32)
+    with torch.no_grad():
+        assert torch.equal(layer(x), layer.__dict__["_everlong_packed"](x) + layer.bias)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_packing_counts_its_bytes_and_undoing_leaves_no_trace(model, kind):
+    before = {name: (type(m), set(m.__dict__)) for name, m in model.named_modules()}
+    weights, announced = copy.deepcopy(model.state_dict()), bytes_of(model, kind)
+    made = pack(model, kind)
+    assert made.nbytes == announced and made.kind == kind
+    assert {type(m) for m in model.modules() if isinstance(m, nn.Linear)} == {PackedLinear}
+    assert all(torch.equal(weights[name], held) for name, held in model.state_dict().items())
+    made.undo()
+    made.undo()
+    assert {name: (type(m), set(m.__dict__)) for name, m in model.named_modules()} == before
+
+
+def test_shapes_that_four_bits_do_not_fit_get_eight(model):
+    pack(model, "int4")
+    mlp = model.model.layers[0].mlp
+    kinds = [
+        type(layer.__dict__["_everlong_packed"]) for layer in (mlp.up_proj, mlp.down_proj, model.lm_head)
+    ]
+    assert kinds == [Int4, Int8, Half]
+
+
+def test_adapters_go_on_top_also_one_per_row(model):
+    pack(model, "int8")
+    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    adapted = get_peft_model(model, config, adapter_name="one")
+    adapted.add_adapter("two", config)
+    wrapped = model.model.layers[0].self_attn.q_proj
+    x = weight_of(2, 32).reshape(2, 1, 32)
+    with torch.no_grad():
+        plain = wrapped.base_layer.__dict__["_everlong_packed"](x.reshape(2, 32)).reshape(2, 1, 32)
+        for row, name in enumerate(("one", "two")):
+            a, b = wrapped.lora_A[name].weight, wrapped.lora_B[name].weight
+            expected = plain[row] + x[row] @ a.T @ b.T * wrapped.scaling[name]
+            adapted.set_adapter(name)
+            torch.testing.assert_close(wrapped(x)[row], expected)
+            torch.testing.assert_close(wrapped(x, adapter_names=["one", "two"])[row], expected)
+
+
+def test_adapters_themselves_are_not_packed_and_a_wrapped_head_is_still_one(model):
+    config = LoraConfig(r=16, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    adapted = get_peft_model(model, config)
+    pack(adapted, "int4")
+    kinds = {name: type(m) for name, m in adapted.named_modules() if isinstance(m, nn.Linear)}
+    assert {kind for name, kind in kinds.items() if "lora_" in name} == {nn.Linear}
+    assert isinstance(model.lm_head.base_layer.__dict__["_everlong_packed"], Half)
+
+
+def test_packing_that_is_interrupted_leaves_no_trace(model, monkeypatch):
+    calls = []
+
+    class Interrupted(Int8):
+        def __init__(self, weight):
+            calls.append(weight)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            super().__init__(weight)
+
+    monkeypatch.setitem(packing._KINDS, "int8", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pack(model, "int8")
+    assert {type(m) for m in model.modules() if isinstance(m, nn.Linear)} == {nn.Linear}
+
+
+# --- which ------------------------------------------------------------------------------------------
+
+
+def big(weights):
+    model = tiny.byte_llama()[0]
+    with torch.no_grad():
+        for layer in model.modules():
+            if isinstance(layer, nn.Linear) and Int4.fits(layer.weight):
+                layer.weight.copy_(weights(*layer.weight.shape))
+    return model
+
+
+def test_auto_is_float_for_small_models_and_packed_for_others(monkeypatch):
+    assert choose_weights(big(weight_of), "auto") == "float"
+    monkeypatch.setattr(packing, "_WORTH_IT", 1000)
+    assert choose_weights(big(weight_of), "auto") == "int8"
+    assert choose_weights(big(q4_1), "auto") == "int4"
+    odd = tiny.build("llama", hidden_size=40, intermediate_size=56)
+    assert choose_weights(odd, "auto") == "int8", "no layer fits 4 bits"
+    monkeypatch.setattr(packing, "_available", lambda: 1000)
+    assert choose_weights(big(q4_1), "auto") == "float"
+    monkeypatch.setattr(packing, "_available", lambda: 10**9)
+    monkeypatch.setattr(packing, "kernels_missing", lambda: "no kernels")
+    assert choose_weights(big(q4_1), "auto") == "float"
+
+
+def test_the_memory_that_is_available_is_known():
+    assert 2**20 < packing._available() < 2**50
+
+
+def test_what_cannot_be_packed_is_refused(model, monkeypatch):
+    with pytest.raises(UnknownNameError, match="did you mean 'int8' or 'int4'"):
+        choose_weights(model, "int6")
+    with monkeypatch.context() as patch:
+        patch.setattr(packing, "_available", lambda: 1000)
+        with pytest.raises(ConfigurationError, match="weights='int8' needs .* and 1.0 kB are available"):
+            pack(model, "int8")
+        patch.setattr(packing, "kernels_missing", lambda: "no kernels")
+        with pytest.raises(UnsupportedUseError, match="no kernels; use 'float'"):
+            pack(model, "int8")
+    with pytest.raises(UnsupportedUseError, match="no linear layers on the CPU"):
+        pack(model.to(torch.float64), "int8")
+
+
+# --- sessions ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_session_writes_what_the_packed_model_would(kind):
+    model, tokenizer = tiny.byte_llama()
+    reference, _ = tiny.byte_llama()
+    pack(reference, kind)
+    with LLM(model, tokenizer, "tiny", FullAttention(), weights=kind) as llm:
+        assert llm.weights == kind
+        session = llm.session()
+        session.read(tiny.random_ids(1, 30)[0])
+        session.generate(10)
+        driver = session._tape.driver
+        with torch.inference_mode():
+            expected = reference(torch.tensor([list(driver.recent)]), use_cache=False).logits[0, -1]
+        torch.testing.assert_close(driver.logits, expected, atol=0.02, rtol=0)
+    assert all(type(m) is not PackedLinear for m in model.modules())
+
+
+def test_a_saved_session_says_so_when_it_goes_on_with_other_weights(tmp_path):
+    model, tokenizer = tiny.byte_llama()
+    policy = LMInfinite(window=40)
+    with load(model, policy, tokenizer=tokenizer, weights="int8") as llm:
+        session = llm.session()
+        session.read("Once upon a time")
+        session.save(tmp_path / "state")
+        llm.restore(tmp_path / "state")
+    with (
+        load(model, policy, tokenizer=tokenizer, weights="float") as llm,
+        pytest.warns(UserWarning, match="written with weights='int8' and goes on with 'float'"),
+    ):
+        llm.restore(tmp_path / "state")
+
+
+@pytest.mark.model
+def test_the_default_model_is_packed_in_the_four_bits_it_came_in():
+    with load("smollm2-135m", device="cpu") as llm:
+        assert llm.weights == "int4"
+        layer = llm.model.model.layers[3].mlp.up_proj
+        assert Int4.loss(layer.weight.detach()) < 1e-6

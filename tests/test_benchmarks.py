@@ -1,0 +1,337 @@
+"""Each benchmark script, as small as it goes: rows are written, kept and taken up again, and shown."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from everlong.attention import LMInfinite, attach
+from everlong.evaluation.resources import machine_line
+from tests.tiny import byte_llama
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+TEXT = "It is a truth universally acknowledged, that a single man must be in want of a wife. " * 12
+linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures memory in /proc")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model, and a novel beside it."""
+    folder = tmp_path_factory.mktemp("benchmarks")
+    model, tokenizer = byte_llama()
+    model.save_pretrained(folder / "tiny")
+    tokenizer.save_pretrained(folder / "tiny")
+    (folder / "novel.txt").write_text(TEXT)
+    return folder
+
+
+@pytest.fixture
+def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The scripts can be imported, for this test only."""
+    names = ("common", "speed", "bounded", "real_text", "weights", "writing")
+    assert not set(names) & set(sys.modules)
+    monkeypatch.syspath_prepend(FOLDER)
+    yield
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+class Script:
+    """A script of `benchmarks/`, run in this process with options that stay the same."""
+
+    def __init__(self, name: str, monkeypatch: pytest.MonkeyPatch, output: Path, *options: str) -> None:
+        self.module: Any = importlib.import_module(name)
+        self.output = output
+        self._argv = [f"{name}.py", "--output", str(output), *options]
+        self._monkeypatch = monkeypatch
+
+    def run(self, *more: str) -> None:
+        self._monkeypatch.setattr(sys, "argv", [*self._argv, *more])
+        self.module.main()
+
+    @property
+    def saved(self) -> Any:
+        return json.loads(self.output.read_text())
+
+    @property
+    def rows(self) -> dict[str, Any]:
+        rows: dict[str, Any] = self.saved["rows"]
+        return rows
+
+    def table(self, number: int) -> list[list[str]]:
+        """The cells of the page's tables below their headings."""
+        blocks = self.output.with_suffix(".md").read_text().split("\n\n")
+        tables = [block.splitlines()[2:] for block in blocks if block.startswith("|")]
+        return [[cell.strip() for cell in line.strip("|").split("|")] for line in tables[number]]
+
+
+def measured(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """What was measured since this was last asked."""
+    lines = capsys.readouterr().out.splitlines()
+    return [line[len("measuring ") : -len(" …")] for line in lines if line.startswith("measuring ")]
+
+
+# --- rows ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("scripts")
+def test_rows_survive_an_interruption_and_those_of_another_setting_do_not(tmp_path: Path) -> None:
+    rows_of = importlib.import_module("common").Rows
+    path = tmp_path / "new" / "rows.json"
+
+    def interrupted() -> Any:
+        raise InterruptedError
+
+    rows = rows_of(path, {"windows": (1, 2)})
+    assert rows.get("a", lambda: [1, 2]) == [1, 2]
+    with pytest.raises(InterruptedError):
+        rows.get("b", interrupted)
+    again = rows_of(path, {"windows": (1, 2)})
+    assert again.get("a", interrupted) == [1, 2] and again.get("b", lambda: 3) == 3
+    assert json.loads(path.read_text())["rows"] == {"a": [1, 2], "b": 3}
+    assert rows_of(path, {"windows": (1, 3)}).rows == {}
+
+
+@pytest.mark.usefixtures("scripts")
+def test_the_page_names_the_machine_that_measured_its_rows(tmp_path: Path) -> None:
+    common = importlib.import_module("common")
+    path = tmp_path / "rows.json"
+    common.Rows(path, {}).get("a", lambda: 1)
+    saved = json.loads(path.read_text())
+    saved["machine"] |= {"gpu": None, "cpu": "A Machine Of Long Ago"}
+    path.write_text(json.dumps(saved))
+    common.Rows(path, {}).write_table("Title", common.table(["x", "y"], [["1", "2"]]))
+    page = path.with_suffix(".md").read_text()
+    assert page == f"# Title\n\n{machine_line(saved['machine'])}\n\n| x | y |\n| --- | ---: |\n| 1 | 2 |\n"
+    assert "A Machine Of Long Ago" in page
+
+
+# --- speed --------------------------------------------------------------------------------------------
+
+
+@linux
+@pytest.mark.usefixtures("scripts")
+def test_speed_measures_both_and_shows_what_it_measured(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--model", str(folder / "tiny"), "--window", "40", "--depths", "1500", "--prompts", "24"]
+    speed = Script("speed", monkeypatch, tmp_path / "speed.json", *options, "--repeats", "1")
+    speed.run()
+    assert measured(capsys) == [
+        "prompt of 24",
+        "at 1500",
+        "whole stock 1500",
+        "whole ours 1500",
+        "packed at 1500",
+    ]
+    before, page = speed.saved, speed.output.with_suffix(".md").read_text()
+
+    deep, short = speed.rows["at 1500"], speed.rows["prompt of 24"]
+    wholes = [speed.rows[f"whole {method} 1500"] for method in ("stock", "ours")]
+    a_token = 2 * 2 * 2 * 8 * 4  # layers, keys and values, heads, dimensions, bytes
+    assert deep["bytes"] == [whole["bytes"] for whole in wholes] == [1500 * a_token, (40 + 10) * a_token]
+    rates = [deep[name]["prefill_tokens_per_second"] for name in ("stock", "ours")]
+    steps = [deep[name]["decode_ms"] for name in ("stock", "ours")]
+    seconds, peaks = ([whole[key] for whole in wholes] for key in ("seconds", "peak"))
+    prefill, decode = short["prefill"], short["decode"]
+    assert min(rates + steps + prefill + decode + seconds) > 0
+    held = [f"{held / 2**20:.0f}" for held in deep["bytes"]]
+    first, packed = speed.table(0)
+    assert packed[0] == "1,500, ours int4"
+    assert [first] == [
+        ["1,500", *(f"{x:.0f}" for x in rates), f"{rates[1] / rates[0]:.2f}"]
+        + [*(f"{x:.1f}" for x in steps), f"{steps[0] / steps[1]:.2f}", *held, "30.0"]
+    ]
+    assert speed.table(1) == [
+        ["24", *(f"{24 / x:.0f}" for x in prefill), f"{prefill[0] / prefill[1]:.2f}"]
+        + [*(f"{1000 * x:.1f}" for x in decode), f"{decode[0] / decode[1]:.2f}"]
+    ]
+    assert speed.table(2) == [
+        ["1,500", *(f"{x:.0f}" for x in seconds), f"{seconds[0] / seconds[1]:.2f}"]
+        + [*(f"{x / 2**20:.0f}" for x in peaks), f"{peaks[0] / peaks[1]:.1f}"]
+    ]
+
+    for name in ("rates", "decode_seconds", "fill"):
+        monkeypatch.setattr(speed.module, name, None)
+    monkeypatch.setattr(subprocess, "run", None)
+    speed.run()
+    assert measured(capsys) == []
+    assert speed.saved == before and speed.output.with_suffix(".md").read_text() == page
+
+
+# --- bounded ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bounded(scripts: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Script:
+    """A stream of 1,400 tokens in chunks of 10, in a process whose memory does not grow."""
+    options = ["--tokens", "1400", "--settled", "300", "--window", "16"]
+    script = Script("bounded", monkeypatch, tmp_path / "bounded.json", *options)
+    monkeypatch.setattr(script.module, "CHUNK", 10)
+    monkeypatch.setattr(script.module, "resident_bytes", lambda: 2**30)
+    return script
+
+
+def test_bounded_compares_a_settled_stream_with_its_end(
+    bounded: Script, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bounded.run()
+    assert measured(capsys) == ["LM-Infinite"]
+    before = bounded.saved
+    row = bounded.rows["LM-Infinite"]
+    held = 2 * 2 * 2 * 16 * 4 * (16 + 10)  # layers, keys and values, heads, dimensions, bytes
+    assert row["reported"] == row["held"] == [held, held]
+    first, last = row["milliseconds"]
+    resident, reported, tensors, chunk = bounded.table(0)
+    assert resident[1:] == ["1024.0", "1024.0", "+0.00%"]
+    assert reported[1:3] == tensors[1:3] == [f"{held:,}"] * 2
+    assert chunk[1:] == [f"{first:.2f}", f"{last:.2f}", f"{last / first - 1:+.1%}"]
+    monkeypatch.setattr(bounded.module, "measure", None)
+    bounded.run()
+    assert measured(capsys) == [] and bounded.saved == before
+
+
+def test_bounded_fails_when_memory_grows(bounded: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = iter([1000, 1011])
+    monkeypatch.setattr(bounded.module, "resident_bytes", lambda: next(sizes))
+    with pytest.raises(SystemExit, match="not bounded"):
+        bounded.run()
+    assert bounded.table(0)[0][-1] == "+1.10%"
+
+
+def test_bounded_fails_when_more_is_held_than_reported(
+    bounded: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = bounded.module.held_bytes
+    monkeypatch.setattr(bounded.module, "held_bytes", lambda cache: held(cache) + 4)
+    with pytest.raises(SystemExit, match="not bounded"):
+        bounded.run()
+
+
+@pytest.mark.usefixtures("scripts")
+def test_held_bytes_finds_a_tensor_wherever_a_cache_keeps_it() -> None:
+    held_bytes = importlib.import_module("bounded").held_bytes
+    model, _ = byte_llama()
+    with attach(model, LMInfinite(window=20, sinks=3, top_k=2, top_k_layers=0)) as handle:
+        cache = handle.new_cache()
+        with torch.no_grad():
+            handle.decoder(torch.arange(60)[None], **{handle.cache_argument: cache}, use_cache=True)
+        before = held_bytes(cache)
+        assert before == sum(cache.bytes().values())
+        cache.memories[1].forgotten_by_the_account = [{"deep": torch.zeros(100)[:1]}]
+        assert held_bytes(cache) == before + 400  # the whole storage
+
+
+# --- real text ----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def surprisal(ids: Tensor) -> Tensor:
+    """Each token's surprisal by the stock model, all at once."""
+    logs = byte_llama()[0](input_ids=ids[None], use_cache=False).logits[0].double().log_softmax(-1)
+    return torch.cat((torch.full((1,), math.nan), -logs[:-1].gather(-1, ids[1:, None])[:, 0]))
+
+
+@pytest.mark.usefixtures("scripts")
+def test_real_text_compares_with_a_model_that_reads_its_window_anew(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [str(folder / "novel.txt"), "--model", str(folder / "tiny"), "--tokens", "600"]
+    options += ["--windows", "90", "--bucket", "200", "--anchors", "3", "--after", "100"]
+    script = Script("real_text", monkeypatch, tmp_path / "real.json", *options)
+    script.run("--only", "stock", "LM-Infinite, 90")
+    assert measured(capsys) == ["stock", "LM-Infinite, 90"]
+    script.run()
+    policies = list(script.module.methods(90))
+    assert measured(capsys) == [*(f"{name}, 90" for name in policies[1:]), "re-reading, 90"]
+    before = script.saved
+
+    ids = torch.tensor(list(TEXT.encode()[:600]))
+    whole, anchors = surprisal(ids), [100, 318, 536]
+    assert script.saved["setting"]["anchors"] == anchors
+    stock = [float(whole[begin : begin + 200].nanmean().exp()) for begin in (0, 200, 400)]
+    assert [ppl for _, ppl, *_ in script.rows["stock"]["buckets"]] == pytest.approx(stock, rel=1e-3)
+    assert script.rows["stock"]["anchors"] == pytest.approx(
+        [float(whole[at : at + 64].mean()) for at in anchors], rel=1e-4
+    )
+    reread = [float(surprisal(ids[at - 26 : at + 64])[-64:].mean()) for at in anchors]
+    assert script.rows["re-reading, 90"]["anchors"] == pytest.approx(reread, rel=1e-4)
+
+    shown = {method: cells for method, *cells in script.table(0)}
+    assert shown.keys() == {"stock", *(f"{name}, 90" for name in policies)}
+    for key, cells in shown.items():
+        values = [ppl for _, ppl, *_ in script.rows[key]["buckets"]]
+        assert cells == [f"{ppl:.1f}" if ppl < 1000 else f"{ppl:,.0f}" for ppl in values]
+    assert [key for key, *_ in script.table(1)] == [f"{name}, 90" for name in policies]
+    for key, ours, theirs, difference, interval in script.table(1):
+        pairs = zip(script.rows[key]["anchors"], reread, strict=True)
+        differences = [a - b for a, b in pairs]
+        mean = sum(differences) / 3
+        half = 4.3027 * math.sqrt(sum((d - mean) ** 2 for d in differences) / 2 / 3)
+        assert float(ours) == pytest.approx(sum(script.rows[key]["anchors"]) / 3, abs=1e-3)
+        assert float(theirs) == pytest.approx(sum(reread) / 3, abs=1e-3)
+        assert float(difference) == pytest.approx(mean, abs=1e-3)
+        low, high = (float(bound) for bound in interval.split(" to "))
+        assert (low, high) == pytest.approx((mean - half, mean + half), abs=2e-3)
+
+    monkeypatch.setattr(script.module, "read_stream", None)
+    script.run()
+    assert measured(capsys) == [] and script.saved == before
+
+
+# --- packed weights -----------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("scripts")
+def test_weights_compares_packed_with_float_ones(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [
+        str(folder / "novel.txt"),
+        "--model",
+        str(folder / "tiny"),
+        "--tokens",
+        "400",
+        "--window",
+        "40",
+    ]
+    weights = Script("weights", monkeypatch, tmp_path / "weights.json", *options)
+    weights.run()
+    assert measured(capsys) == ["float", "int8", "int4"]
+    blocks = {kind: row["blocks"] for kind, row in weights.rows.items()}
+    assert {len(each) for each in blocks.values()} == {399 // 32}
+    assert blocks["float"] != blocks["int8"] != blocks["int4"]
+    float_row, *packed = weights.table(0)
+    mean = sum(blocks["float"]) / len(blocks["float"])
+    assert float_row[:2] == ["float", f"{math.exp(mean):.3f}"]
+    for kind, row in zip(("int8", "int4"), packed, strict=True):
+        change = math.expm1(sum(blocks[kind]) / len(blocks[kind]) - mean)
+        assert row[0] == kind and row[2] == f"{change:+.2%}"
+    monkeypatch.setattr(weights.module, "Driver", None)
+    weights.run()
+    assert measured(capsys) == []
+
+
+@pytest.mark.usefixtures("scripts")
+def test_writing_measures_each_way_in_a_process_of_its_own(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--model", str(folder / "tiny"), "--window", "40", "--repeats", "1"]
+    writing = Script("writing", monkeypatch, tmp_path / "writing.json", *options)
+    monkeypatch.setattr(writing.module, "WAITING", {"sleep at once": {"OMP_WAIT_POLICY": "PASSIVE"}})
+    monkeypatch.setattr(writing.module, "WEIGHTS", ("stock", "int4"))
+    writing.run()
+    assert measured(capsys) == ["stock, sleep at once", "int4, sleep at once"]
+    assert writing.table(0) == [
+        [kind, f"{writing.rows[f'{kind}, sleep at once']:.1f}"] for kind in ("stock", "int4")
+    ]
