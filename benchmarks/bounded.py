@@ -38,6 +38,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "bounded.json")
     options = parser.parse_args()
 
+    if options.tokens % CHUNK or options.settled % CHUNK or options.tokens < options.settled + 100 * CHUNK:
+        parser.error(f"tokens and settled are multiples of {CHUNK}, {100 * CHUNK} or more apart")
+
     setting = {"tokens": options.tokens, "settled": options.settled, "window": options.window}
     rows = Rows(options.output, setting)
     row = rows.get("LM-Infinite", lambda: measure(**setting))

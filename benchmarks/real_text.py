@@ -102,6 +102,8 @@ def main() -> None:
             rows.get(key, lambda window=window: reread(window))
 
     measured = [key for key, _, _ in wanted if key in rows.rows]
+    if not measured:
+        return  # only the references so far: there is no table yet
     first = rows.rows[measured[0]]["buckets"]
     lines = [
         f"{loaded.name} on {options.novel.stem}, {len(ids):,} tokens in chunks of 512. Perplexity of each "

@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from everlong.attention import LMInfinite, attach
+from everlong.attention import LMInfinite, Policy, attach
 from everlong.evaluation.resources import machine_line
 from tests.tiny import byte_llama
 
@@ -236,9 +237,11 @@ def test_held_bytes_finds_a_tensor_wherever_a_cache_keeps_it() -> None:
 
 
 @torch.no_grad()
-def surprisal(ids: Tensor) -> Tensor:
-    """Each token's surprisal by the stock model, all at once."""
-    logs = byte_llama()[0](input_ids=ids[None], use_cache=False).logits[0].double().log_softmax(-1)
+def surprisal(ids: Tensor, policy: Policy | None = None) -> Tensor:
+    """Each token's surprisal, all at once, by the stock model or under a policy."""
+    model, _ = byte_llama()
+    with nullcontext() if policy is None else attach(model, policy):
+        logs = model(input_ids=ids[None], use_cache=False).logits[0].double().log_softmax(-1)
     return torch.cat((torch.full((1,), math.nan), -logs[:-1].gather(-1, ids[1:, None])[:, 0]))
 
 
@@ -252,8 +255,8 @@ def test_real_text_compares_with_a_model_that_reads_its_window_anew(
     script.run("--only", "stock", "LM-Infinite, 90")
     assert measured(capsys) == ["stock", "LM-Infinite, 90"]
     script.run()
-    policies = list(script.module.methods(90))
-    assert measured(capsys) == [*(f"{name}, 90" for name in policies[1:]), "re-reading, 90"]
+    policies = script.module.methods(90)
+    assert measured(capsys) == [*(f"{name}, 90" for name in list(policies)[1:]), "re-reading, 90"]
     before = script.saved
 
     ids = torch.tensor(list(TEXT.encode()[:600]))
@@ -261,9 +264,12 @@ def test_real_text_compares_with_a_model_that_reads_its_window_anew(
     assert script.saved["setting"]["anchors"] == anchors
     stock = [float(whole[begin : begin + 200].nanmean().exp()) for begin in (0, 200, 400)]
     assert [ppl for _, ppl, *_ in script.rows["stock"]["buckets"]] == pytest.approx(stock, rel=1e-3)
-    assert script.rows["stock"]["anchors"] == pytest.approx(
-        [float(whole[at : at + 64].mean()) for at in anchors], rel=1e-4
-    )
+    read: dict[str, Policy | None] = {f"{name}, 90": policy for name, policy in policies.items()}
+    for key, policy in [("stock", None), *read.items()]:
+        alone = surprisal(ids, policy)
+        expected = [float(alone[at : at + 64].mean()) for at in anchors]
+        assert script.rows[key]["anchors"] == pytest.approx(expected, rel=1e-4)
+    assert len({script.rows[key]["anchors"][-1] for key in before["rows"]}) == len(policies) + 2
     reread = [float(surprisal(ids[at - 26 : at + 64])[-64:].mean()) for at in anchors]
     assert script.rows["re-reading, 90"]["anchors"] == pytest.approx(reread, rel=1e-4)
 
@@ -272,6 +278,7 @@ def test_real_text_compares_with_a_model_that_reads_its_window_anew(
     for key, cells in shown.items():
         values = [ppl for _, ppl, *_ in script.rows[key]["buckets"]]
         assert cells == [f"{ppl:.1f}" if ppl < 1000 else f"{ppl:,.0f}" for ppl in values]
+    assert [script.module.number(value) for value in (123.45, 999.0, 1000.0)] == ["123.5", "999.0", "1,000"]
     assert [key for key, *_ in script.table(1)] == [f"{name}, 90" for name in policies]
     for key, ours, theirs, difference, interval in script.table(1):
         pairs = zip(script.rows[key]["anchors"], reread, strict=True)

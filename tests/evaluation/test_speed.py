@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from everlong.attention import FullAttention, LMInfinite, StreamingLLM
-from everlong.errors import ConfigurationError
+from everlong.errors import ConfigurationError, UnsupportedUseError
 from everlong.evaluation import speed
 from everlong.evaluation.speed import decode_seconds, fill, prefill_seconds, random_ids, rates, rewind
 from everlong.evaluation.streams import StockStream, open_stream
@@ -50,7 +50,7 @@ def test_a_stock_cache_is_filled_to_the_depth_and_can_be_gone_on_from(model: Any
 def test_a_stock_cache_is_filled_with_random_keys_of_its_own_type_in_every_layer() -> None:
     stream = StockStream(build("llama").to(torch.bfloat16))
     fill(stream, 3000)
-    held = [tensor[:, :, 1:] for pair in stream.layers for tensor in pair]
+    held = [tensor[:, :, 1:] for pair in stream.layers.values() for tensor in pair]
     assert len(held) == 4
     for tensor in held:
         assert tensor.dtype == torch.bfloat16
@@ -136,7 +136,7 @@ def test_decoding_reads_the_tokens_one_by_one(model: Any, clock: Clock) -> None:
     assert [(length, seen) for _, length, seen in log] == [(20, 0), (1, 20), (1, 21), (1, 22)]
     last = StockStream(model)
     last.read(ids[:23])
-    for (ours, _), (theirs, _) in zip(stream.layers, last.layers, strict=True):
+    for (ours, _), (theirs, _) in zip(stream.layers.values(), last.layers.values(), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-5)
 
 
@@ -184,3 +184,17 @@ def test_rates_of_nothing_are_refused(model: Any, wrong: str) -> None:
     options = {"chunk": 1, "steps": 1, "repeats": 1} | {wrong: 0}
     with pytest.raises(ConfigurationError, match="at least 1"):
         rates([StockStream(model)], **options)
+
+
+def test_a_stock_cache_of_local_layers_is_not_taken_back() -> None:
+    stream = StockStream(build("gemma3_text"))
+    fill(stream, 40)
+    (rate,) = rates([stream], chunk=4, steps=2, repeats=1)
+    assert rate["decode_ms"] > 0
+    with pytest.raises(UnsupportedUseError, match="repeats=1"):
+        rates([stream], chunk=4, steps=2, repeats=2)
+
+
+def test_nothing_is_no_depth() -> None:
+    with pytest.raises(ConfigurationError, match="at least 1 token"):
+        fill(StockStream(build("llama")), 0)

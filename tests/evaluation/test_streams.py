@@ -84,7 +84,11 @@ def test_a_stock_stream_holds_two_tensors_a_layer_and_a_full_window_as_many_as_f
 def test_local_layers_of_a_stock_stream_count_what_their_window_holds(ids: Tensor) -> None:
     stream = StockStream(build("gemma3_text"))  # one layer of three sees everything
     read(stream, ids, 1)
-    assert [keys.shape[2] for keys, _ in stream.layers] == [LOCAL_WINDOW - 1, LENGTH, LOCAL_WINDOW - 1]
+    assert [keys.shape[2] for keys, _ in stream.layers.values()] == [
+        LOCAL_WINDOW - 1,
+        LENGTH,
+        LOCAL_WINDOW - 1,
+    ]
     assert stream.bytes() == {"window": 2 * (LENGTH + 2 * (LOCAL_WINDOW - 1)) * A_KEY}
 
 
@@ -128,3 +132,10 @@ def test_reading_keeps_no_gradients(model: Any, ids: Tensor) -> None:
     for policy in (None, LMInfinite(window=W, sinks=G)):
         with open_stream(model, policy) as stream:
             assert stream.read(ids).requires_grad is False
+
+
+def test_a_stock_model_whose_layers_share_keys_is_read_too() -> None:
+    stream = StockStream(build("gemma4_text"))
+    stream.read(random_ids(1, 20)[0])
+    assert set(stream.layers) == {0, 1}
+    assert stream.bytes()["window"] == sum(k.nbytes + v.nbytes for k, v in stream.layers.values()) > 0

@@ -9,7 +9,7 @@ from statistics import linear_regression, mean
 from typing import Any
 
 from everlong.attention import Attachment
-from everlong.errors import InputError
+from everlong.errors import ConfigurationError, InputError
 from everlong.evaluation.speed import random_ids
 from everlong.reading.driver import Driver
 from everlong.reading.source import Source, open_source
@@ -74,6 +74,8 @@ def estimate(attachment: Attachment, tokens: int, *, chunk: int = 512, surprisal
     """
     if tokens < 1:
         raise InputError(f"there is nothing to estimate for {tokens} tokens")
+    if chunk < 1:
+        raise ConfigurationError(f"chunk must be at least 1, not {chunk}")
     chunk = min(chunk, tokens)
     driver = Driver(attachment, attachment.new_cache(), surprisal)
     span = driver.cache.policy.span if driver.cache.policy.forgets else None

@@ -9,7 +9,7 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from everlong.errors import ConfigurationError
+from everlong.errors import ConfigurationError, UnsupportedUseError
 from everlong.evaluation.streams import PolicyStream, StockStream, Stream
 
 
@@ -30,6 +30,8 @@ def fill(stream: Stream, depth: int, *, chunk: int = 512, seed: int = 0) -> None
     seed : int
         Of the random tokens, keys and values.
     """
+    if depth < 1:
+        raise ConfigurationError(f"a stream is filled with at least 1 token, not {depth}")
     generator = torch.Generator().manual_seed(seed)
     if isinstance(stream, StockStream):
         _fill_stock(stream, depth, generator)
@@ -75,6 +77,10 @@ def decode_seconds(stream: Stream, ids: Tensor, head: nn.Module | None = None) -
 def rewind(stream: Stream, depth: int) -> None:
     """Take a stock stream back to `depth` tokens. A policy's window stays as full as it is."""
     if isinstance(stream, StockStream):
+        if True in stream.cache.is_sliding:
+            raise UnsupportedUseError(
+                "the stock cache of a model with local layers cannot be taken back: measure with repeats=1"
+            )
         stream.cache.crop(depth - stream.seen)
 
 
@@ -126,7 +132,8 @@ def rates(
             prefill[number].append(prefill_seconds(stream, ids[:chunk]))
             head = None if heads is None else heads[number]
             decode[number].append(median(decode_seconds(stream, ids[chunk:], head)))
-            rewind(stream, depths[number])
+            if repeats > 1:
+                rewind(stream, depths[number])
     return [
         {"prefill_tokens_per_second": chunk / median(p), "decode_ms": 1000 * median(d)}
         for p, d in zip(prefill, decode, strict=True)
@@ -135,7 +142,7 @@ def rates(
 
 def _fill_stock(stream: StockStream, depth: int, generator: torch.Generator) -> None:
     stream.read(random_ids(stream.decoder, 1, generator))  # shows each layer's shape
-    for index, (keys, values) in enumerate(stream.layers):
+    for index, (keys, values) in stream.layers.items():
         more = [
             torch.randn((*like.shape[:2], depth - 1, like.shape[3]), generator=generator).to(like)
             for like in (keys, values)

@@ -81,14 +81,18 @@ class StockStream(Stream):
         return self._cache
 
     @property
-    def layers(self) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of each layer that holds any."""
+    def layers(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """Keys and values of each layer that holds any, by its number."""
         layers: list[Any] = list(self._cache.layers)
-        return [(layer.keys, layer.values) for layer in layers if layer.is_initialized]
+        return {
+            number: (layer.keys, layer.values)
+            for number, layer in enumerate(layers)
+            if layer.is_initialized and layer.keys is not None  # layers that share others' have none
+        }
 
     def bytes(self) -> dict[str, int]:
         """Bytes of all keys and values."""
-        return {"window": sum(keys.nbytes + values.nbytes for keys, values in self.layers)}
+        return {"window": sum(keys.nbytes + values.nbytes for keys, values in self.layers.values())}
 
     @property
     def seen(self) -> int:
