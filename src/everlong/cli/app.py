@@ -27,7 +27,7 @@ FAILED, REFUSED, INTERRUPTED = 1, 2, 130
 """Exit codes: a mistake of ours, bad input, Ctrl-C."""
 
 SPIN_COUNT = 5000
-"""Turns of a waiting loop before a thread goes to sleep: about as long as the gap between two products."""
+"""Turns of a waiting loop before a thread goes to sleep; see benchmarks/results/writing.md."""
 
 _ORDER = ("demo", "read", "chat", "generate", "compare", "models", "pull", "remove")
 

@@ -25,7 +25,7 @@ Weights = Literal["auto", "float", "int8", "int4"]
 """How weights are kept for forwards of a few rows; "auto": as model and machine suggest."""
 
 MOST_ROWS = 64
-"""Rows up to which a forward uses packed weights: beyond, the float kernels are as fast."""
+"""Rows up to which a forward uses packed weights: all of writing, guesses included, and short texts."""
 
 _WORTH_IT = 32 * 2**20  # bytes of float weights: fewer fit into a processor's caches as they are
 _LOSSLESS = 2.0**-8  # of a group's span: the rounding of a bfloat16 scale
