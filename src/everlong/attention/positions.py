@@ -45,11 +45,11 @@ class Rotation:
         ):
             return x
         if isinstance(positions, Tensor):
-            cos, sin = self.frequencies.angles(positions, x.device, working_dtype(x))
+            cos, sin = self.frequencies.angles(positions, self.layout, x.device, working_dtype(x))
         else:
-            key = (id(self.frequencies), positions, x.device)
+            key = (id(self.frequencies), self.layout, positions, x.device)
             if key not in self._memo:
-                self._memo[key] = self.frequencies.angles(positions, x.device, working_dtype(x))
+                self._memo[key] = self.frequencies.angles(positions, self.layout, x.device, working_dtype(x))
             cos, sin = self._memo[key]
         return rotate(x, cos, sin, self.layout)
 
@@ -58,7 +58,7 @@ class Rotation:
         if self.frequencies is None:
             return x
         unscaled = Frequencies(self.frequencies.inverse, 1.0)
-        cos, sin = unscaled.angles(by, x.device, working_dtype(x))
+        cos, sin = unscaled.angles(by, self.layout, x.device, working_dtype(x))
         return rotate(x, cos, sin, self.layout)
 
     def undo(self, x: Tensor, positions: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ class Rotation:
         if self.frequencies is None:
             return x
         unscaled = Frequencies(self.frequencies.inverse, 1.0)
-        cos, sin = unscaled.angles(-positions, x.device, working_dtype(x))
+        cos, sin = unscaled.angles(-positions, self.layout, x.device, working_dtype(x))
         return rotate(x, cos, sin, self.layout) / self.frequencies.scaling
 
 

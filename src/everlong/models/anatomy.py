@@ -254,9 +254,9 @@ def _layer(raw: _Seen, real: _Seen, rotaries: list[Rotary], name: str) -> LayerA
         return LayerAnatomy(index, raw.module, raw.window, None, "halves")
     for rotary in rotaries:
         frequencies = rotary.frequencies(max(_PROBE_POSITIONS) + 1)
-        cos, sin = frequencies.angles(torch.tensor(_PROBE_POSITIONS), raw.query.device)
         for layout in LAYOUTS:
-            if 2 * cos.shape[-1] <= raw.query.shape[-1] and all(
+            cos, sin = frequencies.angles(torch.tensor(_PROBE_POSITIONS), layout, raw.query.device)
+            if cos.shape[-1] <= raw.query.shape[-1] and all(
                 _close(rotate(before, cos, sin, layout), after)
                 for before, after in ((raw.query, real.query), (raw.key, real.key))
             ):

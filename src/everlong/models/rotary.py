@@ -44,9 +44,13 @@ class Frequencies:
         return self is other or (self.scaling == other.scaling and torch.equal(self.inverse, other.inverse))
 
     def angles(
-        self, positions: Positions, device: torch.device, dtype: torch.dtype = torch.float32
+        self, positions: Positions, layout: Layout, device: torch.device, dtype: torch.dtype = torch.float32
     ) -> tuple[Tensor, Tensor]:
-        """Return cos and sin, shape (n, r/2) or (batch, 1, n, r/2); computed in float64, given as `dtype`."""
+        """Return the cos and sin that :func:`rotate` takes; computed in float64, given as `dtype`.
+
+        Both have shape (n, r) or (batch, 1, n, r), each angle twice, where `layout` has the two dimensions of
+        its pair; the first of the two has its sin negated.
+        """
         if isinstance(positions, int):
             at = torch.tensor([positions], dtype=torch.float64)
         elif isinstance(positions, range):
@@ -57,7 +61,11 @@ class Frequencies:
         if angle.dim() == 3:
             angle = angle[:, None]
         cos, sin = angle.cos() * self.scaling, angle.sin() * self.scaling
-        return cos.to(device, dtype), sin.to(device, dtype)
+        if layout == "halves":
+            tables = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+        else:
+            tables = torch.stack((cos, cos), -1).flatten(-2), torch.stack((-sin, sin), -1).flatten(-2)
+        return tables[0].to(device, dtype), tables[1].to(device, dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
@@ -68,32 +76,22 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
     x : Tensor
         Shape (batch, heads, n, d).
     cos, sin : Tensor
-        Shape (n or 1, r/2) or (batch, 1, n, r/2), r <= d, in the dtype to compute in; the last d - r
-        dimensions stay.
+        From :meth:`Frequencies.angles`: shape (n or 1, r) or (batch, 1, n, r), r <= d, in the dtype to
+        compute in; the last d - r dimensions stay.
     layout : {"halves", "interleaved"}
         Which dimensions form a pair: i and i + r/2, or 2i and 2i + 1.
     """
-    width = 2 * cos.shape[-1]
-    first, second = _paired(x[..., :width].to(cos.dtype), layout)
-    if torch.is_grad_enabled() and x.requires_grad:
-        turned = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
-        pairs = torch.cat(turned, -1) if layout == "halves" else torch.stack(turned, -1).flatten(-2)
-        return torch.cat((pairs.to(x.dtype), x[..., width:]), dim=-1)
-    rows = max(x.shape[0], cos.shape[0] if cos.dim() == 4 else 1)
-    result = x.new_empty((rows, x.shape[1], max(x.shape[2], cos.shape[-2]), x.shape[3]), dtype=cos.dtype)
-    new_first, new_second = _paired(result[..., :width], layout)
-    torch.mul(first, cos, out=new_first).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=new_second).addcmul_(first, sin)
-    result[..., width:] = x[..., width:]
-    return result.to(x.dtype)
-
-
-def _paired(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    """Return the first and the second of each pair of dimensions, as views."""
-    if layout == "interleaved":
-        return x[..., 0::2], x[..., 1::2]
-    half = x.shape[-1] // 2
-    return x[..., :half], x[..., half:]
+    width = cos.shape[-1]
+    turning = (x if width == x.shape[-1] else x[..., :width]).to(cos.dtype)
+    if layout == "halves":
+        partners = turning.roll(width // 2, -1)
+    else:
+        partners = turning.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    turned = (turning * cos).addcmul_(partners, sin).to(x.dtype)
+    if width == x.shape[-1]:
+        return turned
+    still = x[..., width:].expand(*turned.shape[:-1], -1)
+    return torch.cat((turned, still), -1)
 
 
 def fresh_copy(module: nn.Module) -> nn.Module:
