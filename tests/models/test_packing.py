@@ -24,6 +24,13 @@ def weight_of(out, size, seed=0):
     return torch.randn(out, size, generator=torch.Generator().manual_seed(seed))
 
 
+def product_of(layer, x):
+    """What `layer` makes of `x`, shape (n, in), by the weights it stands for and the kernel's rounding."""
+    product, which = layer.__dict__["_everlong_product"]
+    start = sum(product.sizes[:which])
+    return product.packed(x)[:, start : start + layer.out_features]
+
+
 def q4_1(out, size):
     """Weights as GGUF's Q4_1 stores them: numbers from 0 to 15, both among them, a scale, a least weight."""
     generator = torch.Generator().manual_seed(1)
@@ -84,13 +91,11 @@ def model():
 def test_few_rows_take_the_packed_weights_and_many_the_float_ones(model, kind):
     pack(model, kind)
     layer = model.model.layers[0].self_attn.q_proj
-    packed = layer.__dict__["_everlong_packed"]
     few, many = weight_of(MOST_ROWS, 32), weight_of(MOST_ROWS + 1, 32)
     with torch.no_grad():
-        assert torch.equal(layer(few), packed(few)) and not torch.equal(
-            layer(few), F.linear(few, layer.weight)
-        )
-        assert torch.equal(layer(few[None, :, None]), packed(few)[None, :, None])
+        assert torch.equal(layer(few), product_of(layer, few))
+        assert not torch.equal(layer(few), F.linear(few, layer.weight))
+        assert torch.equal(layer(few[None, :, None]), product_of(layer, few)[None, :, None])
         assert torch.equal(layer(many), F.linear(many, layer.weight))
     assert torch.equal(layer(few), F.linear(few, layer.weight)), "with gradients, the float weights"
 
@@ -100,7 +105,7 @@ def test_a_bias_is_added():
     pack(model, "int8")
     layer, x = model.model.layers[0].self_attn.q_proj, weight_of(3, 32)
     with torch.no_grad():
-        assert torch.equal(layer(x), layer.__dict__["_everlong_packed"](x) + layer.bias)
+        assert torch.equal(layer(x), product_of(layer, x) + layer.bias)
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
@@ -119,10 +124,56 @@ def test_packing_counts_its_bytes_and_undoing_leaves_no_trace(model, kind):
 def test_shapes_that_four_bits_do_not_fit_get_eight(model):
     pack(model, "int4")
     mlp = model.model.layers[0].mlp
-    kinds = [
-        type(layer.__dict__["_everlong_packed"]) for layer in (mlp.up_proj, mlp.down_proj, model.lm_head)
-    ]
+    layers = mlp.up_proj, mlp.down_proj, model.lm_head
+    kinds = [type(layer.__dict__["_everlong_product"][0].packed) for layer in layers]
     assert kinds == [Int4, Int8, Half]
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_layers_with_one_input_are_multiplied_together(model, kind):
+    pack(model, kind)
+    attention, mlp = model.model.layers[1].self_attn, model.model.layers[1].mlp
+    together = [
+        (attention.q_proj, attention.k_proj, attention.v_proj),
+        (mlp.gate_proj, mlp.up_proj),
+        (attention.o_proj,),
+        (mlp.down_proj,),
+        (model.lm_head,),
+    ]
+    for layers in together:
+        products = [layer.__dict__["_everlong_product"] for layer in layers]
+        assert {id(product) for product, _ in products} == {id(products[0][0])}
+        assert [which for _, which in products] == list(range(len(layers)))
+        assert products[0][0].sizes == [layer.out_features for layer in layers]
+
+
+def test_a_product_is_made_once_for_an_input_and_never_taken_for_another(model):
+    pack(model, "int8")
+    attention = model.model.layers[0].self_attn
+    first, second = weight_of(3, 32, seed=4), weight_of(3, 32, seed=5)
+    product, _ = attention.q_proj.__dict__["_everlong_product"]
+    made = []
+    packed = product.packed
+    product.packed = lambda rows: (made.append(rows), packed(rows))[1]
+    names = ("q_proj", "k_proj", "v_proj")
+
+    def expected(name, x):
+        product.packed = packed
+        right = product_of(getattr(attention, name), x)
+        product.packed = lambda rows: (made.append(rows), packed(rows))[1]
+        return right
+
+    with torch.no_grad():
+        for name in names:
+            assert torch.equal(getattr(attention, name)(first), expected(name, first))
+        assert len(made) == 1
+        # Two threads take turns.
+        for name, x in zip(names * 2, [first, second] * 3, strict=True):
+            assert torch.equal(getattr(attention, name)(x), expected(name, x))
+        # The same tensor with other content: asked again, a layer does not give what it gave before.
+        attention.k_proj(first)
+        first.copy_(second)
+        assert torch.equal(attention.k_proj(first), expected("k_proj", second))
 
 
 def test_adapters_go_on_top_also_one_per_row(model):
@@ -133,7 +184,7 @@ def test_adapters_go_on_top_also_one_per_row(model):
     wrapped = model.model.layers[0].self_attn.q_proj
     x = weight_of(2, 32).reshape(2, 1, 32)
     with torch.no_grad():
-        plain = wrapped.base_layer.__dict__["_everlong_packed"](x.reshape(2, 32)).reshape(2, 1, 32)
+        plain = product_of(wrapped.base_layer, x.reshape(2, 32)).reshape(2, 1, 32)
         for row, name in enumerate(("one", "two")):
             a, b = wrapped.lora_A[name].weight, wrapped.lora_B[name].weight
             expected = plain[row] + x[row] @ a.T @ b.T * wrapped.scaling[name]
@@ -148,7 +199,7 @@ def test_adapters_themselves_are_not_packed_and_a_wrapped_head_is_still_one(mode
     pack(adapted, "int4")
     kinds = {name: type(m) for name, m in adapted.named_modules() if isinstance(m, nn.Linear)}
     assert {kind for name, kind in kinds.items() if "lora_" in name} == {nn.Linear}
-    assert isinstance(model.lm_head.base_layer.__dict__["_everlong_packed"], Half)
+    assert isinstance(model.lm_head.base_layer.__dict__["_everlong_product"][0].packed, Half)
 
 
 def test_packing_that_is_interrupted_leaves_no_trace(model, monkeypatch):

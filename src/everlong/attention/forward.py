@@ -101,6 +101,7 @@ class Forward:
     _attended: int = 0
     _given: dict[int, LayerView] = field(default_factory=dict)
     _memo: dict[Any, Any] = field(default_factory=dict)
+    _manners: dict[Any, tuple[Policy, Rotation]] = field(default_factory=dict)
 
     def attend(
         self,
@@ -132,11 +133,7 @@ class Forward:
             Shape (batch, heads, n, d).
         """
         layer, cache = self.layers[number], self.cache
-        policy = self.layers.policy(layer, cache.policy)
-        length = cache.seen + self.tokens
-        if policy.span is not None:
-            length = min(length, policy.span)
-        rotation = self.layers.rotation(layer, length, self._memo)
+        policy, rotation = self._manner(layer)
         call = LayerCall(number, rotation, cache.pads, scaling, softcap)
         if layer.donor is None:
             view = cache.memories[number].append(key, value, call, provisional=cache.is_provisional)
@@ -155,6 +152,17 @@ class Forward:
             view.memory.settle(view)
         self._attended += 1
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+    def _manner(self, layer: LayerAnatomy) -> tuple[Policy, Rotation]:
+        """Return policy and rotation of `layer`, found once for all layers that have both in common."""
+        key = (layer.window, layer.rotary, layer.layout)
+        if key not in self._manners:
+            policy = self.layers.policy(layer, self.cache.policy)
+            length = self.cache.seen + self.tokens
+            if policy.span is not None:
+                length = min(length, policy.span)
+            self._manners[key] = policy, self.layers.rotation(layer, length, self._memo)
+        return self._manners[key]
 
     def finish(self) -> None:
         """Count the tokens, once all layers have attended."""

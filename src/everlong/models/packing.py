@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any, Literal, get_args
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from everlong.errors import ConfigurationError, UnsupportedUseError
+from everlong.models.anatomy import decoder_of
 from everlong.models.files import human_bytes
 from everlong.models.packed_weights import Half, Int4, Int8, Packed, kernels_missing
 from everlong.registry import unknown_name
@@ -29,7 +31,50 @@ MOST_ROWS = 64
 
 _WORTH_IT = 32 * 2**20  # bytes of float weights: fewer fit into a processor's caches as they are
 _LOSSLESS = 2.0**-8  # of a group's span: the rounding of a bfloat16 scale
+_ATTRIBUTES = ("_everlong_product", "_everlong_most")  # of a packed layer
 _KINDS: dict[str, type[Packed]] = {"int8": Int8, "int4": Int4}
+
+
+class Product:
+    """The packed weights of linear layers that are given the same input, multiplied with all at once.
+
+    Parameters
+    ----------
+    weights : list of Tensor
+        Each of shape (out, in), the out of each its own.
+    packed_as : type
+        How they are packed, one below the other.
+    """
+
+    def __init__(self, weights: list[Tensor], packed_as: type[Packed]) -> None:
+        self.packed = packed_as(weights[0] if len(weights) == 1 else torch.cat(weights))
+        self.sizes = [len(weight) for weight in weights]
+        self._latest: tuple[Tensor, list[Tensor | None]] | None = None
+
+    def __call__(self, input: Tensor, which: int) -> Tensor:
+        """Return the product of `input`, shape (…, in), with weight number `which`, shape (…, out).
+
+        The first layer that is given an input multiplies for all; each of the others takes its share once.
+        """
+        if len(self.sizes) == 1:
+            return self._multiplied(input)
+        latest = self._latest  # read once: another thread may replace it
+        share = None if latest is None or latest[0] is not input else latest[1][which]
+        if latest is None or share is None:
+            latest = self._latest = input, [*torch.split(self._multiplied(input), self.sizes, -1)]
+            share = latest[1][which]
+        latest[1][which] = None
+        if which == len(self.sizes) - 1:
+            self._latest = None
+        assert share is not None
+        return share
+
+    def _multiplied(self, input: Tensor) -> Tensor:
+        product = self.packed(input.reshape(-1, input.shape[-1]))
+        return product.view(*input.shape[:-1], product.shape[-1])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Product:
+        return self  # what it keeps belongs to the input it was given
 
 
 class PackedLinear(nn.Linear):
@@ -37,12 +82,13 @@ class PackedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the product, by the packed weights where there are few rows and no gradient is wanted."""
-        packed: Packed = self.__dict__["_everlong_packed"]
-        rows = input.numel() // self.in_features
-        if rows > MOST_ROWS or torch.is_grad_enabled() or input.device.type != "cpu":
+        own = self.__dict__
+        if input.numel() > own["_everlong_most"] or torch.is_grad_enabled() or input.device.type != "cpu":
             return F.linear(input, self.weight, self.bias)
-        output = packed(input.reshape(rows, self.in_features)).view(*input.shape[:-1], self.out_features)
-        return output if self.bias is None else output.add_(self.bias)
+        product, which = own["_everlong_product"]
+        output: Tensor = product(input, which)
+        bias = own["_parameters"]["bias"]
+        return output if bias is None else output + bias
 
 
 class Packing:
@@ -65,7 +111,8 @@ class Packing:
         """Make the layers what they were. A second call does nothing."""
         for layer in self._layers:
             layer.__class__ = nn.Linear
-            layer.__dict__.pop("_everlong_packed", None)
+            for name in _ATTRIBUTES:
+                layer.__dict__.pop(name, None)
         self._layers = []
 
 
@@ -100,16 +147,47 @@ def pack(model: nn.Module, kind: Literal["int8", "int4"]) -> Packing:
             f"weights={kind!r} needs {human_bytes(needed)} besides the float weights, and "
             f"{human_bytes(available)} are available: use weights='float'"
         )
-    copies = [(layer, packed_as(layer.weight.detach())) for layer, packed_as in chosen]
-    packing = Packing(kind, [layer for layer, _ in copies], sum(copy.nbytes for _, copy in copies))
+    products = [
+        (layers, Product([layer.weight.detach() for layer in layers], packed_as))
+        for layers, packed_as in _siblings(model, dict(chosen))
+    ]
+    packing = Packing(kind, list(dict(chosen)), sum(product.packed.nbytes for _, product in products))
     try:
-        for layer, packed in copies:
-            layer.__dict__["_everlong_packed"] = packed
-            layer.__class__ = PackedLinear
+        for layers, product in products:
+            for which, layer in enumerate(layers):
+                layer.__dict__["_everlong_product"] = product, which
+                layer.__dict__["_everlong_most"] = MOST_ROWS * layer.in_features
+                layer.__class__ = PackedLinear
     except BaseException:
         packing.undo()
         raise
     return packing
+
+
+def _siblings(
+    model: nn.Module, packed_as: dict[nn.Linear, type[Packed]]
+) -> list[tuple[list[nn.Linear], type[Packed]]]:
+    """Put layers together that a forward gives the same input, and that are packed alike."""
+    found: dict[Any, list[nn.Linear]] = {}
+    inputs: list[Tensor] = []  # kept, so that no two have the same id
+
+    def note(layer: nn.Module, given: tuple[Any, ...]) -> None:
+        assert isinstance(layer, nn.Linear)
+        inputs.append(given[0])
+        group = found.setdefault((id(given[0]), packed_as[layer]), [])
+        if not any(layer in others for others in found.values()):
+            group.append(layer)
+
+    decoder: Any = decoder_of(model)
+    device = decoder.get_input_embeddings().weight.device
+    with ExitStack() as hooks, torch.no_grad():
+        for layer in packed_as:
+            hooks.callback(layer.register_forward_pre_hook(note).remove)
+        decoder(input_ids=torch.zeros((1, 1), dtype=torch.long, device=device), use_cache=False)
+    groups = [group for group in found.values() if group]
+    seen = {layer for group in groups for layer in group}
+    groups += [[layer] for layer in packed_as if layer not in seen]  # experts that were not asked
+    return [(group, packed_as[group[0]]) for group in groups]
 
 
 def bytes_of(model: nn.Module, kind: Literal["int8", "int4"]) -> int:

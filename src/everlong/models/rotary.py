@@ -86,7 +86,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
     if layout == "halves":
         partners = turning.roll(width // 2, -1)
     else:
-        partners = turning.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+        partners = turning.reshape(*turning.shape[:-1], -1, 2).flip(-1).flatten(-2)
     turned = (turning * cos).addcmul_(partners, sin).to(x.dtype)
     if width == x.shape[-1]:
         return turned
