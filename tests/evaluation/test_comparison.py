@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from everlong.attention import FullAttention, LMInfinite, StreamingLLM
-from everlong.errors import ConfigurationError, NumericalError, UnknownNameError
+from everlong.attention.window import LocalWindow
+from everlong.errors import ConfigurationError, NumericalError, UnknownNameError, UnsupportedUseError
 from everlong.evaluation import comparison as comparison_module
 from everlong.evaluation import perplexity as perplexity_module
 from everlong.evaluation.comparison import (
@@ -25,6 +26,8 @@ from everlong.evaluation.comparison import (
     make_methods,
 )
 from everlong.evaluation.streams import StockStream
+from everlong.evaluation.texts import first_tokens
+from everlong.llm import load
 from everlong.models.loading import LoadedModel, load_model
 from everlong.reading.sampling import Sampling
 from tests.evaluation.expected import (
@@ -235,6 +238,116 @@ def test_the_model_is_given_back_even_when_a_method_fails(ids: Tensor) -> None:
     assert told == ["stock"]
     model.load_state_dict(byte_llama()[0].state_dict())
     assert torch.equal(stock_logits(model, ids), before)
+
+
+# --- what is pinned before the text -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pinned() -> Tensor:
+    return random_ids(1, 9, seed=1, vocab=128)[0]
+
+
+@pytest.fixture(scope="module")
+def compared_after(loaded: LoadedModel, ids: Tensor, pinned: Tensor) -> Comparison:
+    return compare_methods(loaded, METHODS, ids, text="noise", plan=PLAN, pinned=pinned)
+
+
+@pytest.mark.parametrize("number", range(len(METHODS)))
+def test_what_is_pinned_stays_and_positions_do_not_count_it(
+    loaded: LoadedModel, ids: Tensor, pinned: Tensor, compared_after: Comparison, number: int
+) -> None:
+    result, whole = compared_after.results[number], torch.cat((pinned, ids))
+    spec = SPECS[result.name]
+    if spec.kind != "full":
+        spec = dataclasses.replace(spec, sinks=len(pinned))
+    expected = surprisal_of(reference_logits(loaded.model, whole[None], spec)[0], whole)[len(pinned) :]
+    assert [(b.start, b.stop, b.tokens) for b in result.buckets] == [(0, 30, 30), (30, 60, 30), (60, 70, 10)]
+    for bucket in result.buckets:
+        theirs = perplexity_of(expected[bucket.start : bucket.stop].tolist())
+        assert bucket.perplexity == pytest.approx(theirs, rel=1e-3)
+    written = (
+        greedy(loaded.model, whole, 6)
+        if spec.kind == "full"
+        else reference_generate(loaded.model, whole[None], spec, 6)[0, len(whole) :].tolist()
+    )
+    assert result.continuation == decoded(loaded, whole, written) != ""
+
+
+def test_what_is_pinned_is_told_and_not_clocked(compared_after: Comparison, pinned: Tensor) -> None:
+    results, seen = compared_after.results, LENGTH + len(pinned)
+    assert [result.options.get("sinks") for result in results] == [None, len(pinned), len(pinned), None]
+    assert [(r.seen, r.kept, r.forgotten) for r in results] == [
+        (seen, kept, seen - kept) for kept in (seen, W, W, seen)
+    ]
+    for result in results:
+        assert [chunk.stop for chunk in result.chunks] == [16, 32, 48, 64, 70]
+    assert (compared_after.tokens, compared_after.pinned) == (LENGTH, len(pinned))
+    assert compared_after.as_json()["pinned"] == len(pinned)
+    assert (compared_after.training_length, compared_after.trained_until) == (64, 64 - len(pinned))
+    assert dataclasses.replace(compared_after, pinned=65).trained_until == 0
+
+
+def test_pinning_little_leaves_the_sinks_as_they_were(loaded: LoadedModel, ids: Tensor) -> None:
+    (result,) = compare_methods(loaded, METHODS[1:2], ids[2:], text="", plan=PLAN, pinned=ids[:2]).results
+    assert result.options["sinks"] == G
+
+
+def test_stock_reads_what_is_pinned_as_the_beginning_of_the_text(loaded: LoadedModel, ids: Tensor) -> None:
+    plan = Plan(chunk=16, width=30, sampling=Sampling(repetition_penalty=1e6))
+    (whole,) = compare_methods(loaded, METHODS[:1], ids, text="", plan=plan).results
+    (parted,) = compare_methods(loaded, METHODS[:1], ids[60:], text="", plan=plan, pinned=ids[:60]).results
+    assert (parted.continuation, parted.bytes) == (whole.continuation, whole.bytes)
+
+
+def test_a_system_text_counts_as_in_a_session_that_pinned_it() -> None:
+    model, tokenizer = byte_llama(add_bos=True)
+    tokenizer.chat_template = None
+    policy, text = LMInfinite(sinks=G), "It is a truth universally acknowledged, that a man " * 3
+    with load(model, policy, tokenizer=tokenizer) as llm:
+        session = llm.session()
+        session.pin("Be terse.")
+        score, options = session.score(text), dataclasses.asdict(session.policy)
+    excerpt = first_tokens(tokenizer, text, None, system="Be terse.")
+    (result,) = compare_methods(
+        load_model(model, tokenizer=tokenizer),
+        [Method("ours", policy, 0)],
+        excerpt.ids,
+        text="",
+        plan=Plan(width=1000),
+        pinned=excerpt.pinned,
+    ).results
+    assert result.options == options and options["sinks"] == len("<Be terse.\n\n")
+    assert result.buckets[0].tokens == score.tokens == len(text)
+    assert result.buckets[0].perplexity == pytest.approx(score.perplexity, rel=1e-4)
+
+
+def test_a_policy_is_told_what_is_pinned_too(loaded: LoadedModel, ids: Tensor) -> None:
+    policy = Listening(window=W, sinks=G)
+    compare_methods(loaded, [Method("mine", policy, 0)], ids[9:], text="", plan=PLAN, pinned=ids[:9])
+    assert torch.cat([tokens for tokens, _ in policy.heard[:-1]], 1).tolist() == [ids.tolist()]
+    surprisal = torch.cat([surprisal for _, surprisal in policy.heard[:-1]], 1)[0, 1:]
+    reference = reference_logits(loaded.model, ids[None], dataclasses.replace(SPECS["ours"], sinks=9))[0]
+    assert torch.allclose(surprisal, surprisal_of(reference, ids)[1:].float(), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("policy", "kind", "message"),
+    [
+        (LocalWindow(window=W), UnsupportedUseError, "LocalWindow keeps no first tokens"),
+        (LMInfinite(window=9, sinks=G), ConfigurationError, "has 9 tokens .* the window only 9"),
+    ],
+)
+def test_a_policy_that_cannot_pin_is_refused_before_anything_is_read(
+    loaded: LoadedModel, ids: Tensor, pinned: Tensor, policy: Any, kind: type[Exception], message: str
+) -> None:
+    told: list[str] = []
+    methods = [METHODS[0], Method("mine", policy)]
+    with pytest.raises(kind, match=message):
+        compare_methods(
+            loaded, methods, ids, text="", pinned=pinned, progress=lambda name, at: told.append(name)
+        )
+    assert told == []
 
 
 # --- results ------------------------------------------------------------------------------------------

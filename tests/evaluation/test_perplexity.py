@@ -84,6 +84,16 @@ def test_a_stream_that_is_gone_on_with_predicts_from_all_it_has_read(model: Any,
     assert_same(second[1:], expected[1:])
 
 
+def test_after_a_hidden_state_the_first_token_is_scored_too(model: Any, ids: Tensor) -> None:
+    stream, head = StockStream(model), Head(model)
+    told: list[Progress] = []
+    first = read_stream(stream, head, ids[:25])
+    second = read_stream(stream, head, ids[25:], chunk=8, after=first.last_hidden, progress=told.append)
+    expected = surprisal_of(stock_logits(model, ids), ids)[25:]
+    assert_same(second.surprisal, expected)
+    assert told[0].perplexity == pytest.approx(perplexity_of(expected[:8].tolist()), rel=1e-4)
+
+
 @pytest.mark.parametrize("chunk", [1, 7, 512])
 def test_the_last_hidden_state_predicts_what_comes_next(model: Any, ids: Tensor, chunk: int) -> None:
     reading = read(model, ids, chunk=chunk)

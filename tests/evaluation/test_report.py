@@ -78,15 +78,28 @@ def test_what_it_cost_stands_below(comparison: Comparison) -> None:
     assert cells(lines, "tokens kept") == ["200", "200", "200"]
     assert cells(lines, "tokens forgotten") == ["0", "100", "100"]
     assert f"a model; {machine_line(comparison.machine)}" in " ".join(lines)
+    lines = shown(dataclasses.replace(comparison, pinned=1234))
+    assert f"a model; 1,234 tokens pinned; {machine_line(comparison.machine)}" in " ".join(lines)
 
 
 @pytest.mark.parametrize(
-    ("length", "row"), [(50, 2), (100, 2), (101, 3), (200, 3), (201, None), (None, None)]
+    ("length", "pinned", "row"),
+    [
+        (50, 0, 2),
+        (100, 0, 2),
+        (101, 0, 3),
+        (101, 1, 2),
+        (200, 0, 3),
+        (201, 0, None),
+        (201, 1, 3),
+        (201, 300, 1),
+        (None, 1, None),
+    ],
 )
 def test_a_line_marks_where_the_training_length_is_passed(
-    comparison: Comparison, length: int | None, row: int | None
+    comparison: Comparison, length: int | None, pinned: int, row: int | None
 ) -> None:
-    lines = shown(dataclasses.replace(comparison, training_length=length))
+    lines = shown(dataclasses.replace(comparison, training_length=length, pinned=pinned))
     marks = [line.strip() for line in lines if "past training" in line]
     if row is None:
         assert marks == []
@@ -141,13 +154,16 @@ def test_the_picture_shows_each_methods_numbers(
     assert drawn[0].get_suptitle() == "a model reads a text"
 
 
-@pytest.mark.parametrize(("length", "is_marked"), [(100, True), (300, False), (None, False)])
+@pytest.mark.parametrize(
+    ("length", "pinned", "is_marked"),
+    [(100, 0, True), (350, 250, True), (300, 0, False), (350, 50, False), (None, 50, False)],
+)
 def test_the_picture_marks_a_training_length_that_the_text_passes(
-    comparison: Comparison, length: int | None, is_marked: bool, monkeypatch: pytest.MonkeyPatch
+    comparison: Comparison, length: int | None, pinned: int, is_marked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[Figure] = []
     monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: drawn.append(self))
-    draw(dataclasses.replace(comparison, training_length=length))
+    draw(dataclasses.replace(comparison, training_length=length, pinned=pinned))
     for panel in drawn[0].axes:
         assert [text.get_text() for text in panel.texts] == ["training length"] * is_marked
         at = [line.get_xdata()[0] for line in panel.get_lines()[3:]]

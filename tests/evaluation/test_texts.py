@@ -12,6 +12,7 @@ import torch
 
 from everlong.errors import InputError
 from everlong.evaluation.texts import LIBRARY_FILES, first_tokens, standard_library
+from everlong.reading.tokens import TextCoder
 from tests.reading.small_tokenizers import PAGE, trained
 from tests.tiny import byte_tokenizer
 
@@ -73,6 +74,27 @@ def test_no_more_is_read_than_the_first_tokens_need() -> None:
     assert 40 < len(taken) < 80
 
 
+@pytest.mark.parametrize("limit", [1, 1000, None])
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_system_text_comes_first_with_the_start_token_and_the_limit_does_not_count_it(
+    name: str, limit: int | None
+) -> None:
+    tokenizer = TOKENIZERS[name]()
+    excerpt = first_tokens(tokenizer, LONG, limit, system="Be terse.")
+    assert excerpt.pinned.tolist() == at_once(tokenizer, "Be terse.\n\n")
+    whole = TextCoder(tokenizer).encode_after(LONG)
+    assert excerpt.ids.tolist() == whole[:limit] and excerpt.is_whole == (limit is None)
+    lines = first_tokens(tokenizer, LONG, limit, system="Be terse.\n")
+    assert lines.pinned.tolist() == at_once(tokenizer, "Be terse.\n")
+
+
+def test_without_a_system_text_nothing_is_pinned_and_an_empty_one_is_refused() -> None:
+    pinned = first_tokens(byte_tokenizer(add_bos=True), LONG, 10).pinned
+    assert (pinned.shape, pinned.dtype) == ((0,), torch.long)
+    with pytest.raises(InputError, match="the text to pin is empty"):
+        first_tokens(byte_tokenizer(), LONG, 10, system="")
+
+
 def test_ids_an_empty_text_and_a_missing_file_are_refused(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
     with pytest.raises(InputError, match="the ids: texts are compared, not ids"):
@@ -98,6 +120,9 @@ def test_pythons_own_sources_are_read_one_after_another() -> None:
     assert excerpt.name == f"Python's own {LIBRARY_FILES[0]} and {LIBRARY_FILES[1]}"
     assert not excerpt.is_whole
     assert standard_library(tokenizer, 100).name == f"Python's own {LIBRARY_FILES[0]}"
+    after = standard_library(tokenizer, 100, system="Be terse.")
+    assert bytes(after.pinned.tolist()) == b"Be terse.\n\n"
+    assert after.ids.tolist() == excerpt.ids[:100].tolist()
 
 
 def test_all_files_are_named_once_they_were_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from everlong.cli.grouping import grouped
-from everlong.cli.options import MethodOptions, ModelOptions, OutputOptions, parse_settings
+from everlong.cli.options import MethodOptions, ModelOptions, OutputOptions, System, parse_settings
 from everlong.cli.policy_files import method_name
 from everlong.cli.terminal import notes, output, print_json, pull_progress
 from everlong.errors import ConfigurationError, InputError
@@ -43,6 +43,7 @@ def compare(
     method: MethodOptions,
     output_options: OutputOptions,
     methods: Methods = None,
+    system: System = None,
     tokens: Annotated[
         int, typer.Option("--tokens", min=0, help="Tokens to read from the beginning; 0: the whole text.")
     ] = _TOKENS,
@@ -60,7 +61,8 @@ def compare(
 
     The model is loaded once and reads the text under each method in turn; **stock** is the model as it is,
     with transformers' own cache. An option given with `--set` goes to every method that has it;
-    `--attention M` is short for `--methods stock,M`.
+    `--attention M` is short for `--methods stock,M`. Text is read raw, that of `--system` too: without the
+    model's chat template. Positions count from where the system text ends.
     """
     if methods is not None and method.attention is not None:
         raise ConfigurationError(
@@ -78,7 +80,7 @@ def compare(
         from everlong.models.loading import load_model
 
         loaded = load_model(model.model, **model.loading(progress))
-    excerpt = _excerpt(loaded.tokenizer, file, tokens)
+    excerpt = _excerpt(loaded.tokenizer, file, tokens, system)
     if not excerpt.is_whole:
         console.print(
             f"{excerpt.name} goes on after the {len(excerpt.ids):,} tokens that are compared; "
@@ -101,14 +103,14 @@ def compare(
         console.print(f"written: {', '.join(str(path) for path in pictures)}", soft_wrap=True)
 
 
-def _excerpt(tokenizer: Any, file: str, tokens: int) -> Excerpt:
+def _excerpt(tokenizer: Any, file: str, tokens: int, system: str | None) -> Excerpt:
     from everlong.evaluation.texts import first_tokens
 
     limit = tokens or None
     if file == "-":
-        excerpt = first_tokens(tokenizer, sys.stdin.buffer, limit, name="standard input")
+        excerpt = first_tokens(tokenizer, sys.stdin.buffer, limit, name="standard input", system=system)
     else:
-        excerpt = first_tokens(tokenizer, Path(file), limit)
+        excerpt = first_tokens(tokenizer, Path(file), limit, system=system)
     if len(excerpt.ids) < 2:
         raise InputError(f"{excerpt.name} has {len(excerpt.ids)} token: perplexity needs at least 2")
     return excerpt
@@ -129,13 +131,20 @@ def _compared(loaded: Any, methods: Any, excerpt: Excerpt, plan: Any, console: A
                 excerpt.ids,
                 text=excerpt.name,
                 plan=plan,
+                pinned=excerpt.pinned,
                 progress=bars.reading,
                 on_text=bars.writing,
                 on_result=finished.append,
             )
     except KeyboardInterrupt:
         if finished:
-            tokens = len(excerpt.ids)
-            partial = gathered(loaded, finished, tokens=tokens, text=excerpt.name, plan=plan)
+            partial = gathered(
+                loaded,
+                finished,
+                tokens=len(excerpt.ids),
+                text=excerpt.name,
+                plan=plan,
+                pinned=len(excerpt.pinned),
+            )
             console.print(report.table(partial))
         raise

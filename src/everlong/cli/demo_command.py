@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from everlong.cli.grouping import grouped
-from everlong.cli.options import MethodOptions, ModelOptions, OutputOptions, parse_settings
+from everlong.cli.options import MethodOptions, ModelOptions, OutputOptions, System, parse_settings
 from everlong.cli.terminal import notes, output, print_json, pull_progress
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def demo(
     model: ModelOptions,
     method: MethodOptions,
     output_options: OutputOptions,
+    system: System = None,
     tokens: Annotated[int, typer.Option("--tokens", min=2, help="Tokens to read.")] = _TOKENS,
     bucket: Annotated[int, typer.Option("--bucket", min=1, help="Positions per row of the table.")] = _WIDTH,
     folder: Annotated[
@@ -40,7 +41,8 @@ def demo(
     """See the stock model fall apart past its training length, and Everlong read on.
 
     The model reads about 14,000 tokens of Python's own sources twice: with its stock attention, and with
-    Everlong in a window of 2,048 tokens. Then it goes on writing from there.
+    Everlong in a window of 2,048 tokens. Then it goes on writing from there. The text of
+    `--system` comes first, raw as the sources are, without the model's chat template.
     """
     started = time.perf_counter()
     console = notes(quiet=output_options.quiet)
@@ -56,7 +58,7 @@ def demo(
         options: dict[str, Any] = {"window": _WINDOW} if method.name != "full" else {}
         policy = make_policy(method.name, options | parse_settings(method.settings))
         loaded = load_model(model.model, **model.loading(progress))
-    excerpt = standard_library(loaded.tokenizer, tokens)
+    excerpt = standard_library(loaded.tokenizer, tokens, system=system)
     what = f"{len(excerpt.ids):,} tokens of {excerpt.name}"
     how = f"a window of {policy.span:,} tokens" if policy.span else "no window"
     console.print(
@@ -72,6 +74,7 @@ def demo(
             excerpt.ids,
             text=excerpt.name,
             plan=Plan(width=bucket, sampling=Sampling(repetition_penalty=1.1)),
+            pinned=excerpt.pinned,
             progress=bars.reading,
             on_text=bars.writing,
         )
@@ -97,7 +100,7 @@ def _verdict(comparison: Comparison) -> str:
     from everlong.models.files import human_bytes
 
     stock, ours = comparison.results
-    inside = _last_inside(stock, comparison.training_length)
+    inside = _last_inside(stock, comparison.trained_until)
     before = "" if inside is None else f", after {inside} just inside the training length,"
     return (
         f"Over the last {_width(stock):,} tokens the stock model's perplexity is {_last(stock)}{before} "

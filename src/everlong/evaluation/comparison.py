@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from everlong.attention import POLICIES, Policy, make_policy, policy_options
+from everlong.attention import POLICIES, Policy, make_policy, policy_options, with_sinks
 from everlong.errors import ConfigurationError, UnknownNameError
 from everlong.evaluation.head import Head
 from everlong.evaluation.perplexity import Bucket, Chunk, bucketed, read_stream
@@ -96,7 +96,7 @@ class MethodResult:
     bytes : dict of str to int
         Held after the text, by tier.
     seen, kept, forgotten : int
-        Tokens, after the text.
+        Tokens, after the text; pinned ones are among them.
     """
 
     name: str
@@ -143,6 +143,8 @@ class Comparison:
         In the order asked for.
     machine : dict
         See :func:`~everlong.evaluation.resources.describe_machine`.
+    pinned : int
+        Tokens read before the text, which positions do not count.
     """
 
     model: str
@@ -152,6 +154,12 @@ class Comparison:
     training_length: int | None
     results: tuple[MethodResult, ...]
     machine: dict[str, Any]
+    pinned: int = 0
+
+    @property
+    def trained_until(self) -> int | None:
+        """Position in the text where the training length ends; None where the model does not name it."""
+        return None if self.training_length is None else max(0, self.training_length - self.pinned)
 
     def as_json(self) -> dict[str, Any]:
         """Return plain values for JSON; what is not finite becomes None."""
@@ -208,6 +216,7 @@ def compare_methods(
     *,
     text: str,
     plan: Plan | None = None,
+    pinned: Tensor | None = None,
     progress: Callable[[str, Progress], None] | None = None,
     on_text: Callable[[str, str], None] | None = None,
     on_result: Callable[[MethodResult], None] | None = None,
@@ -226,6 +235,9 @@ def compare_methods(
         What it is, for people.
     plan : Plan, optional
         How it is read.
+    pinned : Tensor, optional
+        What comes before the text, shape (m,): read, but neither clocked nor in the buckets. Policies keep it
+        as sinks.
     progress : callable, optional
         Told the method's name and its progress after each chunk.
     on_text : callable, optional
@@ -237,20 +249,29 @@ def compare_methods(
     ------
     NumericalError
         A method's surprisals are not finite.
+    UnsupportedUseError
+        A policy keeps no sinks, so that nothing can be pinned.
+    ConfigurationError
+        What is pinned leaves no room in a policy's window.
     """
     plan = plan or Plan()
+    pinned = ids[:0] if pinned is None else pinned
+    if len(pinned):
+        methods = [_pinning(method, len(pinned), _training_length(loaded)) for method in methods]
     head = Head(loaded.model)
     results = []
     for method in methods:
         with open_stream(loaded.model, method.policy) as stream:
             told = None if progress is None else _with_name(progress, method.name)
-            reading = read_stream(stream, head, ids, chunk=plan.chunk, progress=told)
+            before = read_stream(stream, head, pinned, chunk=plan.chunk).last_hidden if len(pinned) else None
+            reading = read_stream(stream, head, ids, chunk=plan.chunk, after=before, progress=told)
             policy, options = _described(stream)
             accounts = (stream.bytes(), stream.seen, stream.kept, stream.forgotten)
             stream.end_reading()
             pieces, seconds = [], []
+            prompt = torch.cat((pinned, ids))
             for piece, spent in _write(
-                stream, head, reading.last_hidden, ids, loaded.tokenizer, method.steps, plan
+                stream, head, reading.last_hidden, prompt, loaded.tokenizer, method.steps, plan
             ):
                 pieces.append(piece)
                 seconds.append(spent)
@@ -270,15 +291,33 @@ def compare_methods(
             )
         if on_result is not None:
             on_result(results[-1])
-    return gathered(loaded, results, tokens=len(ids), text=text, plan=plan)
+    return gathered(loaded, results, tokens=len(ids), text=text, plan=plan, pinned=len(pinned))
 
 
 def gathered(
-    loaded: LoadedModel, results: Sequence[MethodResult], *, tokens: int, text: str, plan: Plan
+    loaded: LoadedModel,
+    results: Sequence[MethodResult],
+    *,
+    tokens: int,
+    text: str,
+    plan: Plan,
+    pinned: int = 0,
 ) -> Comparison:
-    """Put results on the same text together; parameters as of :func:`compare_methods`."""
-    length = training_length_of(decoder_of(loaded.model).config)
-    return Comparison(loaded.name, text, tokens, plan, length, tuple(results), describe_machine())
+    """Put results on the same text together; parameters as of :class:`Comparison`."""
+    length, machine = _training_length(loaded), describe_machine()
+    return Comparison(loaded.name, text, tokens, plan, length, tuple(results), machine, pinned)
+
+
+def _training_length(loaded: LoadedModel) -> int | None:
+    return training_length_of(decoder_of(loaded.model).config)
+
+
+def _pinning(method: Method, pinned: int, training_length: int | None) -> Method:
+    """Return the method with a policy that keeps the first `pinned` tokens."""
+    if method.policy is None:
+        return method
+    policy = with_sinks(method.policy.resolve(training_length), pinned)
+    return dataclasses.replace(method, policy=policy)
 
 
 def _write(

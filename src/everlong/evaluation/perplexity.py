@@ -46,7 +46,7 @@ class Reading:
     Attributes
     ----------
     surprisal : Tensor
-        Of each token in nats, float32, shape (n,); NaN for the first, which nothing predicts.
+        Of each token in nats, float32, shape (n,); NaN for a first one that nothing predicts.
     chunks : tuple of Chunk
         In the order they were read.
     last_hidden : Tensor
@@ -93,20 +93,24 @@ def read_stream(
     ids: Tensor,
     *,
     chunk: int = 512,
+    after: Tensor | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Reading:
-    """Read `ids` chunk by chunk and score every token but the first.
+    """Read `ids` chunk by chunk and score every token that is predicted.
 
     Parameters
     ----------
     stream : Stream
-        Empty, or the continuation of one; then too the first token of `ids` is not scored.
+        Empty, or one to go on with.
     head : Head
         The same model's head.
     ids : Tensor
         Shape (n,), n at least 1.
     chunk : int
         Tokens of one forward.
+    after : Tensor, optional
+        The hidden state that predicts the first token, shape (1, d): the :class:`Reading`'s before this one.
+        Without it the first token is not scored.
     progress : callable, optional
         Told after each chunk.
 
@@ -122,7 +126,7 @@ def read_stream(
     ids = ids.to(head.weight.device)
     surprisal = torch.full((len(ids),), torch.nan)
     chunks: list[Chunk] = []
-    carried: Tensor | None = None  # the hidden state that predicts the next chunk's first token
+    carried = after  # the hidden state that predicts the next chunk's first token
     total = 0.0
     for begin in range(0, len(ids), chunk):
         piece = ids[begin : begin + chunk]
@@ -146,7 +150,7 @@ def read_stream(
         chunks.append(Chunk(stop, len(piece), seconds, sum(held.values())))
         if progress is not None:
             spent = sum(each.seconds for each in chunks)
-            mean = total / max(1, stop - 1)
+            mean = total / max(1, stop - (after is None))
             progress(
                 Progress(stop, len(ids), spent, stop / max(spent, 1e-9), math.exp(min(mean, 700.0)), held)
             )

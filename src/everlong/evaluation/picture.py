@@ -64,7 +64,7 @@ def _finish(panel: Any, title: str, comparison: Comparison) -> None:
     panel.tick_params(labelsize=8, which="both")
     panel.grid(alpha=0.25)
     panel.spines[["top", "right"]].set_visible(False)
-    length = comparison.training_length
+    length = comparison.trained_until
     if length is not None and length < comparison.tokens:
         panel.axvspan(length, comparison.tokens, color=_BEYOND, zorder=0)
         panel.axvline(length, color="#888888", lw=1, ls="--")

@@ -26,10 +26,10 @@ def table(comparison: Comparison) -> RenderableType:
     shown.add_column("perplexity of tokens", no_wrap=True)
     for result in comparison.results:
         shown.add_column(_heading(result), justify="right", no_wrap=True)
-    length = comparison.training_length
+    length, until = comparison.training_length, comparison.trained_until
     is_beyond = False
     for index, bucket in enumerate(comparison.results[0].buckets):
-        if length is not None and bucket.start >= length and not is_beyond:
+        if until is not None and bucket.start >= until and not is_beyond:
             is_beyond = True
             shown.add_row(f"[dim]past training ({length:,})[/]")
         row = [result.buckets[index].perplexity for result in comparison.results]
@@ -37,7 +37,9 @@ def table(comparison: Comparison) -> RenderableType:
     shown.add_section()
     for title, show in _ROWS:
         shown.add_row(title, *(show(result) for result in comparison.results))
-    return Group(shown, "", Text(f"{comparison.model}; {machine_line(comparison.machine)}", style="dim"))
+    pinned = f"; {comparison.pinned:,} tokens pinned" if comparison.pinned else ""
+    below = f"{comparison.model}{pinned}; {machine_line(comparison.machine)}"
+    return Group(shown, "", Text(below, style="dim"))
 
 
 def save_json(comparison: Comparison, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from everlong.errors import InputError
+from everlong.reading.prompts import pinned_text
 from everlong.reading.source import Source, TextPieces, open_source
 from everlong.reading.tokens import TextCoder, TokenStream
 
@@ -31,14 +33,19 @@ class Excerpt:
         Shape (n,), with the model's start token where its tokenizer puts one.
     is_whole : bool
         Whether the text ends there.
+    pinned : Tensor
+        The system text that comes before, shape (m,), and with it the start token; empty if there is none.
     """
 
     name: str
     ids: Tensor
     is_whole: bool
+    pinned: Tensor
 
 
-def first_tokens(tokenizer: Any, source: Source, limit: int | None, *, name: str | None = None) -> Excerpt:
+def first_tokens(
+    tokenizer: Any, source: Source, limit: int | None, *, name: str | None = None, system: str | None = None
+) -> Excerpt:
     """Return the first tokens of a source, which is read no further than that.
 
     Parameters
@@ -48,36 +55,45 @@ def first_tokens(tokenizer: Any, source: Source, limit: int | None, *, name: str
     source : str, Path, open file, iterable of str
         What :meth:`everlong.Session.read` takes.
     limit : int or None
-        Tokens at most, the start token included; None: all.
+        Tokens of `ids` at most; None: all.
     name : str, optional
         What it is called; by default the file's name.
+    system : str, optional
+        A text to pin before it. It is raw, as the text is: there is no chat template around them.
 
     Raises
     ------
     InputError
-        The source is empty, binary, or cannot be opened.
+        The source is empty, binary, or cannot be opened; or the system text is empty.
     """
     coder = TextCoder(tokenizer)
+    stream = TokenStream(coder)
+    ids, pinned = list(coder.bos), torch.empty(0, dtype=torch.long)
+    if system is not None:
+        pinned = torch.tensor([*ids, *stream.feed(pinned_text(system)), *stream.finish()])
+        ids = []
     pieces = open_source(source, len(tokenizer))
     name = name or Path(pieces.name).name
-    ids = list(coder.bos)
     if not isinstance(pieces, TextPieces):
         raise InputError(f"{name}: texts are compared, not ids; pass a text or a file")
-    stream = TokenStream(coder)
     try:
         for piece in pieces:
             ids += stream.feed(piece)
             if limit is not None and len(ids) > limit:
-                return Excerpt(name, torch.tensor(ids[:limit]), False)
+                return Excerpt(name, torch.tensor(ids[:limit]), False, pinned)
     finally:
         pieces.close()
     ids += stream.finish()
     is_whole = limit is None or len(ids) <= limit
-    return Excerpt(name, torch.tensor(ids[:limit]), is_whole)
+    return Excerpt(name, torch.tensor(ids[:limit]), is_whole, pinned)
 
 
-def standard_library(tokenizer: Any, limit: int, files: Sequence[str] = LIBRARY_FILES) -> Excerpt:
+def standard_library(
+    tokenizer: Any, limit: int, files: Sequence[str] = LIBRARY_FILES, *, system: str | None = None
+) -> Excerpt:
     """Return the first tokens of Python's own sources, as found on this machine.
+
+    The other parameters are those of :func:`first_tokens`.
 
     Raises
     ------
@@ -99,8 +115,8 @@ def standard_library(tokenizer: Any, limit: int, files: Sequence[str] = LIBRARY_
             used.append(file)
             yield text
 
-    excerpt = first_tokens(tokenizer, pieces(), limit)
-    return Excerpt(f"Python's own {_listed(used)}", excerpt.ids, excerpt.is_whole)
+    excerpt = first_tokens(tokenizer, pieces(), limit, system=system)
+    return dataclasses.replace(excerpt, name=f"Python's own {_listed(used)}")
 
 
 def _listed(names: Sequence[str]) -> str:

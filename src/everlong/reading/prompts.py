@@ -6,6 +6,8 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
+from everlong.errors import InputError
+
 _SYSTEM, _FIRST, _ANSWER, _SECOND = (
     f"everlong{name}marker" for name in ("system", "first", "answer", "second")
 )
@@ -41,6 +43,19 @@ class Form:
         """Lay out a question, in the user's turn, after a text or as the first thing in it."""
         blank = _BLANK_LINE if after_text else ""
         return blank + (question if self.is_chat else f"Question: {question}\nAnswer:")
+
+
+def pinned_text(text: str) -> str:
+    """Return a text to pin as it is read: a blank line is added where it does not end with a line.
+
+    Raises
+    ------
+    InputError
+        It is empty.
+    """
+    if not text:
+        raise InputError("the text to pin is empty")
+    return text if text.endswith("\n") else text + _BLANK_LINE
 
 
 def plain_form(*, with_system: bool) -> Form:

@@ -16,6 +16,7 @@ from everlong.reading.account import Account
 from everlong.reading.attached import AttachedModel
 from everlong.reading.detokenize import checked_stop
 from everlong.reading.interrupt import deferred_interrupt
+from everlong.reading.prompts import pinned_text
 from everlong.reading.reports import Generation, Progress, ReadReport, Score, Stats, perplexity
 from everlong.reading.sampling import Sampling
 from everlong.reading.source import Source, open_source
@@ -137,10 +138,9 @@ class Session:
         self._model.require_attached()
         if self._tape.place != "start":
             raise StateError("pin() comes before everything else: call reset() first, or begin a new session")
-        if not text:
-            raise InputError("the text to pin is empty")
+        text = pinned_text(text)
         tape = self._tape.fork()
-        tape.take(text if text.endswith("\n") else text + "\n\n")
+        tape.take(text)
         tape.finish()
         policy = with_sinks(tape.driver.cache.policy, len(tape.queue))
         tape.driver.cache = self._model.attachment.new_cache(policy)
