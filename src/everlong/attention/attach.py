@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from types import TracebackType
@@ -12,10 +12,12 @@ from typing import Any
 import transformers
 from torch import Tensor, nn
 
+from everlong.attention.batch import StreamBatch, why_apart
 from everlong.attention.cache import StreamCache
 from everlong.attention.forward import Forward, Layers
 from everlong.attention.inputs import Inputs, clamped_positions, read_padding, refuse_foreign_cache
 from everlong.attention.policy import Policy, make_policy
+from everlong.attention.sequences import PackedForward, PackedSequences
 from everlong.errors import (
     ConfigurationError,
     StateError,
@@ -32,7 +34,7 @@ from everlong.models.unrotated import unrotated
 _CHUNKS_CONTINUE = tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= (5, 21)
 
 
-_forward: ContextVar[Forward | None] = ContextVar("everlong_forward", default=None)
+_forward: ContextVar[Forward | PackedForward | None] = ContextVar("everlong_forward", default=None)
 
 
 class Attachment:
@@ -131,6 +133,31 @@ class Attachment:
         resolved = self.policy if policy is None else policy.resolve(self.training_length)
         return StreamCache(resolved, self._layers.kept, self.owner, offset)
 
+    def why_apart(self, caches: Sequence[StreamCache]) -> str | None:
+        """Say why streams cannot be the rows of one batch (see :meth:`batch`); None: they can."""
+        for cache in caches:
+            refuse_foreign_cache(cache, self.owner, StreamCache)
+        return why_apart(caches, tables_change=self._layers.tables_change)
+
+    def batch(self, caches: Sequence[StreamCache]) -> StreamBatch:
+        """Put streams of whatever length into the rows of one batch, copied.
+
+        Parameters
+        ----------
+        caches : sequence of StreamCache
+            Of this attachment, each of a single row that has read something.
+
+        Raises
+        ------
+        UnsupportedUseError
+            They cannot be the rows of one batch: they can be packed into one row
+            (:class:`~everlong.attention.sequences.PackedSequences`).
+        """
+        reason = self.why_apart(caches)
+        if reason is not None:
+            raise UnsupportedUseError(f"these streams cannot be the rows of one batch: {reason}")
+        return StreamBatch(caches, self._layers.kept)
+
     def restore_cache(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> StreamCache:
         """Rebuild a cache from what :meth:`StreamCache.state` returned.
 
@@ -169,7 +196,7 @@ class Attachment:
             )
         given = model_kwargs.get(self.cache_argument)
         if given is not None:
-            refuse_foreign_cache(given, self.owner)
+            refuse_foreign_cache(given, self.owner, StreamCache)
             if given.seen and generation_config.prefill_chunk_size is not None and not _CHUNKS_CONTINUE:
                 raise UnsupportedUseError(
                     f"transformers {transformers.__version__} begins a chunked prefill at position 0, "
@@ -202,12 +229,16 @@ class Attachment:
             refuse_foreign_cache(given, self.owner)
         cache = self._implicit_cache() if given is None else given
         is_kept = given is not None or bool(use_cache)
-        cache.admit(inputs.rows)
-        pads = read_padding(inputs, cache)
-        positions = clamped_positions(inputs, cache, pads, cache.window)
-        outer = self._end_forward()
-        cache.begin(inputs.rows, pads)
-        _forward.set(Forward(self.owner, self._layers, cache, inputs.tokens, is_kept, outer))
+        if isinstance(cache, PackedSequences):
+            positions = cache.positions(inputs.device)
+            _forward.set(cache.begin(inputs, self._layers, self._end_forward()))
+        else:
+            cache.admit(inputs.rows)
+            pads = read_padding(inputs, cache)
+            positions = clamped_positions(inputs, cache, pads, cache.window)
+            outer = self._end_forward()
+            cache.begin(inputs.rows, pads)
+            _forward.set(Forward(self.owner, self._layers, cache, inputs.tokens, is_kept, outer))
         inputs.arguments.update(use_cache=is_kept, attention_mask=None, position_ids=positions)
         inputs.arguments[self.cache_argument] = cache if is_kept else None
         return (), inputs.arguments
@@ -220,7 +251,7 @@ class Attachment:
             return
         forward.finish()
 
-    def _end_forward(self) -> Forward | None:
+    def _end_forward(self) -> Forward | PackedForward | None:
         """Close this attachment's forward if one is open in this thread; return the one around it."""
         forward = _forward.get()
         if forward is None or forward.owner != self.owner:

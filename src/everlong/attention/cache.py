@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 
+from everlong.attention.cache_interface import PolicyCache
 from everlong.attention.policy import Policy, make_policy, policy_options
 from everlong.attention.positions import Rotation
 from everlong.attention.window import LocalWindow
-from everlong.errors import StateError, UnsupportedUseError
+from everlong.errors import StateError
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class KeptLayer:
     last_reader: int
 
 
-class StreamCache(Cache):
+class StreamCache(PolicyCache):
     """What an attached model remembers of a stream. Made by ``handle.new_cache()`` or by ``generate()``.
 
     It never refers to the model. It counts tokens seen, not kept: :meth:`get_seq_length` is what
@@ -54,9 +54,8 @@ class StreamCache(Cache):
     """
 
     def __init__(self, policy: Policy, layers: dict[int, KeptLayer], owner: str, offset: int = 0) -> None:
-        super().__init__(layers=[])
+        super().__init__(owner)
         self.policy = policy
-        self.owner = owner
         self.offset = offset
         self.seen = 0
         self.pads: tuple[int, ...] | None = None
@@ -70,8 +69,8 @@ class StreamCache(Cache):
         self._kept_layers = dict(layers)
         self._is_provisional = False
         self._provisional_seen = 0
-        self._half_done = False
-        self._in_forward = False
+        self.is_half_done = False
+        """Whether a forward ended in an error, some layers ahead of others."""
 
     # --- accounts ----------------------------------------------------------------------------------
 
@@ -145,7 +144,7 @@ class StreamCache(Cache):
 
     def admit(self, rows: int) -> None:
         """Raise unless a forward of `rows` rows can go on from here."""
-        if self._half_done:
+        if self.is_half_done:
             raise StateError(
                 "an earlier forward on this cache ended in an error, some layers ahead of others: "
                 "start a new stream, or go on from a copy made before (fork, or a saved state)"
@@ -159,7 +158,7 @@ class StreamCache(Cache):
         """Enter a forward of `rows` rows."""
         self.rows = rows
         self.pads = pads
-        self._half_done = True
+        self.is_half_done = True
         self._in_forward = True
 
     def end(self, tokens: int) -> None:
@@ -167,11 +166,7 @@ class StreamCache(Cache):
         self.seen += tokens
         if self._is_provisional:
             self._provisional_seen += tokens
-        self._half_done = False
-        self._in_forward = False
-
-    def abandon(self) -> None:
-        """Leave a forward, however it ended; unless :meth:`end` follows, the cache stays half-done."""
+        self.is_half_done = False
         self._in_forward = False
 
     # --- hooks of policies --------------------------------------------------------------------------
@@ -204,7 +199,7 @@ class StreamCache(Cache):
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return tensors and JSON-able numbers from which ``handle.restore_cache`` continues bit by bit."""
-        if self._half_done:
+        if self.is_half_done:
             raise StateError("the cache was left half-done by an error and cannot be saved")
         name, options = policy_options(self.policy)
         tensors: dict[str, Tensor] = {}
@@ -262,28 +257,9 @@ class StreamCache(Cache):
 
     # --- transformers' interface --------------------------------------------------------------------
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Hand keys and values on: the attention function puts them away, together with their queries."""
-        if not self._in_forward:
-            raise StateError(
-                "this cache belongs to a model attached by Everlong, "
-                "which has been detached, or is another one"
-            )
-        return key_states, value_states
-
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen so far, padding included."""
         return self.seen
-
-    def get_max_length(self, layer_idx: int | None = None) -> int:
-        """No limit."""
-        return -1
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """Length and offset of a mask over everything seen."""
-        return self.seen + query_length, 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the rows, for beam search."""
@@ -314,33 +290,6 @@ class StreamCache(Cache):
     def is_initialized(self) -> bool:
         """Whether anything was read."""
         return self.rows is not None
-
-    @property
-    def is_linear(self) -> list[bool]:
-        """Per layer: none holds a state of linear attention."""
-        return [False] * len(self)
-
-    @property
-    def is_sliding(self) -> list[bool]:
-        """Per layer: none is a sliding window of transformers' own."""
-        return [False] * len(self)
-
-    @property
-    def is_dummy(self) -> list[bool]:
-        """Per layer: all hold keys."""
-        return [False] * len(self)
-
-    @property
-    def is_croppable(self) -> bool:
-        """A ring cannot be cropped: use :meth:`provisional`."""
-        return False
-
-    def crop(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse: what left the ring cannot come back."""
-        raise UnsupportedUseError(
-            "a stream's cache cannot be cropped (assisted decoding needs that): "
-            "use cache.provisional() and rollback()"
-        )
 
     def reset(self) -> None:
         """Forget everything and begin again."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from everlong.attention.view import LayerCall, LayerView
 from everlong.attention.window import LocalWindow
 from everlong.errors import UnsupportedUseError
 from everlong.models.anatomy import LayerAnatomy
+
+if TYPE_CHECKING:
+    from everlong.attention.sequences import PackedForward
 
 GROUP = 256
 """Queries that are attended together in prefill."""
@@ -42,6 +45,11 @@ class Layers:
             for layer in anatomy
             if layer.donor is None
         }
+
+    @property
+    def tables_change(self) -> bool:
+        """Whether some rotary table depends on the length of the input."""
+        return any(layer.rotary is not None and layer.rotary.changes for layer in self._by_number.values())
 
     def __len__(self) -> int:
         return len(self._by_number)
@@ -88,7 +96,7 @@ class Forward:
         New tokens per row.
     is_kept : bool
         Whether the cache takes them in.
-    outer : Forward or None
+    outer : Forward, PackedForward or None
         The forward it was begun in, of another model.
     """
 
@@ -97,7 +105,7 @@ class Forward:
     cache: StreamCache
     tokens: int
     is_kept: bool
-    outer: Forward | None = None
+    outer: Forward | PackedForward | None = None
     _attended: int = 0
     _given: dict[int, LayerView] = field(default_factory=dict)
     _memo: dict[Any, Any] = field(default_factory=dict)
@@ -134,7 +142,7 @@ class Forward:
         """
         layer, cache = self.layers[number], self.cache
         policy, rotation = self._manner(layer)
-        call = LayerCall(number, rotation, cache.pads, scaling, softcap)
+        call = LayerCall(number, rotation, cache.pads, scaling, softcap, self._memo)
         if layer.donor is None:
             view = cache.memories[number].append(key, value, call, provisional=cache.is_provisional)
         else:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from everlong.attention.cache import StreamCache
+from everlong.attention.cache_interface import PolicyCache
 from everlong.errors import InputError, StateError, UnsupportedUseError
 from everlong.models.cache_argument import CACHE_ARGUMENTS
 
@@ -68,9 +69,9 @@ class Inputs:
         return cls(arguments, cache, given.shape[0], given.shape[1], given.device)
 
 
-def refuse_foreign_cache(cache: Any, owner: str) -> None:
-    """Raise unless `cache` is one of this attachment's own."""
-    if not isinstance(cache, StreamCache):
+def refuse_foreign_cache(cache: Any, owner: str, kind: type[PolicyCache] = PolicyCache) -> None:
+    """Raise unless `cache` is one of this attachment's own, of this kind."""
+    if not isinstance(cache, kind):
         raise UnsupportedUseError(
             f"a {type(cache).__name__} cannot follow a policy (its keys are, or will be, rotated already): "
             "leave it out, or pass handle.new_cache()"

@@ -223,6 +223,10 @@ class LayerMemory:
         if self.tier is not None:
             self.tier.load(tensors)
 
+    def take_frame(self, other: LayerMemory) -> None:
+        """Let stored keys be rotated as in `other`."""
+        self.frequencies, self.layout, self.origin = other.frequencies, other.layout, other.origin
+
     # --- inside ----------------------------------------------------------------------------------
 
     def _follow(self, rotation: Rotation, n: int) -> None:
@@ -304,14 +308,17 @@ class LayerMemory:
         self.seen += 1
 
     def _write(self, begin: int, stop: int, keys: Tensor, values: Tensor, raw_keys: Tensor) -> None:
-        """Copy new tokens [begin, stop) into their slots, run by run."""
-        assert self.keys is not None and self.values is not None
-        while begin < stop:
-            at = self.slot(begin)
-            run = stop - begin if self.window is None else min(stop - begin, self.window - at)
-            source, to = slice(begin - self.seen, begin - self.seen + run), slice(at, at + run)
-            self.keys[:, :, to] = keys[:, :, source].detach()
-            self.values[:, :, to] = values[:, :, source].detach()
-            if self.raw is not None:
-                self.raw[:, :, to] = raw_keys[:, :, source].detach()
-            begin += run
+        """Copy new tokens [begin, stop) into their slots."""
+        source = slice(begin - self.seen, stop - self.seen)
+        for buffer, new in ((self.keys, keys), (self.values, values), (self.raw, raw_keys)):
+            if buffer is not None:
+                self.put_run(buffer, begin, new[:, :, source].detach())
+
+    def put_run(self, buffer: Tensor, begin: int, tokens: Tensor) -> None:
+        """Copy consecutive tokens, the first with index `begin`, into their slots of a buffer, run by run."""
+        done, count = 0, tokens.shape[2]
+        while done < count:
+            at = self.slot(begin + done)
+            run = count - done if self.window is None else min(count - done, self.window - at)
+            buffer[:, :, at : at + run] = tokens[:, :, done : done + run]
+            done += run

@@ -17,6 +17,9 @@ from everlong.models.rotary import Frequencies, Layout, Positions, rotate
 FRAME = 2**16
 """Tokens after which a bounded window's keys are rotated back towards the origin."""
 
+Angles = tuple[Tensor, Tensor] | None
+"""Tables of cos and sin; None: a layer without rotary positions."""
+
 
 class Rotation:
     """Rotates the queries and keys of one layer; angles are shared by all layers of one forward.
@@ -40,18 +43,32 @@ class Rotation:
 
     def __call__(self, x: Tensor, positions: Positions) -> Tensor:
         """Rotate raw `x`, shape (batch, heads, n, d), to `positions` of the frame."""
-        if self.frequencies is None or (
-            isinstance(positions, int) and positions == 0 and self.frequencies.scaling == 1
-        ):
+        if isinstance(positions, int) and positions == 0 and self.is_nothing_at_0:
             return x
+        return self.turned(x, self.angles(positions, x))
+
+    @property
+    def is_nothing_at_0(self) -> bool:
+        """Whether what stands at 0 is not changed: R(0) scales where cos and sin do."""
+        return self.frequencies is None or self.frequencies.scaling == 1
+
+    def angles(self, positions: Positions, like: Tensor) -> Angles:
+        """Return what rotates a tensor such as `like` to `positions`; None: there is nothing to rotate."""
+        if self.frequencies is None:
+            return None
         if isinstance(positions, Tensor):
-            cos, sin = self.frequencies.angles(positions, self.layout, x.device, working_dtype(x))
-        else:
-            key = (id(self.frequencies), self.layout, positions, x.device)
-            if key not in self._memo:
-                self._memo[key] = self.frequencies.angles(positions, self.layout, x.device, working_dtype(x))
-            cos, sin = self._memo[key]
-        return rotate(x, cos, sin, self.layout)
+            return self.frequencies.angles(positions, self.layout, like.device, working_dtype(like))
+        key = (id(self.frequencies), self.layout, positions, like.device)
+        if key not in self._memo:
+            self._memo[key] = self.frequencies.angles(
+                positions, self.layout, like.device, working_dtype(like)
+            )
+        angles: Angles = self._memo[key]
+        return angles
+
+    def turned(self, x: Tensor, angles: Angles) -> Tensor:
+        """Rotate raw `x` by what :meth:`angles` returned."""
+        return x if angles is None else rotate(x, *angles, self.layout)
 
     def move(self, x: Tensor, by: int) -> Tensor:
         """Rotate `x`, which is rotated already, by `by` positions more (negative: back)."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -38,6 +38,8 @@ class LayerCall:
         Factor on the products of queries and keys.
     softcap : float or None
         The model's soft-cap on logits.
+    memo : dict
+        What several layers of the forward have in common, by a key of the finder's.
     """
 
     layer: int
@@ -45,6 +47,7 @@ class LayerCall:
     pads: tuple[int, ...] | None = None
     scaling: float = 1.0
     softcap: float | None = None
+    memo: dict[Any, Any] = field(default_factory=dict)
 
 
 class Queries:
@@ -235,6 +238,50 @@ class LayerView:
             visible = far & (torch.arange(keys.shape[2], device=keys.device) <= self.row_index(queries))
         return Part(queries.at(reach), self._sinks_at(reach, distances), values, visible)
 
+    def turned_window(self, queries: Queries, distances: Sequence[int], far: Tensor | None) -> Part:
+        """Show one query the slots of a window that has turned for the longest row, in place: one part.
+
+        Rows that are not that far see their own tokens alone.
+
+        Parameters
+        ----------
+        queries : Queries
+            A single query per row.
+        distances : sequence of int
+            The distance of sink s where it is far.
+        far : Tensor or None
+            Boolean, shape (batch or 1, 1, 1, G): where it is; None: nowhere.
+        """
+        memory = self.memory
+        assert memory.keys is not None and memory.values is not None and memory.window is not None
+        key = "turned", memory.sinks, memory.window, id(self.rotation.frequencies)
+        if key not in self.call.memo:
+            visible, positions = self._turned(queries, distances, far)
+            self.call.memo[key] = visible, self.rotation.angles(positions, queries.raw)
+        visible, angles = self.call.memo[key]
+        if memory.sinks:
+            keys, values = self._sinks()
+            memory.keys[:, :, : memory.sinks] = self.rotation.turned(keys, angles)
+            memory.values[:, :, : memory.sinks] = values
+        return Part(queries.placed, memory.keys, memory.values, visible)
+
+    def _turned(
+        self, queries: Queries, distances: Sequence[int], far: Tensor | None
+    ) -> tuple[Tensor | None, Tensor]:
+        """Which row sees which slot, (batch or 1, 1, 1, W), None: all; where its sinks stand, (…, G)."""
+        memory, device = self.memory, queries.raw.device
+        assert memory.local is not None and memory.window is not None
+        row_index = self.row_index(queries)
+        sink, slot = (torch.arange(n, device=device) for n in (memory.sinks, memory.local))
+        oldest = memory.slot(self.stop) - memory.sinks
+        index = self.stop - memory.local + (slot - oldest) % memory.local - self.pad_column(device)
+        visible = torch.cat((sink <= row_index, index >= memory.sinks), -1)
+        distance = row_index - sink
+        if far is not None:
+            distance = torch.where(far, torch.tensor(distances, device=device), distance)
+        positions = memory.frame(queries.first) - distance
+        return None if bool(visible.all()) else visible, positions.flatten(0, 2)
+
     def whole_window(self, queries: Queries, distances: Sequence[int]) -> Part:
         """Show one query all slots of a full window, sink s at ``distances[s]``: one part, no copy."""
         memory = self.memory
@@ -247,9 +294,14 @@ class LayerView:
 
     def all_slots(self, queries: Queries) -> Part:
         """Show one query everything in a window that is not full yet, at true distances: no copy."""
-        memory = self.memory
+        memory, visible = self.memory, None
         assert memory.keys is not None and memory.values is not None
-        return Part(queries.placed, memory.keys[:, :, : self.stop], memory.values[:, :, : self.stop])
+        if self.pads:
+            if "slots" not in self.call.memo:
+                slots = torch.arange(self.stop, device=queries.raw.device)
+                self.call.memo["slots"] = slots >= self.pad_column(queries.raw.device)
+            visible = self.call.memo["slots"]
+        return Part(queries.placed, memory.keys[:, :, : self.stop], memory.values[:, :, : self.stop], visible)
 
     def _sinks(self) -> tuple[Tensor, Tensor]:
         held = self.memory.sink_keys, self.memory.sink_values

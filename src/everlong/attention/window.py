@@ -73,13 +73,14 @@ class WindowPolicy(Policy):
         is_moved = (near is not None and last >= near) or (ceiling is not None and last > ceiling)
         if not is_full and not is_moved:
             # Nothing has left the window, all distances are true: ordinary causal attention.
-            if in_place and not view.pads:
-                return [view.all_slots(queries)]
-            return [*view.band(queries)]
+            return [view.all_slots(queries)] if in_place else [*view.band(queries)]
         first_row = queries.first - max(pads)
         settled = not sinks or (far is not None and first_row >= far)
-        if in_place and settled and local is not None and first_row >= sinks + local:
-            return [view.whole_window(queries, self.far_distances() if sinks else ())]
+        if in_place and is_full:
+            if settled and local is not None and first_row >= sinks + local:
+                return [view.whole_window(queries, self.far_distances() if sinks else ())]
+            is_far = self._far_sinks(queries, view)
+            return [view.turned_window(queries, () if is_far is None else self.far_distances(), is_far)]
         return [*self._sink_parts(queries, view, settled), *self._local_parts(queries, view)]
 
     def _sink_parts(self, queries: Queries, view: LayerView, settled: bool) -> list[Part]:
@@ -88,11 +89,17 @@ class WindowPolicy(Policy):
             return []
         if settled:
             return [view.sinks_far(queries, self.far_distances(), None)]
-        near = self.near_until()
-        if near is None or queries.stop - 1 - min(view.pads or (0,)) < near:
+        is_far = self._far_sinks(queries, view)
+        if is_far is None:
             return [view.sinks_near(queries, None)]
-        is_far = self.sink_is_far(view.row_index(queries), torch.arange(sinks, device=queries.raw.device))
         return [view.sinks_near(queries, is_far), view.sinks_far(queries, self.far_distances(), is_far)]
+
+    def _far_sinks(self, queries: Queries, view: LayerView) -> Tensor | None:
+        """Which query sees which sink far, (batch or 1, 1, n, G); None: they are all near."""
+        near, (sinks, _) = self.near_until(), self.shape()
+        if near is None or queries.stop - 1 - min(view.pads or (0,)) < near:
+            return None
+        return self.sink_is_far(view.row_index(queries), torch.arange(sinks, device=queries.raw.device))
 
     def _local_parts(self, queries: Queries, view: LayerView) -> list[Part]:
         sinks, local = self.shape()
