@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +16,11 @@ from everlong.errors import ConfigurationError
 from everlong.models.loading import load_model
 from everlong.models.packing import Weights, choose_weights, pack
 from everlong.reading.attached import AttachedModel
+from everlong.reading.reports import Generation
+from everlong.reading.sampling import GREEDY, Sampling
 from everlong.reading.session import Session
+from everlong.reading.together import stream_together
+from everlong.reading.writing import drained
 
 
 class LLM:
@@ -87,6 +92,85 @@ class LLM:
         policy = None if attention is None else _policy(attention)
         return Session(
             self._attached, policy=policy, system=system, chunk=chunk, surprisal=surprisal, seed=seed
+        )
+
+    def stream_together(
+        self,
+        sessions: Sequence[Session],
+        max_new_tokens: int = 256,
+        *,
+        questions: Sequence[str] | None = None,
+        keep: bool = False,
+        sampling: Sampling | Sequence[Sampling] = GREEDY,
+        stop: str | Sequence[str] = (),
+    ) -> Generator[tuple[int, str], None, list[Generation]]:
+        """Let several sessions write at the same time, and yield their texts as they come.
+
+        A step reads the model's weights once for all of them. What each writes is what it would write alone.
+
+        Parameters
+        ----------
+        sessions : sequence of Session
+            Of this model, whatever the length of each. With `questions` a session may stand several times.
+        max_new_tokens : int
+            Tokens that each writes at most.
+        questions : sequence of str, optional
+            As many as sessions, to be answered as :meth:`Session.ask` does; without them, the sessions go on
+            as :meth:`Session.generate` does.
+        keep : bool
+            Whether questions and answers stay in the streams.
+        sampling : Sampling or sequence of Sampling
+            How tokens are chosen, for all or for each.
+        stop : str or sequence of str
+            Texts at which each stops.
+
+        Returns
+        -------
+        generator of (int, str)
+            The number of a session and a piece of its text; its return value is a list of all
+            :class:`Generation`.
+
+        Raises
+        ------
+        InputError
+            No session, one of another model, one twice, or another number of questions.
+        """
+        return stream_together(
+            self._attached,
+            sessions,
+            max_new_tokens,
+            questions=questions,
+            keep=keep,
+            sampling=sampling,
+            stop=stop,
+        )
+
+    def generate_together(
+        self,
+        sessions: Sequence[Session],
+        max_new_tokens: int = 256,
+        *,
+        sampling: Sampling | Sequence[Sampling] = GREEDY,
+        stop: str | Sequence[str] = (),
+    ) -> list[Generation]:
+        """Let several sessions write, and return what each wrote; see :meth:`stream_together`."""
+        return drained(self.stream_together(sessions, max_new_tokens, sampling=sampling, stop=stop))
+
+    def ask_together(
+        self,
+        sessions: Sequence[Session],
+        questions: Sequence[str],
+        *,
+        keep: bool = False,
+        max_new_tokens: int = 256,
+        sampling: Sampling | Sequence[Sampling] = GREEDY,
+        stop: str | Sequence[str] = (),
+    ) -> list[Generation]:
+        """Ask each session its question, and return all answers; see :meth:`stream_together`."""
+        return drained(
+            self.stream_together(
+                sessions, max_new_tokens, questions=questions, keep=keep, sampling=sampling, stop=stop
+            )
         )
 
     def restore(self, path: str | Path) -> Session:

@@ -87,7 +87,7 @@ def test_everything_that_was_begun_is_saved(llm: LLM, tmp_path: Path) -> None:
         each.reset()
         each.read("a")
     assert ids_of(restored) == ids_of(session) and restored.policy == session.policy
-    assert (restored._chunk, restored._seed, restored._surprisal) == (20, 9, True)
+    assert (restored.chunk, restored._seed, restored._surprisal) == (20, 9, True)
 
 
 def test_the_file_does_not_grow_with_what_was_read(llm: LLM, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def session(llm: LLM) -> Session:
 
 def end_with(session: Session, token: int) -> None:
     """Make this token the one that ends a text."""
-    session._model.__dict__["end_tokens"] = frozenset({token})
+    session.model.__dict__["end_tokens"] = frozenset({token})
 
 
 def test_greedy_writing_is_that_of_stock_generate() -> None:
@@ -110,7 +110,7 @@ def test_the_end_token_ends_the_text_and_is_no_part_of_it(session: Session) -> N
 
 def test_the_model_knows_where_its_turn_ends() -> None:
     with make_llm(eos_token_id=[5, 6]) as llm:
-        assert llm.session()._model.end_tokens == {5, 6, 257}
+        assert llm.session().model.end_tokens == {5, 6, 257}
 
 
 def test_a_stop_string_ends_the_text(llm: LLM) -> None:

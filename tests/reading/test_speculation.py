@@ -86,7 +86,7 @@ def test_right_guesses_save_forwards(oracle, monkeypatch):
     plain.generate(40)
     oracle.script, oracle.right = list(plain._tape.driver.recent)[-39:] + plain._tape.queue, 7
     forwards = []
-    session._model.attachment.decoder.register_forward_hook(lambda *_: forwards.append(1))
+    session.model.attachment.decoder.register_forward_hook(lambda *_: forwards.append(1))
     session.generate(40, speculate="oracle")
     assert len(forwards) <= 1 + 40 // 8 + 1
 

@@ -84,6 +84,8 @@ def why_apart(caches: Sequence[StreamCache], *, tables_change: bool) -> str | No
     span = first.window
     if any(cache.policy != first.policy for cache in caches):
         return "they follow different policies"
+    if first.needs_surprisal:
+        return "their policy is told the surprisal of each token"
     if any(cache.rows != 1 or cache.pads for cache in caches):
         return "they have not read anything yet, or have several rows"
     memories = [memory for cache in caches for memory in cache.memories.values()]

@@ -32,8 +32,8 @@ class Driver:
     """
 
     def __init__(self, attachment: Attachment, cache: StreamCache, surprisal: bool) -> None:
-        self._attachment = attachment
-        self._device = device_of(attachment)
+        self.attachment = attachment
+        self.device = device_of(attachment)
         self.cache = cache
         self.surprisal = surprisal or cache.needs_surprisal
         self.logits: Tensor | None = None
@@ -67,31 +67,53 @@ class Driver:
         """
         with torch.inference_mode():
             started = time.perf_counter()
-            model: Any = self._attachment.model
-            given = torch.tensor([ids], device=self._device)
-            call: dict[str, Any] = {
-                "input_ids": given,
-                self._attachment.cache_argument: self.cache,
-                "use_cache": True,
-            }
-            surprisal = None
+            model: Any = self.attachment.model
+            given, call = self._call(ids, self.cache)
+            found = None
             if self.surprisal:
-                output = model(**call).logits[0]
-                surprisal = self._surprisal(given[0], output)
-                self.logits = output[-1].clone()  # not the whole chunk's
+                found = model(**call).logits[0]
             elif logits:
-                output = model(**call, logits_to_keep=1)
-                self.logits = output.logits[0, -1]
+                found = model(**call, logits_to_keep=1).logits[0]
             else:
-                decoder: Any = self._attachment.decoder
+                decoder: Any = self.attachment.decoder
                 last = decoder(**call).last_hidden_state[0, -1]
-                self.logits = None
                 self._require_finite(float(last.float().abs().max()))
+            surprisal = self.took(given[0], found, time.perf_counter() - started)
             self.cache.after_forward(given, None if surprisal is None else surprisal[None])
-            self.recent.extend(ids)
-            self.tokens += len(ids)
-            self.seconds += time.perf_counter() - started
             return surprisal
+
+    def took(self, ids: Tensor, logits: Tensor | None, seconds: float) -> Tensor | None:
+        """Note what a forward made of this stream.
+
+        Parameters
+        ----------
+        ids : Tensor (n,)
+            The tokens that were run.
+        logits : Tensor (n or 1, vocabulary) or None
+            After each of them where surprisal is computed, otherwise after the last, if they were wanted.
+        seconds : float
+            This stream's share of the time.
+
+        Returns
+        -------
+        Tensor (n,), float32, or None
+            As of :meth:`run`.
+        """
+        started = time.perf_counter()
+        surprisal = None
+        if self.surprisal:
+            assert logits is not None
+            surprisal = self._surprisal(ids, logits)
+        self.logits = None if logits is None else logits[-1].clone()  # not the whole chunk's
+        self.recent.extend(ids.tolist())
+        self.tokens += len(ids)
+        self.seconds += seconds + time.perf_counter() - started
+        return surprisal
+
+    def _call(self, ids: Sequence[int], cache: Any) -> tuple[Tensor, dict[str, Any]]:
+        """Return the ids as the model takes them, and the arguments of its forward."""
+        given = torch.tensor([ids], device=self.device)
+        return given, {"input_ids": given, self.attachment.cache_argument: cache, "use_cache": True}
 
     def run_tentatively(self, ids: Sequence[int], judge: Callable[[Tensor], Iterator[int]]) -> None:
         """Run tokens of which only the first is certain.
@@ -106,9 +128,8 @@ class Driver:
         """
         with torch.inference_mode():
             started = time.perf_counter()
-            model: Any = self._attachment.model
-            given, kept = torch.tensor([ids], device=self._device), 0
-            call = {"input_ids": given, self._attachment.cache_argument: self.cache, "use_cache": True}
+            model: Any = self.attachment.model
+            (given, call), kept = self._call(ids, self.cache), 0
             try:
                 with self.cache.provisional():
                     logits = model(**call).logits[0]
@@ -125,7 +146,7 @@ class Driver:
 
     def fork(self) -> Driver:
         """Return an independent copy."""
-        copy = Driver(self._attachment, self.cache.fork(), self.surprisal)
+        copy = Driver(self.attachment, self.cache.fork(), self.surprisal)
         copy.logits = self.logits  # never written to
         copy.recent = self.recent.copy()
         copy.nll_sum, copy.nll_count = self.nll_sum, self.nll_count

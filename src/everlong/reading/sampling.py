@@ -149,3 +149,7 @@ def _whole(value: object) -> bool:
 def _require(holds: bool, name: str, value: object, what: str) -> None:
     if not holds:
         raise ConfigurationError(f"{name}={value!r} cannot work: it must be {what}")
+
+
+GREEDY = Sampling()
+"""The likeliest token each time."""

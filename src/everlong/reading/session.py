@@ -18,13 +18,11 @@ from everlong.reading.detokenize import checked_stop
 from everlong.reading.interrupt import deferred_interrupt
 from everlong.reading.prompts import pinned_text
 from everlong.reading.reports import Generation, Progress, ReadReport, Score, Stats, perplexity
-from everlong.reading.sampling import Sampling
+from everlong.reading.sampling import GREEDY, Sampling
 from everlong.reading.source import Source, open_source
 from everlong.reading.state import read_state, write_state
 from everlong.reading.tape import Tape
-from everlong.reading.writing import drained, write
-
-_GREEDY = Sampling()
+from everlong.reading.writing import checked_count, drained, write
 
 
 class Session:
@@ -66,10 +64,10 @@ class Session:
         if system is not None and not system:
             raise InputError("the system text is empty: give one, or none at all")
         Sampling(seed=seed)  # checks it
-        self._model = model
+        self.model = model
         self._policy = policy
         self._system = system
-        self._chunk = chunk
+        self.chunk = chunk
         self._surprisal = surprisal
         self._seed = seed
         self._tape = self._new_tape()
@@ -95,13 +93,13 @@ class Session:
         InputError
             What cannot be read, or nothing at all. What was taken before the bad place stays read.
         """
-        self._model.require_attached()
-        opened = open_source(source, self._model.vocabulary)
+        self.model.require_attached()
+        opened = open_source(source, self.model.vocabulary)
         tape, account = self._tape, Account(self._tape)
 
         def run_whole_chunks(fraction: float | None) -> None:
-            while len(tape.queue) > self._chunk:
-                tape.run_chunk(self._chunk, logits=False)
+            while len(tape.queue) > self.chunk:
+                tape.run_chunk(self.chunk, logits=False)
                 if progress is not None:
                     progress(account.progress(fraction))
 
@@ -113,7 +111,7 @@ class Session:
         with deferred_interrupt():
             tape.accept(tape.text.settle())
         run_whole_chunks(1.0)
-        tape.run_all(self._chunk, logits=not tape.text.tail)
+        tape.run_all(self.chunk, logits=not tape.text.tail)
         if progress is not None:
             progress(account.progress(None, finished=True))
         return account.report()
@@ -135,7 +133,7 @@ class Session:
         UnsupportedUseError
             The policy keeps no sinks.
         """
-        self._model.require_attached()
+        self.model.require_attached()
         if self._tape.place != "start":
             raise StateError("pin() comes before everything else: call reset() first, or begin a new session")
         text = pinned_text(text)
@@ -143,10 +141,10 @@ class Session:
         tape.take(text)
         tape.finish()
         policy = with_sinks(tape.driver.cache.policy, len(tape.queue))
-        tape.driver.cache = self._model.attachment.new_cache(policy)
+        tape.driver.cache = self.model.attachment.new_cache(policy)
         account = Account(self._tape)
         self._tape = account.tape = tape
-        tape.run_all(self._chunk, logits=True)
+        tape.run_all(self.chunk, logits=True)
         return account.report()
 
     def score(self, text: str) -> Score:
@@ -157,20 +155,20 @@ class Session:
         text : str
             Tokenised by itself, after everything read.
         """
-        self._model.require_attached()
+        self.model.require_attached()
         if not text:
             raise InputError("the text to score is empty")
         tape = self._tape.fork()
-        if tape.place != "start" or self._system is not None or self._model.coder.bos:
+        if tape.place != "start" or self._system is not None or self.model.coder.bos:
             tape.begin_writing()
-        tape.run_all(self._chunk, logits=True)
+        tape.run_all(self.chunk, logits=True)
         known = tape.driver.logits is not None
         tape.driver.surprisal = True
         tape.accept(tape.text.feed(text))
         tape.finish()
         parts = []
         while tape.queue:
-            parts.append(tape.run_chunk(self._chunk, logits=True))
+            parts.append(tape.run_chunk(self.chunk, logits=True))
         surprisal = torch.cat([part for part in parts if part is not None])[0 if known else 1 :].cpu()
         if not len(surprisal):
             raise InputError(
@@ -185,7 +183,7 @@ class Session:
         self,
         max_new_tokens: int = 256,
         *,
-        sampling: Sampling = _GREEDY,
+        sampling: Sampling = GREEDY,
         stop: str | Sequence[str] = (),
         speculate: str | None = None,
     ) -> Generator[str, None, Generation]:
@@ -214,17 +212,15 @@ class Session:
         NumericalError
             The logits are not finite.
         """
-        count = _checked_count(max_new_tokens)
+        count = checked_count(max_new_tokens)
         strings = checked_stop(stop)
-        self._model.require_attached()
-        self._tape.begin_writing()
-        return write(self._tape, self._chunk, count, sampling, strings, speculate, time.perf_counter())
+        return write(self.to_go_on(), self.chunk, count, sampling, strings, speculate, time.perf_counter())
 
     def generate(
         self,
         max_new_tokens: int = 256,
         *,
-        sampling: Sampling = _GREEDY,
+        sampling: Sampling = GREEDY,
         stop: str | Sequence[str] = (),
         speculate: str | None = None,
     ) -> Generation:
@@ -237,21 +233,16 @@ class Session:
         *,
         keep: bool = False,
         max_new_tokens: int = 256,
-        sampling: Sampling = _GREEDY,
+        sampling: Sampling = GREEDY,
         stop: str | Sequence[str] = (),
         speculate: str | None = None,
     ) -> Generator[str, None, Generation]:
         """Answer a question as :meth:`ask` does, and yield the text as it comes."""
-        count = _checked_count(max_new_tokens)
+        count = checked_count(max_new_tokens)
         strings = checked_stop(stop)
-        if not question:
-            raise InputError("the question is empty")
-        target = self if keep else self.fork()
-        tape = target._tape
-        with deferred_interrupt():
-            tape.ask(question)
+        tape = self.to_answer(question, keep=keep)
         strings = (*tape.form.stop, *strings)
-        return write(tape, self._chunk, count, sampling, strings, speculate, time.perf_counter())
+        return write(tape, self.chunk, count, sampling, strings, speculate, time.perf_counter())
 
     def ask(
         self,
@@ -259,7 +250,7 @@ class Session:
         *,
         keep: bool = False,
         max_new_tokens: int = 256,
-        sampling: Sampling = _GREEDY,
+        sampling: Sampling = GREEDY,
         stop: str | Sequence[str] = (),
         speculate: str | None = None,
     ) -> Generation:
@@ -293,7 +284,7 @@ class Session:
         message: str,
         *,
         max_new_tokens: int = 256,
-        sampling: Sampling = _GREEDY,
+        sampling: Sampling = GREEDY,
         stop: str | Sequence[str] = (),
         speculate: str | None = None,
     ) -> Generation:
@@ -307,11 +298,26 @@ class Session:
             speculate=speculate,
         )
 
+    def to_go_on(self) -> Tape:
+        """Return the session's tape, ready for the model to write on it."""
+        self.model.require_attached()
+        self._tape.begin_writing()
+        return self._tape
+
+    def to_answer(self, question: str, *, keep: bool) -> Tape:
+        """Return a tape ready for the answer to a question: the session's own, or a fork's."""
+        if not question:
+            raise InputError("the question is empty")
+        tape = (self if keep else self.fork())._tape
+        with deferred_interrupt():
+            tape.ask(question)
+        return tape
+
     # --- copies, state, accounts -------------------------------------------------------------------
 
     def fork(self) -> Session:
         """Return an independent copy."""
-        self._model.require_attached()
+        self.model.require_attached()
         copy = object.__new__(type(self))
         copy.__dict__.update(self.__dict__)
         copy._tape = self._tape.fork()
@@ -324,9 +330,9 @@ class Session:
         self._tape = self._new_tape()
 
     def _new_tape(self) -> Tape:
-        self._model.require_attached()
-        cache = self._model.attachment.new_cache(self._policy)
-        tape = Tape(self._model, cache, self._system, self._surprisal)
+        self.model.require_attached()
+        cache = self.model.attachment.new_cache(self._policy)
+        tape = Tape(self.model, cache, self._system, self._surprisal)
         if self._seed is None:
             tape.generator.seed()
         else:
@@ -345,11 +351,11 @@ class Session:
         options = {
             "policy": None if self._policy is None else policy_options(self._policy),
             "system": self._system,
-            "chunk": self._chunk,
+            "chunk": self.chunk,
             "surprisal": self._surprisal,
             "seed": self._seed,
         }
-        write_state(path, self._model, tensors, {"options": options, "tape": tape})
+        write_state(path, self.model, tensors, {"options": options, "tape": tape})
 
     @classmethod
     def restore(cls, model: AttachedModel, path: str | Path) -> Self:
@@ -388,10 +394,4 @@ class Session:
         return policy
 
     def __repr__(self) -> str:
-        return f"Session({self._model.name!r}, {self.policy!r}, tokens={self._tape.driver.tokens})"
-
-
-def _checked_count(max_new_tokens: int) -> int:
-    if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
-        raise ConfigurationError(f"max_new_tokens={max_new_tokens!r} cannot work: it must be at least 1")
-    return max_new_tokens
+        return f"Session({self.model.name!r}, {self.policy!r}, tokens={self._tape.driver.tokens})"

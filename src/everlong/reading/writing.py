@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterator, Sequence
+from typing import Any, TypeVar
 
 from torch import Tensor
 
-from everlong.errors import UnsupportedUseError
+from everlong.errors import ConfigurationError, UnsupportedUseError
 from everlong.reading.detokenize import Detokenizer
 from everlong.reading.interrupt import deferred_interrupt
 from everlong.reading.reports import Generation, StopReason
 from everlong.reading.sampling import Sampler, Sampling
 from everlong.reading.speculation import SPECULATORS, Speculator
 from everlong.reading.tape import Tape
+
+Outcome = TypeVar("Outcome")
+
+
+def checked_count(max_new_tokens: int) -> int:
+    """Return how many tokens to write at most; raise unless there is at least one."""
+    if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
+        raise ConfigurationError(f"max_new_tokens={max_new_tokens!r} cannot work: it must be at least 1")
+    return max_new_tokens
 
 
 def write(
@@ -71,7 +81,7 @@ def _written(
         tape.generator.manual_seed(sampling.seed)
     sampler = Sampler(sampling, tape.generator)
     speculator = None if speculator_of is None else speculator_of(driver.recent)
-    page = _Page(tape, Detokenizer(tape.model.tokenizer, list(driver.recent)[-16:], stop), max_new_tokens)
+    page = Page(tape, Detokenizer(tape.model.tokenizer, list(driver.recent)[-16:], stop), max_new_tokens)
     while page.reason is None:
         guesses = speculator.guess()[: page.room - 1] if speculator is not None and tape.queue else ()
         if guesses:
@@ -93,7 +103,7 @@ def _written(
     return Generation(page.text, page.count, time.perf_counter() - started, page.reason, tape.stats())
 
 
-class _Page:
+class Page:
     """What is being written: chosen tokens, their text, and whether that is the end."""
 
     def __init__(self, tape: Tape, detokenizer: Detokenizer, max_new_tokens: int) -> None:
@@ -147,7 +157,7 @@ class _Page:
         return self.texts()
 
 
-def _run_with_guesses(tape: Tape, page: _Page, sampler: Sampler, guesses: Sequence[int]) -> None:
+def _run_with_guesses(tape: Tape, page: Page, sampler: Sampler, guesses: Sequence[int]) -> None:
     """Run the waiting token and guesses at what follows; go on as far as the model chooses them too."""
     ids = [*tape.queue, *guesses]
     recent = [*tape.driver.recent]
@@ -163,11 +173,11 @@ def _run_with_guesses(tape: Tape, page: _Page, sampler: Sampler, guesses: Sequen
     tape.driver.run_tentatively(ids, judge)
 
 
-def drained(writing: Generator[str, None, Generation]) -> Generation:
+def drained(writing: Generator[Any, None, Outcome]) -> Outcome:
     """Run a writing to its end and return the outcome."""
     while True:
         try:
             next(writing)
         except StopIteration as end:
-            generation: Generation = end.value
-            return generation
+            outcome: Outcome = end.value
+            return outcome
