@@ -122,6 +122,8 @@ def _fill(into: LayerMemory, longest: LayerMemory, memories: list[LayerMemory], 
         for name in ("sink_keys", "sink_values"):
             if getattr(memory, name) is not None:
                 getattr(into, name)[row] = getattr(memory, name)[0]
+    if into.values is not None and into.sink_values is not None and not _fits(into):
+        into.values[:, :, : into.sinks] = into.sink_values
 
 
 def _take(into: LayerMemory, batch: LayerMemory, row: int, pad: int) -> None:

@@ -24,6 +24,7 @@ from everlong.cli.options import (
 from everlong.cli.session_options import (
     account,
     check_state,
+    first_of,
     in_words,
     open_llm,
     open_session,
@@ -35,6 +36,7 @@ from everlong.models.files import human_bytes
 
 if TYPE_CHECKING:
     from everlong.llm import LLM
+    from everlong.reading.reports import Generation
     from everlong.reading.session import Session
 
 _STANDARD_INPUT = "-"
@@ -70,8 +72,9 @@ def read(
 ) -> None:
     """Read files as one stream of any length, in bounded memory, and answer questions about it.
 
-    Each question is answered from the end of the stream by itself. Ctrl-C ends the reading; with `--state`
-    what was read is saved, and the same command with the rest of the text goes on.
+    Each question is answered from the end of the stream by itself; several are written at the same time, and
+    the first is shown as it is written. Ctrl-C ends the reading; with `--state` what was read is saved, and
+    the same command with the rest of the text goes on.
     """
     console = notes(quiet=output_options.quiet)
     _check(files, state)
@@ -84,12 +87,10 @@ def read(
             llm, method, system=system, state=state, surprisal=surprisal, seed=writing.seed
         )
         _read(session, files, state, console)
-        answers = [
-            _answer(session, question, arguments, console, silent=output_options.as_json)
-            for question in ask or []
-        ]
+        answers = _answers(llm, session, ask or [], arguments, console, silent=output_options.as_json)
         if output_options.as_json:
-            print_json({"answers": answers, "stats": account(session.stats)})
+            shown = [_as_json(question, answer) for question, answer in zip(ask or [], answers, strict=True)]
+            print_json({"answers": shown, "stats": account(session.stats)})
 
 
 def _check(files: Sequence[str], state: Path | None) -> None:
@@ -124,17 +125,44 @@ def _read(session: Session, files: Sequence[str], state: Path | None, console: C
         console.print(in_words(session.stats), soft_wrap=True)
 
 
-def _answer(
-    session: Session, question: str, arguments: dict[str, Any], console: Console, *, silent: bool
-) -> dict[str, Any]:
-    console.print(f"\n{question}", style="bold", markup=False, soft_wrap=True)
-    result = print_as_written(session.stream_answer(question, **arguments), silent=silent)
+def _answers(
+    llm: LLM,
+    session: Session,
+    questions: Sequence[str],
+    arguments: dict[str, Any],
+    console: Console,
+    *,
+    silent: bool,
+) -> list[Generation]:
+    """Print each question and its answer: the first as it is written, those written beside it afterwards."""
+
+    def ask_aloud(question: str) -> None:
+        console.print(f"\n{question}", style="bold", markup=False, soft_wrap=True)
+
+    speculate, together = arguments["speculate"], {k: v for k, v in arguments.items() if k != "speculate"}
+    if len(questions) < 2 or speculate is not None:
+        answers = []
+        for question in questions:
+            ask_aloud(question)
+            answers.append(print_as_written(session.stream_answer(question, **arguments), silent=silent))
+        return answers
+    writing = llm.stream_together([session] * len(questions), questions=questions, **together)
+    ask_aloud(questions[0])
+    answers = print_as_written(first_of(writing), silent=silent)
+    for question, answer in zip(questions[1:], answers[1:], strict=True):
+        ask_aloud(question)
+        if not silent:
+            sys.stdout.write(f"{answer.text}\n")
+    return answers
+
+
+def _as_json(question: str, answer: Generation) -> dict[str, Any]:
     return {
         "question": question,
-        "answer": result.text,
-        "tokens": result.tokens,
-        "seconds": result.seconds,
-        "stop_reason": result.stop_reason,
+        "answer": answer.text,
+        "tokens": answer.tokens,
+        "seconds": answer.seconds,
+        "stop_reason": answer.stop_reason,
     }
 
 

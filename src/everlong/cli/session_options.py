@@ -7,7 +7,7 @@ import sys
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from everlong.cli.options import MethodOptions, ModelOptions
 from everlong.cli.terminal import pull_progress
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from everlong.llm import LLM
     from everlong.reading.reports import Generation, Stats
     from everlong.reading.session import Session
+
+Outcome = TypeVar("Outcome")
 
 
 @contextmanager
@@ -74,7 +76,7 @@ def check_state(state: Path | None) -> None:
         raise ConfigurationError(f"cannot save to {state}: there is no folder {state.parent}")
 
 
-def print_as_written(pieces: Generator[str, None, Generation], *, silent: bool = False) -> Generation:
+def print_as_written(pieces: Generator[str, None, Outcome], *, silent: bool = False) -> Outcome:
     """Print a text as it is written, ending the line, and return the outcome."""
 
     def show(text: str) -> None:
@@ -86,11 +88,27 @@ def print_as_written(pieces: Generator[str, None, Generation], *, silent: bool =
         while True:
             show(next(pieces))
     except StopIteration as end:
-        generation: Generation = end.value
-        return generation
+        outcome: Outcome = end.value
+        return outcome
     finally:
         pieces.close()
         show("\n")
+
+
+def first_of(
+    writing: Generator[tuple[int, str], None, list[Generation]],
+) -> Generator[str, None, list[Generation]]:
+    """Yield the text of the first of several that are written together; return all outcomes."""
+    try:
+        while True:
+            number, piece = next(writing)
+            if number == 0:
+                yield piece
+    except StopIteration as end:
+        generations: list[Generation] = end.value
+        return generations
+    finally:
+        writing.close()
 
 
 def account(stats: Stats) -> dict[str, Any]:
