@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from everlong.attention.branches import Branches
 from everlong.attention.cache_interface import PolicyCache
 from everlong.attention.policy import Policy, make_policy, policy_options
 from everlong.attention.positions import Rotation
 from everlong.attention.window import LocalWindow
-from everlong.errors import StateError
+from everlong.errors import StateError, UnsupportedUseError
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class StreamCache(PolicyCache):
             for number, layer in layers.items()
         }
         self._kept_layers = dict(layers)
+        self.branches: Branches | None = None
         self._is_provisional = False
         self._provisional_seen = 0
         self.is_half_done = False
@@ -107,13 +109,43 @@ class StreamCache(PolicyCache):
     # --- taking back -------------------------------------------------------------------------------
 
     @contextmanager
-    def provisional(self) -> Iterator[None]:
-        """Within the block, tokens are seen, not settled: follow with :meth:`commit` or :meth:`rollback`."""
-        self._is_provisional = True
+    def provisional(self, branches: Branches | None = None) -> Iterator[None]:
+        """Within the block, tokens are seen, not settled: follow with :meth:`commit` or :meth:`rollback`.
+
+        Parameters
+        ----------
+        branches : Branches, optional
+            How the tokens of the block's one forward follow one another; otherwise each follows the last.
+
+        Raises
+        ------
+        UnsupportedUseError
+            The policy, or where the stream stands, does not take branches.
+        """
+        if branches is not None:
+            self._require_branches(branches)
+        self._is_provisional, self.branches = True, branches
         try:
             yield
         finally:
-            self._is_provisional = False
+            self._is_provisional, self.branches = False, None
+
+    def takes_branches(self, height: int) -> bool:
+        """Whether the stream stands where branches of `height` tokens may follow: its sinks are filled."""
+        longest = max(self.pads or (0,))
+        return all(
+            self.seen >= memory.sinks + longest
+            and (memory.tier is None or memory.local is None or memory.local > height)
+            for memory in self.memories.values()
+        )
+
+    def _require_branches(self, branches: Branches) -> None:
+        if not self.policy.takes_branches:
+            raise UnsupportedUseError(
+                f"{type(self.policy).__name__} does not take tokens that follow in several ways"
+            )
+        if self._provisional_seen or not self.takes_branches(branches.height):
+            raise UnsupportedUseError("branches follow a stream whose sinks are read and settled")
 
     @property
     def is_provisional(self) -> bool:
@@ -151,6 +183,8 @@ class StreamCache(PolicyCache):
             )
         if self._provisional_seen and not self._is_provisional:
             raise StateError("there are provisional tokens: commit() or rollback() first")
+        if self.branches is not None and self._provisional_seen:
+            raise StateError("branches are run in one forward: commit() or rollback() before the next")
         if self.rows is not None and rows != self.rows:
             raise StateError(f"this cache holds {self.rows} rows, the input has {rows}")
 

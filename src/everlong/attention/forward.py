@@ -142,14 +142,21 @@ class Forward:
         """
         layer, cache = self.layers[number], self.cache
         policy, rotation = self._manner(layer)
-        call = LayerCall(number, rotation, cache.pads, scaling, softcap, self._memo)
+        call = LayerCall(number, rotation, cache.pads, scaling, softcap, cache.branches, self._memo)
         if layer.donor is None:
             view = cache.memories[number].append(key, value, call, provisional=cache.is_provisional)
         else:
             view = self._given[layer.donor].of(call)
         first, placed = view.stop - query.shape[2], view.place(query)
+        if cache.branches is not None:
+            if query.shape[2] != len(cache.branches):
+                raise UnsupportedUseError("this model computes the last query alone: it takes no branches")
+            first = view.memory.seen
+            groups = [(first, first + query.shape[2])]  # all at once
+        else:
+            groups = _groups(first, view.stop, policy, is_padded=view.pads is not None)
         outputs = []
-        for begin, stop in _groups(first, view.stop, policy, is_padded=view.pads is not None):
+        for begin, stop in groups:
             group = slice(begin - first, stop - first)
             queries = view.queries(query[:, :, group], placed[:, :, group], begin)
             parts = policy.parts(queries, view)
@@ -166,7 +173,8 @@ class Forward:
         key = (layer.window, layer.rotary, layer.layout)
         if key not in self._manners:
             policy = self.layers.policy(layer, self.cache.policy)
-            length = self.cache.seen + self.tokens
+            branches = self.cache.branches
+            length = self.cache.seen + (self.tokens if branches is None else branches.height)
             if policy.span is not None:
                 length = min(length, policy.span)
             self._manners[key] = policy, self.layers.rotation(layer, length, self._memo)

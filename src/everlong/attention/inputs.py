@@ -120,8 +120,10 @@ def clamped_positions(
     Rotation does not need them; models that scale queries by absolute position do, and must not see
     positions they were never trained on.
     """
-    stop = cache.seen + inputs.tokens
-    expected = torch.arange(cache.seen, stop, device=inputs.device)[None]
+    ahead = torch.arange(inputs.tokens) if cache.branches is None else cache.branches.depths
+    if len(ahead) != inputs.tokens:
+        raise InputError(f"the branches have {len(ahead)} tokens, the input {inputs.tokens}")
+    expected = (cache.seen + ahead).to(inputs.device)[None]
     own = expected if pads is None else expected - torch.tensor(pads, device=inputs.device)[:, None]
     given = inputs.arguments.get("position_ids")
     if given is not None:

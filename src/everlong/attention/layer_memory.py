@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from everlong.attention.positions import FRAME, Rotation
+from everlong.attention.positions import FRAME, Angles, Rotation
 from everlong.attention.tiers import RamTier
 from everlong.attention.view import LayerCall, LayerView
 from everlong.errors import StateError
@@ -126,12 +126,24 @@ class LayerMemory:
         if provisional:
             self.pending = (raw_keys, values)
         n = raw_keys.shape[2]
+        if call.branches is not None:
+            keys = rotation.turned(raw_keys, self.branch_angles(raw_keys, call))
+            return LayerView(self, call, self.seen + call.branches.height, (keys, values, raw_keys))
         keys = rotation(raw_keys, range(self.frame(self.seen), self.frame(self.seen + n)))
         self._fill_sinks(raw_keys, values, call.pads)
         if n == 1 and not provisional and not torch.is_grad_enabled():
             self._put(keys, values, raw_keys)
             return LayerView(self, call, stop=self.seen, new=None)
         return LayerView(self, call, stop=self.seen + n, new=(keys, values, raw_keys))
+
+    def branch_angles(self, like: Tensor, call: LayerCall) -> Angles:
+        """Return what rotates the tokens of a forward's branches to their places."""
+        assert call.branches is not None
+        key = "branches", id(call.rotation.frequencies), self.frame(self.seen)
+        if key not in call.memo:
+            call.memo[key] = call.rotation.angles(self.frame(self.seen) + call.branches.depths, like)
+        angles: Angles = call.memo[key]
+        return angles
 
     def settle(self, view: LayerView) -> None:
         """Copy the tokens of a forward into the ring; what they push out goes to the tier below."""

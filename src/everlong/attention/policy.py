@@ -33,6 +33,9 @@ class Policy(ABC):
     needs_surprisal: ClassVar[bool] = False
     """Whether :meth:`after_forward` must be told each token's surprisal; then only sessions can use it."""
 
+    takes_branches: ClassVar[bool] = False
+    """Whether :meth:`parts` shows tokens by :meth:`LayerView.band` and its kin, which know branches."""
+
     def resolve(self, training_length: int | None) -> Self:
         """Return this policy with the defaults that depend on the model filled in.
 

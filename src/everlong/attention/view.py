@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from everlong.attention.branches import Branches
 from everlong.attention.parts import Part, Triangle
 from everlong.attention.positions import Rotation
 
@@ -38,6 +39,8 @@ class LayerCall:
         Factor on the products of queries and keys.
     softcap : float or None
         The model's soft-cap on logits.
+    branches : Branches or None
+        How the new tokens follow one another; None: each the one before.
     memo : dict
         What several layers of the forward have in common, by a key of the finder's.
     """
@@ -47,6 +50,7 @@ class LayerCall:
     pads: tuple[int, ...] | None = None
     scaling: float = 1.0
     softcap: float | None = None
+    branches: Branches | None = None
     memo: dict[Any, Any] = field(default_factory=dict)
 
 
@@ -60,14 +64,14 @@ class Queries:
     placed : Tensor
         Rotated at their own positions in the frame, same shape.
     first, stop : int
-        Indices of the first query and of the one after the last.
+        Index of the first query, and the one after the last's.
     """
 
-    def __init__(self, raw: Tensor, placed: Tensor, first: int, rotation: Rotation) -> None:
+    def __init__(self, raw: Tensor, placed: Tensor, first: int, stop: int, rotation: Rotation) -> None:
         self.raw = raw
         self.placed = placed
         self.first = first
-        self.stop = first + raw.shape[2]
+        self.stop = stop
         self._rotation = rotation
 
     def at(self, position: int) -> Tensor:
@@ -103,6 +107,7 @@ class LayerView:
         self.stop = stop
         self.new = new
         self.pads = call.pads if call.pads and any(call.pads) else None
+        self.branches = call.branches
         self._first = memory.first
         self._lists: dict[str, Tensor] = {}
 
@@ -114,10 +119,13 @@ class LayerView:
 
     def queries(self, raw: Tensor, placed: Tensor, first: int) -> Queries:
         """Group queries that begin at index `first`."""
-        return Queries(raw, placed, first, self.rotation)
+        stop = first + raw.shape[2] if self.branches is None else self.stop
+        return Queries(raw, placed, first, stop, self.rotation)
 
     def place(self, raw_queries: Tensor) -> Tensor:
         """Rotate the last queries of the forward, shape (batch, heads, n, d), at their own positions."""
+        if self.branches is not None:
+            return self.rotation.turned(raw_queries, self.memory.branch_angles(raw_queries, self.call))
         stop = self.memory.frame(self.stop)
         return self.rotation(raw_queries, range(stop - raw_queries.shape[2], stop))
 
@@ -154,8 +162,11 @@ class LayerView:
 
     def row_index(self, queries: Queries) -> Tensor:
         """Each query's index in its own row, shape (batch or 1, 1, n, 1), on the queries' device."""
-        index = torch.arange(queries.first, queries.stop, device=queries.raw.device)[None, None, :, None]
-        return index - self.pad_column(queries.raw.device)
+        if self.branches is not None:
+            index = (queries.first + self.branches.depths).to(queries.raw.device)
+        else:
+            index = torch.arange(queries.first, queries.stop, device=queries.raw.device)
+        return index[None, None, :, None] - self.pad_column(queries.raw.device)
 
     def pad_column(self, device: torch.device) -> Tensor:
         """Each row's padding, shape (batch or 1, 1, 1, 1)."""
@@ -183,6 +194,8 @@ class LayerView:
         distance : int, optional
             Place all these keys at this distance instead of their true one (needs raw keys).
         """
+        if self.branches is not None:
+            return [self._branched(queries, nearest, farthest, lowest, distance)]
         a, b = queries.first, queries.stop
         low = max(lowest + min(self.pads or (0,)), self._first)
         if farthest is not None:
@@ -211,6 +224,25 @@ class LayerView:
             visible = _banded(a - low, b - a, seen_by_all - low, nearest, farthest, place.device)
             parts.append(self._part(place, low, seen_by_all, distance, visible))
         return parts
+
+    def _branched(
+        self, queries: Queries, nearest: int, farthest: int | None, lowest: int, distance: int | None
+    ) -> Part:
+        """Show each token of a tree the keys of :meth:`band` at hand, and those of its own branch."""
+        memory, device = self.memory, queries.raw.device
+        assert self.branches is not None and self.new is not None
+        begin, held, count = self._first, memory.seen - self._first, len(self.branches)
+        key = "branched", begin, held, nearest, farthest, lowest
+        if key not in self.call.memo:
+            index = torch.cat((torch.arange(begin, memory.seen), memory.seen + self.branches.depths)).to(
+                device
+            )
+            away = self.row_index(queries) - (index - self.pad_column(device))
+            sees = torch.cat((torch.ones(count, held, dtype=torch.bool), self.branches.sees), 1).to(device)
+            sees = sees & (away >= nearest) & (index - self.pad_column(device) >= lowest)
+            self.call.memo[key] = sees if farthest is None else sees & (away <= farthest)
+        place = queries.placed if distance is None else queries.at(distance)
+        return self._part(place, begin, memory.seen + count, distance, self.call.memo[key])
 
     def _part(
         self, place: Tensor, begin: int, stop: int, distance: int | None, visible: Tensor | Triangle | None

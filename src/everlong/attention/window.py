@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from everlong.attention.view import LayerView, Queries
 @dataclass(frozen=True)
 class WindowPolicy(Policy):
     """G sinks and the latest L tokens; subclasses place the sinks."""
+
+    takes_branches: ClassVar[bool] = True
 
     def shape(self) -> tuple[int, int | None]:
         """Return G and L, the sinks and the local tokens a query sees (L None: all)."""
