@@ -9,7 +9,7 @@ from everlong.attention import FullAttention, LMInfinite, Policy, StreamingLLM
 from everlong.errors import NumericalError, UnknownNameError, UnsupportedUseError
 from everlong.reading import Sampling, Session, writing
 from everlong.reading.sampling import Sampler
-from everlong.reading.speculation import SPECULATORS, PromptLookup, Speculator
+from everlong.reading.speculation import SPECULATORS, Draft, PromptLookup, Speculator
 from tests.reading.conftest import TEXT, WINDOW, make_llm, next_logits
 
 POLICIES = {
@@ -25,6 +25,9 @@ SAMPLINGS = {
 }
 
 
+NO_LOGITS = torch.empty(0)
+
+
 class Oracle(Speculator):
     """Guesses from a script: what will really come, spoiled after some tokens."""
 
@@ -38,11 +41,11 @@ class Oracle(Speculator):
     def add(self, token: int) -> None:
         self.at += 1
 
-    def guess(self) -> list[int]:
+    def guess(self) -> Draft:
         truth = self.script[self.at : self.at + self.right]
-        return [*truth, 5, 6]
+        return Draft([*truth, 5, 6])
 
-    def judged(self, kept: int) -> None:
+    def judged(self, kept: int, logits: torch.Tensor) -> None:
         self.kept.append(kept)
 
 
@@ -153,39 +156,39 @@ def test_an_error_while_judging_loses_no_token(at, oracle, monkeypatch):
 
 def test_prompt_lookup_guesses_what_followed_before():
     lookup = PromptLookup([1, 2, 3, 4, 5, 6, 7, 8, 9, 2, 3, 4])
-    assert list(lookup.guess()) == [5, 6, 7, 8]
+    assert list(lookup.guess().tokens) == [5, 6, 7, 8]
     lookup.add(6)
-    assert list(lookup.guess()) == []
+    assert list(lookup.guess().tokens) == []
     for token in (8, 9):
         lookup.add(token)
-    assert list(lookup.guess()) == [2, 3, 4, 6], "two tokens are enough where three are new"
+    assert list(lookup.guess().tokens) == [2, 3, 4, 6], "two tokens are enough where three are new"
 
 
 def test_prompt_lookup_takes_the_latest_occurrence():
     lookup = PromptLookup([1, 2, 3, 10, 1, 2, 3, 11, 1, 2, 3])
-    assert list(lookup.guess())[:1] == [11]
+    assert list(lookup.guess().tokens)[:1] == [11]
 
 
 def test_prompt_lookup_guesses_further_while_it_is_right():
     lookup = PromptLookup(list(range(50)) + [0, 1, 2])
     lengths = []
     for kept in (4, 8, 16, 16, 0, 0, 0, 0):
-        lengths.append(len(lookup.guess()))
-        lookup.judged(kept)
+        lengths.append(len(lookup.guess().tokens))
+        lookup.judged(kept, NO_LOGITS)
     assert lengths == [4, 8, 16, 16, 16, 8, 4, 2]
 
 
 def test_prompt_lookup_counts_a_guess_cut_short_as_right():
     lookup = PromptLookup([1, 2, 3, 1, 2, 3])
-    assert list(lookup.guess()) == [1, 2, 3]
-    lookup.judged(3)
+    assert list(lookup.guess().tokens) == [1, 2, 3]
+    lookup.judged(3, NO_LOGITS)
     for token in (1, 2, 3) * 5:
         lookup.add(token)
-    assert len(lookup.guess()) == 3, "there is no more between the two occurrences"
+    assert len(lookup.guess().tokens) == 3, "there is no more between the two occurrences"
     other = PromptLookup(list(range(50)) + [0, 1, 2])
     other.guess()
-    other.judged(3)
-    assert len(other.guess()) == 4
+    other.judged(3, NO_LOGITS)
+    assert len(other.guess().tokens) == 4
 
 
 def test_prompt_lookup_repeats_a_text_in_fewer_forwards():

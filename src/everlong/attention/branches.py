@@ -19,6 +19,8 @@ class Branches:
 
     Attributes
     ----------
+    parents : list of int
+        As given.
     depths : Tensor
         Tokens of its branch before each one, shape (n,).
     sees : Tensor
@@ -30,6 +32,7 @@ class Branches:
     def __init__(self, parents: Sequence[int]) -> None:
         if not parents or any(not -1 <= parent < number for number, parent in enumerate(parents)):
             raise ConfigurationError(f"a token follows the stream (-1) or an earlier token: {list(parents)}")
+        self.parents = list(parents)
         depths: list[int] = []
         self.sees = torch.eye(len(parents), dtype=torch.bool)
         for number, parent in enumerate(parents):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from everlong.attention import Attachment, StreamCache
+from everlong.attention.branches import Branches
 from everlong.errors import NumericalError
 from everlong.reading.sampling import LONGEST_REPETITION_WINDOW
 
@@ -115,7 +116,12 @@ class Driver:
         given = torch.tensor([ids], device=self.device)
         return given, {"input_ids": given, self.attachment.cache_argument: cache, "use_cache": True}
 
-    def run_tentatively(self, ids: Sequence[int], judge: Callable[[Tensor], Iterator[int]]) -> None:
+    def run_tentatively(
+        self,
+        ids: Sequence[int],
+        judge: Callable[[Tensor], Iterator[int]],
+        branches: Branches | None = None,
+    ) -> Tensor:
         """Run tokens of which only the first is certain.
 
         Parameters
@@ -123,26 +129,36 @@ class Driver:
         ids : sequence of int
             At least one.
         judge : callable
-            Given the logits after each token, shape (len(ids), vocabulary), it counts up how many of them
-            stay. If it raises, those it has counted do.
+            Given the logits after each token, shape (len(ids), vocabulary), it yields the numbers of those
+            that stay, one after another. If it raises, those it has yielded do.
+        branches : Branches, optional
+            How they follow one another; otherwise each follows the one before.
+
+        Returns
+        -------
+        Tensor (len(ids), vocabulary)
+            The logits.
         """
         with torch.inference_mode():
             started = time.perf_counter()
             model: Any = self.attachment.model
-            (given, call), kept = self._call(ids, self.cache), 0
+            given, call = self._call(ids, self.cache)
+            kept: list[int] = []
             try:
-                with self.cache.provisional():
-                    logits = model(**call).logits[0]
-                for kept in judge(logits):
-                    self.logits = logits[kept - 1]
+                with self.cache.provisional(branches):
+                    logits: Tensor = model(**call).logits[0]
+                for number in judge(logits):
+                    kept.append(number)
+                    self.logits = logits[number]
             finally:
-                self.cache.commit(list(range(kept)))
-                self.recent.extend(ids[:kept])
-                self.tokens += kept
+                self.cache.commit(kept)
+                self.recent.extend(ids[number] for number in kept)
+                self.tokens += len(kept)
                 self.seconds += time.perf_counter() - started
             assert self.logits is not None
             self.logits = self.logits.clone()  # not all of them
-            self.cache.after_forward(given[:, :kept], None)
+            self.cache.after_forward(given[:, kept], None)
+            return logits
 
     def fork(self) -> Driver:
         """Return an independent copy."""

@@ -8,12 +8,36 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
 
 from everlong.registry import Registry
 
 
+@dataclass(frozen=True)
+class Draft:
+    """Tokens that may come next, in one way or in several.
+
+    Attributes
+    ----------
+    tokens : sequence of int
+        The guessed tokens; none: nothing is known.
+    parents : sequence of int or None
+        Of each, the number of the one it follows: 0 is the last token written, i the i-th of `tokens`; None:
+        each follows the one before.
+    """
+
+    tokens: Sequence[int] = ()
+    parents: Sequence[int] | None = None
+
+
 class Speculator(ABC):
     """Guesses the next tokens of one stream."""
+
+    branches: ClassVar[bool] = False
+    """Whether it guesses in several ways at once, which not every policy can run."""
 
     @abstractmethod
     def __init__(self, read: Iterable[int]) -> None:
@@ -24,12 +48,20 @@ class Speculator(ABC):
         """Take note of the next token."""
 
     @abstractmethod
-    def guess(self) -> Sequence[int]:
-        """Return what may come next; nothing, where nothing is known."""
+    def guess(self) -> Draft:
+        """Return what may come next."""
 
     @abstractmethod
-    def judged(self, kept: int) -> None:
-        """Take note that `kept` tokens of the latest guess were right."""
+    def judged(self, kept: int, logits: Tensor) -> None:
+        """Take note of what became of the latest draft, before its tokens are added.
+
+        Parameters
+        ----------
+        kept : int
+            How many of its tokens were right, one after another.
+        logits : Tensor
+            After the last token written and after each of the draft's, shape (1 + tokens, vocabulary).
+        """
 
 
 SPECULATORS: Registry[type[Speculator]] = Registry("way to speculate")
@@ -72,17 +104,17 @@ class PromptLookup(Speculator):
                 gram = tuple(self._tokens[end - size :])
                 self._after[gram] = (end, self._after.get(gram, (0, 0))[0])
 
-    def guess(self) -> Sequence[int]:
+    def guess(self) -> Draft:
         """Return what followed the last tokens when they occurred before."""
         for size in self.SIZES:
             _, earlier = self._after.get(tuple(self._tokens[-size:]), (0, 0))
             if earlier:
                 guess = self._tokens[earlier : earlier + self._length]
                 self._given = len(guess)
-                return guess
-        return ()
+                return Draft(guess)
+        return Draft()
 
-    def judged(self, kept: int) -> None:
+    def judged(self, kept: int, logits: Tensor) -> None:
         """Double the guess's length where all of it was right, halve it where none was."""
         if kept >= self._given:
             self._length = min(2 * self._length, self.LONGEST)

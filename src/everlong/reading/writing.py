@@ -8,12 +8,13 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from everlong.attention.branches import Branches
 from everlong.errors import ConfigurationError, UnsupportedUseError
 from everlong.reading.detokenize import Detokenizer
 from everlong.reading.interrupt import deferred_interrupt
 from everlong.reading.reports import Generation, StopReason
 from everlong.reading.sampling import Sampler, Sampling
-from everlong.reading.speculation import SPECULATORS, Speculator
+from everlong.reading.speculation import SPECULATORS, Draft, Speculator
 from everlong.reading.tape import Tape
 
 Outcome = TypeVar("Outcome")
@@ -62,6 +63,12 @@ def write(
             "speculation does not report the surprisal of each token, which this session or its policy "
             "asks for: leave speculate out, or begin a session without surprisal=True"
         )
+    policy = tape.driver.cache.policy
+    if speculator_of is not None and speculator_of.branches and not policy.takes_branches:
+        raise UnsupportedUseError(
+            f"{type(policy).__name__} does not take tokens that follow in several ways, as "
+            f"speculate={speculate!r} guesses them: use speculate='prompt-lookup', or leave it out"
+        )
     return _written(tape, chunk, max_new_tokens, sampling, stop, speculator_of, started)
 
 
@@ -83,13 +90,14 @@ def _written(
     speculator = None if speculator_of is None else speculator_of(driver.recent)
     page = Page(tape, Detokenizer(tape.model.tokenizer, list(driver.recent)[-16:], stop), max_new_tokens)
     while page.reason is None:
-        guesses = speculator.guess()[: page.room - 1] if speculator is not None and tape.queue else ()
-        if guesses:
+        draft = speculator.guess() if speculator is not None and tape.queue else Draft()
+        ids, branches = _drafted(tape, draft, page.room)
+        if len(ids) > 1:
             assert speculator is not None
             before = page.count
             with deferred_interrupt():
-                _run_with_guesses(tape, page, sampler, guesses)
-            speculator.judged(min(page.count - before - 1, len(guesses)))
+                logits = _run_drafted(tape, page, sampler, ids, branches)
+            speculator.judged(min(page.count - before, len(ids)) - 1, logits)
         else:
             if tape.queue:
                 tape.run_chunk(1, logits=True)
@@ -157,20 +165,36 @@ class Page:
         return self.texts()
 
 
-def _run_with_guesses(tape: Tape, page: Page, sampler: Sampler, guesses: Sequence[int]) -> None:
-    """Run the waiting token and guesses at what follows; go on as far as the model chooses them too."""
-    ids = [*tape.queue, *guesses]
+def _drafted(tape: Tape, draft: Draft, room: int) -> tuple[list[int], Branches | None]:
+    """Return the waiting token and what may follow it, as far as there is room for it and it can be run."""
+    if draft.parents is None:
+        return [*tape.queue, *draft.tokens[: room - 1]], None
+    branches = Branches([-1, *draft.parents])
+    if not tape.driver.cache.takes_branches(branches.height):
+        return tape.queue, None
+    return [*tape.queue, *draft.tokens], branches
+
+
+def _run_drafted(
+    tape: Tape, page: Page, sampler: Sampler, ids: Sequence[int], branches: Branches | None
+) -> Tensor:
+    """Run the waiting token and a draft; go on as far as the model chooses it too. Return the logits."""
+    parents = range(-1, len(ids) - 1) if branches is None else branches.parents
+    children = {
+        (parent, token): number for number, (parent, token) in enumerate(zip(parents, ids, strict=True))
+    }
     recent = [*tape.driver.recent]
 
     def judge(logits: Tensor) -> Iterator[int]:
-        for kept, guess in enumerate([*guesses, None], start=1):
-            chosen = sampler(logits[kept - 1], [*recent, *ids[:kept]])
+        number: int | None = 0
+        while number is not None:
+            recent.append(ids[number])
+            chosen = sampler(logits[number], recent)
             page.take(chosen)
-            yield kept
-            if page.reason is not None or chosen != guess:
-                return
+            yield number
+            number = None if page.reason is not None else children.get((number, chosen))
 
-    tape.driver.run_tentatively(ids, judge)
+    return tape.driver.run_tentatively(ids, judge, branches)
 
 
 def drained(writing: Generator[Any, None, Outcome]) -> Outcome:
