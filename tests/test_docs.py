@@ -108,6 +108,8 @@ def test_commands_and_their_options_exist(words):
         assert re.search(rf"^{arguments[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
     elif program == "everlong":
         command = typer.main.get_command(build_app()).commands[arguments[0]]
+        if hasattr(command, "commands"):
+            command = command.commands[arguments[1]]
         options = {option for parameter in command.params for option in parameter.opts}
         assert {word.split("=")[0] for word in arguments if word.startswith("-") and word != "-"} <= options
         asked = [

@@ -50,7 +50,7 @@ def everlong(
         data = stdin if isinstance(stdin, bytes) else stdin.encode()
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
         capsys.readouterr()
-        code = run([command, "--model", str(folder), "--device", "cpu", *map(str, words)])
+        code = run([*command.split(), "--model", str(folder), "--device", "cpu", *map(str, words)])
         shown = capsys.readouterr()
         return Result(code, shown.out, shown.err)
 

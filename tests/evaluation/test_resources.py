@@ -14,6 +14,8 @@ import everlong
 from everlong.errors import UnsupportedUseError
 from everlong.evaluation import resources
 from everlong.evaluation.resources import (
+    allocated_bytes,
+    available_bytes,
     describe_machine,
     machine_line,
     peak_bytes,
@@ -35,6 +37,10 @@ def test_the_machine_is_described_in_plain_values(monkeypatch: pytest.MonkeyPatc
     assert machine["everlong"] == everlong.__version__
     assert machine["cpu"] and machine["OMP_WAIT_POLICY"] == "PASSIVE"
     monkeypatch.delenv("OMP_WAIT_POLICY")
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    assert "SPIN" not in machine_line(describe_machine())
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    assert machine_line(describe_machine()).endswith("GOMP_SPINCOUNT 7")
     assert describe_machine()["OMP_WAIT_POLICY"] == "not set"
 
 
@@ -77,3 +83,15 @@ def test_kibibytes_become_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     status.write_text("Name:\tpython\nVmPeak:\t   9 kB\nVmHWM:\t     7 kB\nVmRSS:\t     5 kB\n")
     monkeypatch.setattr(resources, "_STATUS", status)
     assert (resident_bytes(), peak_bytes()) == (5 * 1024, 7 * 1024)
+
+
+def test_available_memory_is_what_the_system_says_or_not_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meminfo = tmp_path / "meminfo"
+    monkeypatch.setattr(resources, "_MEMORY", meminfo)
+    cpu = torch.device("cpu")
+    assert available_bytes(cpu) is None
+    meminfo.write_text("MemTotal:   9 kB\nMemAvailable:       7 kB\n")
+    assert available_bytes(cpu) == 7 * 1024
+    assert available_bytes(torch.device("meta")) is None and allocated_bytes(cpu) is None

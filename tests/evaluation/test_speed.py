@@ -12,7 +12,15 @@ from torch import Tensor
 from everlong.attention import FullAttention, LMInfinite, StreamingLLM
 from everlong.errors import ConfigurationError, UnsupportedUseError
 from everlong.evaluation import speed
-from everlong.evaluation.speed import decode_seconds, fill, prefill_seconds, random_ids, rates, rewind
+from everlong.evaluation.speed import (
+    Bookmark,
+    decode_seconds,
+    fill,
+    prefill_seconds,
+    random_ids,
+    rates,
+    rewind,
+)
 from everlong.evaluation.streams import StockStream, open_stream
 from tests.evaluation.expected import A_KEY, Clock, stock_logits
 from tests.tiny import VOCAB, build
@@ -101,6 +109,24 @@ def test_a_stock_stream_is_taken_back_and_a_window_stays_full(model: Any) -> Non
         ours.read(ids)
         rewind(ours, 40)
         assert (ours.seen, ours.kept) == (60, W)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gemma4_text"])
+@pytest.mark.parametrize("depth", [4, 40])
+def test_a_bookmark_takes_local_layers_back_too(family: str, depth: int) -> None:
+    model, ids = build(family), tokens(1, 70)[0]
+    stream = StockStream(model)
+    stream.read(ids[:depth])
+    bookmark = Bookmark(stream)
+    before = {number: (k.clone(), v.clone()) for number, (k, v) in stream.layers.items()}
+    first = stream.read(ids[depth:]).clone()
+    for _ in range(2):
+        stream.read(tokens(1, 9, seed=7)[0])
+        bookmark.go_back()
+        assert stream.seen == depth
+        for number, (keys, values) in stream.layers.items():
+            assert torch.equal(keys, before[number][0]) and torch.equal(values, before[number][1])
+        assert torch.allclose(stream.read(ids[depth:]), first, atol=1e-5)
 
 
 # --- the clock ----------------------------------------------------------------------------------------

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from everlong.attention import POLICIES, Policy, make_policy, policy_options, with_sinks
-from everlong.errors import ConfigurationError, UnknownNameError
+from everlong.attention import POLICIES, Policy, make_policy, with_sinks
+from everlong.errors import ConfigurationError
 from everlong.evaluation.head import Head
 from everlong.evaluation.perplexity import Bucket, Chunk, bucketed, read_stream
 from everlong.evaluation.resources import describe_machine
-from everlong.evaluation.streams import PolicyStream, Stream, open_stream
+from everlong.evaluation.streams import Stream, open_stream
 from everlong.models.anatomy import decoder_of, training_length_of
 from everlong.models.loading import LoadedModel
 from everlong.reading.detokenize import Detokenizer
@@ -265,7 +265,7 @@ def compare_methods(
             told = None if progress is None else _with_name(progress, method.name)
             before = read_stream(stream, head, pinned, chunk=plan.chunk).last_hidden if len(pinned) else None
             reading = read_stream(stream, head, ids, chunk=plan.chunk, after=before, progress=told)
-            policy, options = _described(stream)
+            policy, options = stream.described()
             accounts = (stream.bytes(), stream.seen, stream.kept, stream.forgotten)
             stream.end_reading()
             pieces, seconds = [], []
@@ -337,15 +337,6 @@ def _write(
         recent.append(token)
         yield detokenizer.put(token), spent
     yield detokenizer.finish(), 0.0
-
-
-def _described(stream: Stream) -> tuple[str | None, dict[str, Any]]:
-    if not isinstance(stream, PolicyStream):
-        return None, {}
-    try:
-        return policy_options(stream.cache.policy)
-    except UnknownNameError:  # a policy of one's own that has no name
-        return None, dataclasses.asdict(stream.cache.policy)
 
 
 def _with_name(progress: Callable[[str, Progress], None], name: str) -> Callable[[Progress], None]:

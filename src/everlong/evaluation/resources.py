@@ -16,6 +16,7 @@ from everlong import __version__
 from everlong.errors import UnsupportedUseError
 
 _STATUS = Path("/proc/self/status")
+_MEMORY = Path("/proc/meminfo")
 _CLEAR = Path("/proc/self/clear_refs")
 
 
@@ -32,15 +33,18 @@ def describe_machine() -> dict[str, Any]:
         "transformers": transformers.__version__,
         "everlong": __version__,
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "not set"),
+        "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "not set"),
     }
 
 
 def machine_line(machine: dict[str, Any]) -> str:
     """Return :func:`describe_machine` as one line."""
+    turns = machine.get("GOMP_SPINCOUNT", "not set")
+    spinning = "" if turns == "not set" else f", GOMP_SPINCOUNT {turns}"
     where = machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads"
     return (
         f"{machine['date']}; {where}; torch {machine['torch']}, transformers {machine['transformers']}, "
-        f"Python {machine['python']}; OMP_WAIT_POLICY {machine['OMP_WAIT_POLICY']}"
+        f"Python {machine['python']}; OMP_WAIT_POLICY {machine['OMP_WAIT_POLICY']}{spinning}"
     )
 
 
@@ -52,6 +56,22 @@ def resident_bytes() -> int:
 def peak_bytes() -> int:
     """Return the largest resident memory since the start, or since :func:`reset_peak` (Linux)."""
     return _status("VmHWM")
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Return the memory that can be taken on `device` without swapping; None: not known there."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = dict(line.split(":", 1) for line in _MEMORY.read_text().splitlines())
+        return 1024 * int(lines["MemAvailable"].split()[0]) if device.type == "cpu" else None
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def allocated_bytes(device: torch.device) -> int | None:
+    """Return what PyTorch has allocated on `device`, where it keeps account of that."""
+    return int(torch.cuda.memory_allocated(device)) if device.type == "cuda" else None
 
 
 def reset_peak() -> None:

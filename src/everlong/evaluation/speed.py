@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,18 +38,24 @@ def fill(stream: Stream, depth: int, *, chunk: int = 512, seed: int = 0) -> None
         _fill_stock(stream, depth, generator)
         return
     assert isinstance(stream, PolicyStream)
-    policy = stream.cache.policy
-    if policy.forgets and policy.span is not None:
-        depth = min(depth, policy.span + chunk)
-    ids = random_ids(stream.decoder, depth, generator)
-    for begin in range(0, depth, chunk):
+    if stream.settles_at is not None:
+        depth = min(depth, stream.settles_at + chunk)
+    read_random(stream, depth, chunk=chunk, generator=generator)
+
+
+def read_random(
+    stream: Stream, tokens: int, *, chunk: int = 512, generator: torch.Generator | None = None
+) -> None:
+    """Read `tokens` random tokens, `chunk` at a time."""
+    ids = random_ids(stream.decoder, tokens, generator)
+    for begin in range(0, tokens, chunk):
         stream.read(ids[begin : begin + chunk])
 
 
 def prefill_seconds(stream: Stream, ids: Tensor) -> float:
     """Return the seconds one chunk, shape (n,), takes."""
     started = time.perf_counter()
-    _wait(stream.read(ids))
+    wait_for(stream.read(ids))
     return time.perf_counter() - started
 
 
@@ -69,9 +76,33 @@ def decode_seconds(stream: Stream, ids: Tensor, head: nn.Module | None = None) -
         for token in ids:
             started = time.perf_counter()
             hidden = stream.read(token[None])
-            _wait(hidden if head is None else head(hidden))
+            wait_for(hidden if head is None else head(hidden))
             steps.append(time.perf_counter() - started)
     return steps
+
+
+class Bookmark:
+    """A place in a stock stream that it can be taken back to, the local layers too, which cannot be cropped.
+
+    Parameters
+    ----------
+    stream : StockStream
+        Where it is now.
+    """
+
+    def __init__(self, stream: StockStream) -> None:
+        layers: list[Any] = [stream.cache.layers[number] for number in stream.layers]
+        self._stream, self._seen = stream, stream.seen
+        self._local = {layer: dict(layer.__dict__) for layer in layers if layer.is_sliding}
+        self._full = [layer for layer in layers if not layer.is_sliding]
+
+    def go_back(self) -> None:
+        """Take the stream back."""
+        more = self._stream.seen - self._seen
+        for layer in self._full:
+            layer.crop(-more)
+        for layer, before in self._local.items():  # their tensors are replaced, never written into
+            layer.__dict__.update(before)
 
 
 def rewind(stream: Stream, depth: int) -> None:
@@ -150,6 +181,9 @@ def _fill_stock(stream: StockStream, depth: int, generator: torch.Generator) -> 
         stream.cache.update(more[0], more[1], index)
 
 
-def _wait(tensor: Tensor) -> None:
+def wait_for(tensor: Tensor) -> None:
+    """Wait until `tensor` is computed, on devices that compute behind one's back."""
     if tensor.device.type == "cuda":
         torch.cuda.synchronize(tensor.device)
+    elif tensor.device.type == "mps":
+        torch.mps.synchronize()

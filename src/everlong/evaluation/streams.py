@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from everlong.attention import Attachment, Policy, attach
+from everlong.attention import Attachment, Policy, attach, policy_options
+from everlong.errors import UnknownNameError
 from everlong.models.anatomy import decoder_of
 from everlong.models.cache_argument import cache_argument
 
@@ -60,6 +63,10 @@ class Stream(ABC):
     @abstractmethod
     def kept(self) -> int:
         """Tokens the next one can see."""
+
+    def described(self) -> tuple[str | None, dict[str, Any]]:
+        """Return the policy's registered name, if it has one, and its options."""
+        return None, {}
 
     @property
     def forgotten(self) -> int:
@@ -133,6 +140,25 @@ class PolicyStream(Stream):
     def seen(self) -> int:
         """Tokens read."""
         return self._cache.seen
+
+    @property
+    def settles_at(self) -> int | None:
+        """Tokens after which the stream holds no more and costs the same; None: it grows."""
+        policy: Policy = self._cache.policy
+        return policy.span if policy.forgets else None
+
+    def fork(self) -> PolicyStream:
+        """Return an independent copy."""
+        other = copy.copy(self)
+        other._cache = self._cache.fork()
+        return other
+
+    def described(self) -> tuple[str | None, dict[str, Any]]:
+        """As the policy is registered."""
+        try:
+            return policy_options(self._cache.policy)
+        except UnknownNameError:  # a policy of one's own that has no name
+            return None, dataclasses.asdict(self._cache.policy)
 
     @property
     def kept(self) -> int:

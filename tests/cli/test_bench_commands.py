@@ -1,0 +1,88 @@
+import json
+
+import pytest
+
+from everlong.cli import bench_commands
+from everlong.evaluation import machine_speed, rooflines
+
+
+@pytest.fixture(autouse=True)
+def _little(monkeypatch):
+    monkeypatch.setattr(rooflines, "_SIDE", {"cpu": 16})
+    monkeypatch.setattr(rooflines, "_BUFFER", {"cpu": 4096})
+
+
+OPTIONS = ("--depths", "40,30", "--repeats", 2, "--set", "window=20")
+
+
+def test_it_says_how_long_it_takes_and_shows_a_table(everlong):
+    result = everlong("bench speed", *OPTIONS)
+    assert result.code == 0
+    assert "this will take about 10 seconds" in result.err and "measured at 40 tokens" in result.err
+    for word in ("tokens of context", "30", "40", "lm-infinite", "ratio", "its kernels alone", "GFLOP/s"):
+        assert word in result.out
+    assert result.out.index("30") < result.out.index("40")
+
+
+def test_json_is_the_report_and_quiet_is_quiet(everlong):
+    result = everlong("bench speed", *OPTIONS, "--weights", "int8", "--json", "--quiet")
+    report = json.loads(result.out)
+    assert not result.err and (report["weights"], report["options"]["window"]) == ("int8", 20)
+    assert [(row["depth"], row["repeats"]) for row in report["rows"]] == [(30, 2), (40, 2)]
+
+
+def test_the_window_is_2048_unless_told_otherwise_and_some_methods_have_none(everlong):
+    words = ("--depths", 30, "--repeats", 1, "--json", "--quiet")
+    assert json.loads(everlong("bench speed", *words).out)["options"]["window"] == 2048
+    report = json.loads(everlong("bench speed", *words, "--attention", "full").out)
+    assert report["policy"] == "full" and "window" not in report["options"]
+
+
+def test_an_interrupted_measurement_shows_what_there_is(everlong, monkeypatch):
+    measured = []
+    original = machine_speed.decode_seconds
+
+    def interrupt(*args):
+        measured.append(args)
+        if len(measured) > 3:  # stock and ours once, stock a second time
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(machine_speed, "decode_seconds", interrupt)
+    result = everlong("bench speed", *OPTIONS)
+    assert result.code == 130 and not result.out
+    assert "unfinished: 1 of 2 repeats at 30" in result.err and "not reached: 40" in result.err
+
+
+def test_interrupted_before_anything_was_measured_there_is_nothing_to_show(everlong, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(machine_speed, "prefill_seconds", interrupt)
+    result = everlong("bench speed", *OPTIONS)
+    assert result.code == 130 and "tokens of context" not in result.err
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--depths", "1k"], "--depths takes whole numbers of tokens, such as 1024,8192; got '1k'"),
+        (["--depths", "0"], "each at least 1 and given once"),
+        (["--depths", ","], "not none"),
+        (["--depths", "5,5"], "given once"),
+        (["--attention", "lm-infinte"], "did you mean 'lm-infinite'?"),
+        (["--set", "wndow=3"], "did you mean 'window'?"),
+        (["--weights", "int5"], "unknown choice of weights 'int5'"),
+        (["--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
+    ],
+)
+def test_bad_input_is_one_line(everlong, words, message):
+    result = everlong("bench speed", *words, "--quiet")
+    assert result.code == 2 and message in result.err and len(result.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "seconds, words", [(3, "10 seconds"), (61, "70 seconds"), (100, "2 minutes"), (121, "3 minutes")]
+)
+def test_durations_are_rounded_up(seconds, words):
+    assert bench_commands._duration(seconds) == words
