@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from everlong.cli.app import SPIN_COUNT
 from everlong.evaluation.resources import describe_machine, machine_line
 
 RESULTS = Path(__file__).parent / "results"
@@ -48,6 +52,26 @@ class Rows:
         page = "\n".join([f"# {title}", "", machine_line(self.machine), "", *lines, ""])
         self.path.with_suffix(".md").write_text(page)
         print(page)
+
+
+WAITING = {
+    "sleep at once": {"OMP_WAIT_POLICY": "PASSIVE"},
+    "spin briefly": {"GOMP_SPINCOUNT": str(SPIN_COUNT)},
+    "never sleep": {"OMP_WAIT_POLICY": "ACTIVE"},
+}
+"""What the environment says of how threads wait."""
+
+
+def in_own_process(script: str, *arguments: object, waiting: str | None = None) -> Any:
+    """Return what `script` prints as JSON in a process of its own, where threads wait as `waiting` says."""
+    environment = dict(os.environ)
+    if waiting is not None:
+        for key in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+            environment.pop(key, None)
+        environment |= WAITING[waiting]
+    command = [sys.executable, script, *map(str, arguments)]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def table(headings: list[str], rows: list[list[str]]) -> list[str]:

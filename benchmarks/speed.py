@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,7 +19,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from common import RESULTS, Rows, table
+from common import RESULTS, Rows, in_own_process, table
 
 from everlong.attention import LMInfinite
 from everlong.evaluation.resources import peak_bytes, reset_peak, resident_bytes
@@ -87,11 +85,8 @@ def main() -> None:
         return {key: [median(each[1:]) for each in pair] for key, pair in times.items()}
 
     def once(method: str, tokens: int) -> dict[str, Any]:
-        command = [sys.executable, __file__, "--model", options.model, "--window", str(options.window)]
-        done = subprocess.run(
-            [*command, "--peak", method, str(tokens)], capture_output=True, check=True, text=True
-        )
-        result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        arguments = ["--model", options.model, "--window", options.window, "--peak", method, tokens]
+        result: dict[str, Any] = in_own_process(__file__, *arguments)
         return result
 
     short = {n: rows.get(f"prompt of {n}", lambda n=n: below(n)) for n in options.prompts}

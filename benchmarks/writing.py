@@ -13,28 +13,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from common import RESULTS, Rows, table
+from common import RESULTS, WAITING, Rows, in_own_process, table
 
 from everlong.attention import LMInfinite
-from everlong.cli.app import SPIN_COUNT
 from everlong.evaluation.speed import decode_seconds, fill, random_ids
 from everlong.evaluation.streams import open_stream
 from everlong.models.loading import load_model
 from everlong.models.packing import pack
 
 STEPS = 20
-WAITING = {
-    "sleep at once": {"OMP_WAIT_POLICY": "PASSIVE"},
-    "spin briefly": {"GOMP_SPINCOUNT": str(SPIN_COUNT)},
-    "never sleep": {"OMP_WAIT_POLICY": "ACTIVE"},
-}
 WEIGHTS = ("stock", "float", "int8", "int4")
 
 
@@ -57,17 +48,8 @@ def main() -> None:
     rows = Rows(options.output, setting)
 
     def once(weights: str, waiting: str) -> Any:
-        unset = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
-        environment = {key: value for key, value in os.environ.items() if key not in unset}
-        command = [sys.executable, __file__, "--model", options.model, "--window", str(options.window)]
-        done = subprocess.run(
-            [*command, "--repeats", str(options.repeats), "--once", weights],
-            env=environment | WAITING[waiting],
-            capture_output=True,
-            check=True,
-            text=True,
-        )
-        return json.loads(done.stdout.splitlines()[-1])
+        arguments = ["--model", options.model, "--window", options.window, "--repeats", options.repeats]
+        return in_own_process(__file__, *arguments, "--once", weights, waiting=waiting)
 
     found = {
         weights: [

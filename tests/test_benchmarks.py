@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The scripts can be imported, for this test only."""
-    names = ("common", "speed", "bounded", "real_text", "weights", "writing")
+    names = ("common", "speed", "bounded", "real_text", "weights", "writing", "goals", "llama")
     assert not set(names) & set(sys.modules)
     monkeypatch.syspath_prepend(FOLDER)
     yield

@@ -1,0 +1,187 @@
+"""The page of goals: what was measured, what another script did, and llama.cpp, there or not."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import io
+import json
+import sys
+import types
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tests.test_benchmarks
+from everlong.evaluation import rooflines
+from tests.test_benchmarks import Script, linux, measured
+
+folder, scripts = tests.test_benchmarks.folder, tests.test_benchmarks.scripts
+
+THEIRS = {
+    "version": "0.3",
+    "threads": 1,
+    "decode_ms": 20.0,
+    "prefill": {"24": 100.0, "48": 50.0},
+}
+
+
+@pytest.fixture
+def goals(scripts: None, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Script]:
+    """The script on the tiny model, with small rooflines, each part in this process; llama.cpp not there."""
+    options = ["--model", str(folder / "tiny"), "--weights", "int8", "--window", "40", "--threads", "1"]
+    options += ["--depths", "50", "1500", "--prompts", "24", "--longest", "48", "--repeats", "1"]
+    options += ["--llama", str(tmp_path / ".venv-llama"), "--gguf", str(tmp_path / "tiny.gguf")]
+    script = Script("goals", monkeypatch, tmp_path / "goals.json", *options)
+    before = torch.get_num_threads()
+
+    def here(path: str, *words: object, waiting: str) -> Any:
+        assert Path(path).name == "goals.py" and waiting == "spin briefly"
+        with io.StringIO() as out, redirect_stdout(out):
+            monkeypatch.setattr(sys, "argv", ["goals.py", *map(str, words)])
+            script.module.main()
+            return json.loads(out.getvalue().splitlines()[-1])
+
+    monkeypatch.setattr(script.module, "in_own_process", here)
+    monkeypatch.setattr(script.module, "CONTEXT", 30)
+    monkeypatch.setattr(rooflines, "_SIDE", {"cpu": 16})
+    monkeypatch.setattr(rooflines, "_BUFFER", {"cpu": 4096})
+    yield script
+    torch.set_num_threads(before)
+
+
+@linux
+def test_goals_measures_ours_and_says_that_llama_is_not_there(
+    goals: Script, capsys: pytest.CaptureFixture[str]
+) -> None:
+    goals.run()
+    ours = ["beside llama.cpp", "speed", "whole stock", "whole ours"]
+    assert measured(capsys) == ours and set(goals.rows) == set(ours)
+    reached = {(what, against): cells for what, against, *cells in goals.table(0)}
+    theirs = [cells for (_, against), cells in reached.items() if against.startswith("llama.cpp")]
+    why = "not measured: there is no environment .venv-llama; --build-llama builds it, in minutes"
+    assert [cells[1] for cells in theirs] == [why, why]
+    rows = goals.rows["speed"]["rows"]
+    decode = " / ".join(f"{row['ratios']['decode']:.1f}x" for row in rows)
+    assert reached["writing, one session, at 50 / 1,500", "stock transformers"] == ["≥ none / none", decode]
+    seconds = [goals.rows[f"whole {method}"]["seconds"] for method in ("stock", "ours")]
+    stock = reached["reading 1,500 tokens", "stock transformers"]
+    assert stock[1].startswith(f"{seconds[0] / seconds[1]:.1f}x (")
+    assert reached["state of one session", "stock cache at 1,500"] == ["≤ 1/15", "1/30.0"]
+    step = reached["a step of writing", "its kernels alone"]
+    assert step[1].startswith(f"{rows[1]['step_to_floor']:.2f}x (memory bus: ")
+    assert goals.table(1)[0][0].startswith("llama.cpp: not measured")
+    assert [row[0] for row in goals.table(1)[1:]] == [
+        "ours, a full window of 30",
+        "ours, a full window of 40",
+    ]
+    assert [row[0] for row in goals.table(2)] == ["50", "1,500"]
+
+
+@linux
+def test_goals_measures_llama_as_soon_as_it_is_there(
+    goals: Script, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    goals.run()
+    capsys.readouterr()
+    asked: list[Any] = []
+    monkeypatch.setattr(goals.module.llama, "missing", lambda environment: None)
+    monkeypatch.setattr(
+        goals.module.llama, "speeds", lambda *where, **how: asked.append((where, how)) or THEIRS
+    )
+    goals.run()
+    assert measured(capsys) == ["llama.cpp"]
+    (((environment, gguf), how),) = asked
+    assert environment.name == ".venv-llama" and gguf.name == "tiny.gguf"
+    assert how == {"threads": 1, "repeats": 1, "prompts": [24, 48]}
+    ours, rate = goals.rows["beside llama.cpp"], 1500 / goals.rows["whole ours"]["seconds"]
+    first, *_ = goals.table(0)
+    at = [f"{20 / ours['decode_ms'][window]:.2f}x" for window in ("30", "40")]
+    assert first[3] == f"{at[0]}; in a full window of 40: {at[1]}"
+    longest = next(row for row in goals.table(0) if row[1] == "llama.cpp on its largest window")
+    assert longest[3] == f"{rate / 50:.1f}x ({rate:.0f} / 50 tokens/s, its 48 tokens)"
+    assert goals.table(1)[0] == ["llama.cpp (0.3)", "20.0", "100", "50"]
+    page = goals.output.with_suffix(".md").read_text()
+    monkeypatch.setattr(goals.module.llama, "missing", lambda environment: "gone again")
+    goals.run()
+    assert measured(capsys) == [] and goals.output.with_suffix(".md").read_text() == page
+
+
+@pytest.mark.usefixtures("scripts")
+def test_a_million_tokens_are_another_scripts(tmp_path: Path) -> None:
+    million = importlib.import_module("goals").million
+    assert million(None) == "not measured: run bounded.py"
+    row = {"milliseconds": [2.0, 2.5]}
+    saved = {"rows": {"LM-Infinite": row}, "setting": {"tokens": 1000, "settled": 20}}
+    assert million(saved).startswith("1.25x (the 1,000th against the 20th")
+
+
+# --- llama.cpp ----------------------------------------------------------------------------------------
+
+STUB = """
+__version__ = "stub"
+calls = []
+class Llama:
+    def __init__(self, path, **options):
+        self.n_tokens, self.ctx, self.options = 0, "context", options
+        calls.append((path, options))
+    def n_vocab(self):
+        return 100
+    def reset(self):
+        self.n_tokens = 0
+    def eval(self, tokens):
+        assert all(0 <= token < 100 for token in tokens)
+        calls.append((self.n_tokens, len(tokens)))
+        self.n_tokens += len(tokens)
+def llama_synchronize(context):
+    assert context == "context"
+"""
+
+
+@pytest.fixture
+def environment(scripts: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An environment whose Python finds a stub of llama_cpp, once it is written."""
+    folder = tmp_path / ".venv-llama"
+    python = importlib.import_module("llama").python_of(folder)
+    python.parent.mkdir(parents=True)
+    python.symlink_to(sys.executable)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
+    (tmp_path / "packages").mkdir()
+    return folder
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="makes links")
+def test_llama_is_found_asked_and_missed(environment: Path, tmp_path: Path) -> None:
+    llama = importlib.import_module("llama")
+    assert "there is no environment other" in llama.missing(tmp_path / "other")
+    assert "No module named 'llama_cpp'" in llama.missing(environment)
+    (tmp_path / "packages" / "llama_cpp.py").write_text(STUB)
+    assert llama.missing(environment) is None
+    found = llama.speeds(environment, tmp_path / "m.gguf", threads=3, repeats=2, prompts=[5, 9000])
+    assert (found["version"], found["threads"]) == ("stub", 3)
+    assert found["decode_ms"] > 0 and found["prefill"].keys() == {"5", "9000"}
+
+
+@pytest.mark.usefixtures("scripts")
+def test_llama_writes_from_the_same_place_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    stub = types.ModuleType("llama_cpp")
+    exec(STUB, stub.__dict__)
+    monkeypatch.setitem(sys.modules, "llama_cpp", stub)
+    llama = importlib.import_module("llama")
+    options = argparse.Namespace(
+        gguf=Path("m.gguf"), threads=3, repeats=2, context=10, steps=3, prompts=[5, 50]
+    )
+    found = llama.measure(options)
+    ways = [call for call in stub.calls if isinstance(call[0], str)]
+    assert [way[1]["flash_attn"] for way in ways] == [False, True]
+    assert {(way[1]["n_threads"], way[1]["n_threads_batch"], way[1]["n_ctx"]) for way in ways} == {
+        (3, 3, 50 + llama.SPARE)
+    }
+    one = [(0, 5), (0, 5), (0, 50), (0, 10), *2 * [(10, 1), (11, 1), (12, 1)]]
+    assert [call for call in stub.calls if call not in ways] == 2 * one
+    assert found["decode_ms"] == min(found["decode_ms_of"])
+    assert found["prefill"][5] == max(each[5] for each in found["prefill_of"])
