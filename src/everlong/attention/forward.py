@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from everlong.attention.cache import KeptLayer, StreamCache
+from everlong.attention.layer_memory import LayerMemory
 from everlong.attention.parts import attend
 from everlong.attention.policy import Policy
 from everlong.attention.positions import Rotation
+from everlong.attention.token_step import TokenStep, token_step
 from everlong.attention.view import LayerCall, LayerView
 from everlong.attention.window import LocalWindow
 from everlong.errors import UnsupportedUseError
@@ -110,6 +112,7 @@ class Forward:
     _given: dict[int, LayerView] = field(default_factory=dict)
     _memo: dict[Any, Any] = field(default_factory=dict)
     _manners: dict[Any, tuple[Policy, Rotation]] = field(default_factory=dict)
+    _steps: dict[Any, TokenStep | None] = field(default_factory=dict)
 
     def attend(
         self,
@@ -142,6 +145,19 @@ class Forward:
         """
         layer, cache = self.layers[number], self.cache
         policy, rotation = self._manner(layer)
+        if (
+            self.tokens == 1
+            and layer.donor is None
+            and not self.layers.gives(layer)
+            and not cache.is_provisional
+        ):
+            memory = cache.memories[number]
+            step = self._step(policy, memory, rotation, query)
+            if step is not None and step.fits(memory):
+                self._attended += 1
+                return step.attend(
+                    memory, query, key, value, scaling=scaling, softcap=softcap, sink_logits=sink_logits
+                )
         call = LayerCall(number, rotation, cache.pads, scaling, softcap, cache.branches, self._memo)
         if layer.donor is None:
             view = cache.memories[number].append(key, value, call, provisional=cache.is_provisional)
@@ -179,6 +195,16 @@ class Forward:
                 length = min(length, policy.span)
             self._manners[key] = policy, self.layers.rotation(layer, length, self._memo)
         return self._manners[key]
+
+    def _step(
+        self, policy: Policy, memory: LayerMemory, rotation: Rotation, like: Tensor
+    ) -> TokenStep | None:
+        """Return the shortest way through layers like this one, if there is one, found once for all."""
+        memory.follow(rotation, 1)
+        key = id(policy), id(rotation)
+        if key not in self._steps:
+            self._steps[key] = token_step(policy, memory, rotation, like, self.cache.pads)
+        return self._steps[key]
 
     def finish(self) -> None:
         """Count the tokens, once all layers have attended."""

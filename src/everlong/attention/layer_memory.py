@@ -119,7 +119,7 @@ class LayerMemory:
             Keep the tokens aside until :meth:`commit` or :meth:`rollback`.
         """
         rotation = call.rotation
-        self._follow(rotation, raw_keys.shape[2])
+        self.follow(rotation, raw_keys.shape[2])
         if self.pending is not None:
             raw_keys = torch.cat((self.pending[0], raw_keys), dim=2)
             values = torch.cat((self.pending[1], values), dim=2)
@@ -130,11 +130,53 @@ class LayerMemory:
             keys = rotation.turned(raw_keys, self.branch_angles(raw_keys, call))
             return LayerView(self, call, self.seen + call.branches.height, (keys, values, raw_keys))
         keys = rotation(raw_keys, range(self.frame(self.seen), self.frame(self.seen + n)))
-        self._fill_sinks(raw_keys, values, call.pads)
         if n == 1 and not provisional and not torch.is_grad_enabled():
-            self._put(keys, values, raw_keys)
+            self.put(keys, values, raw_keys, call.pads)
             return LayerView(self, call, stop=self.seen, new=None)
+        self._fill_sinks(raw_keys, values, call.pads)
         return LayerView(self, call, stop=self.seen + n, new=(keys, values, raw_keys))
+
+    def put(self, keys: Tensor, values: Tensor, raw_keys: Tensor, pads: tuple[int, ...] | None) -> None:
+        """Write one token a row, rotated and raw, into its slot, over the one that leaves the window."""
+        self._fill_sinks(raw_keys, values, pads)
+        self._reserve(self.seen + 1, keys, values)
+        assert self.keys is not None and self.values is not None
+        at = self.slot(self.seen)
+        if self.tier is not None and self.window is not None and self.seen >= self.window:
+            assert self.raw is not None
+            self.tier.append(self.raw[:, :, at : at + 1], self.values[:, :, at : at + 1])
+        self.keys.narrow(2, at, 1).copy_(keys)
+        self.values.narrow(2, at, 1).copy_(values)
+        if self.raw is not None:
+            self.raw.narrow(2, at, 1).copy_(raw_keys)
+        self.seen += 1
+
+    def follow(self, rotation: Rotation, n: int) -> None:
+        """Bring the stored keys to this forward's table and, when the frame is long, to a new origin."""
+        old = Rotation(self.frequencies, self.layout)
+        self.layout = rotation.layout
+        new = rotation.frequencies
+        if (
+            self.frequencies is not None
+            and new is not None
+            and not new.same_as(self.frequencies)
+            and self.seen
+        ):
+            assert self.keys is not None
+            tokens = torch.arange(self.held)
+            if self.window is not None and self.local is not None and self.seen > self.window:
+                ring = torch.arange(self.seen - self.local, self.seen)
+                tokens[self.sinks + (ring - self.sinks) % self.local] = ring
+            at = tokens + (self.start - self.origin)
+            held = self.keys[:, :, : self.held]
+            held.copy_(rotation(old.undo(held, at), at))
+        self.frequencies = new
+        if self.local is not None and self.keys is not None and self.frame(self.seen + n) > FRAME:
+            shift = self.frame(max(0, self.seen - self.local))
+            if shift > 0:
+                held = self.keys[:, :, : self.held]
+                held.copy_(rotation.move(held, -shift))
+                self.origin += shift
 
     def branch_angles(self, like: Tensor, call: LayerCall) -> Angles:
         """Return what rotates the tokens of a forward's branches to their places."""
@@ -241,33 +283,6 @@ class LayerMemory:
 
     # --- inside ----------------------------------------------------------------------------------
 
-    def _follow(self, rotation: Rotation, n: int) -> None:
-        """Bring the stored keys to this forward's table and, when the frame is long, to a new origin."""
-        old = Rotation(self.frequencies, self.layout)
-        self.layout = rotation.layout
-        new = rotation.frequencies
-        if (
-            self.frequencies is not None
-            and new is not None
-            and not new.same_as(self.frequencies)
-            and self.seen
-        ):
-            assert self.keys is not None
-            tokens = torch.arange(self.held)
-            if self.window is not None and self.local is not None and self.seen > self.window:
-                ring = torch.arange(self.seen - self.local, self.seen)
-                tokens[self.sinks + (ring - self.sinks) % self.local] = ring
-            at = tokens + (self.start - self.origin)
-            held = self.keys[:, :, : self.held]
-            held.copy_(rotation(old.undo(held, at), at))
-        self.frequencies = new
-        if self.local is not None and self.keys is not None and self.frame(self.seen + n) > FRAME:
-            shift = self.frame(max(0, self.seen - self.local))
-            if shift > 0:
-                held = self.keys[:, :, : self.held]
-                held.copy_(rotation.move(held, -shift))
-                self.origin += shift
-
     def _fill_sinks(self, raw_keys: Tensor, values: Tensor, pads: tuple[int, ...] | None) -> None:
         """Store the raw keys and the values of the sinks among the new tokens."""
         begin, stop = self.seen, self.seen + raw_keys.shape[2]
@@ -304,20 +319,6 @@ class LayerMemory:
             if old is not None:
                 grown[:, :, :have] = old
             setattr(self, name, grown)
-
-    def _put(self, keys: Tensor, values: Tensor, raw_keys: Tensor) -> None:
-        """Write one token into its slot, over the one that leaves the window."""
-        self._reserve(self.seen + 1, keys, values)
-        assert self.keys is not None and self.values is not None
-        at = self.slot(self.seen)
-        if self.tier is not None and self.window is not None and self.seen >= self.window:
-            assert self.raw is not None
-            self.tier.append(self.raw[:, :, at : at + 1], self.values[:, :, at : at + 1])
-        self.keys[:, :, at : at + 1] = keys
-        self.values[:, :, at : at + 1] = values
-        if self.raw is not None:
-            self.raw[:, :, at : at + 1] = raw_keys
-        self.seen += 1
 
     def _write(self, begin: int, stop: int, keys: Tensor, values: Tensor, raw_keys: Tensor) -> None:
         """Copy new tokens [begin, stop) into their slots."""

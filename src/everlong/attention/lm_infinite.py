@@ -125,6 +125,10 @@ class LMInfinite(WindowPolicy):
         keep_raw = self.local_ceiling() is not None
         return LayerMemory(sinks, local, keep_raw=keep_raw, keep_middle=self._sees_middle(layer), start=start)
 
+    def in_place(self, row_index: int, index: int) -> Sequence[int] | None:
+        """As every window does; layers that see middle tokens have a memory that takes no shortest way."""
+        return super().in_place(row_index, index)
+
     def parts(self, queries: Queries, view: LayerView) -> list[Part | Partial]:
         """Show sinks, local tokens and, with `top_k`, the best of the middle."""
         parts = super().parts(queries, view)

@@ -103,6 +103,23 @@ def attend(
     return merged.to(partials[0].output.dtype)
 
 
+def attend_all(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+) -> Tensor:
+    """Attend to a single part of which every query sees all; parameters and result as of :func:`attend`."""
+    part = Part(query, keys, values)
+    if softcap is None and sink_logits is None and _flash_fits(part) and _flash_takes_grouped_heads():
+        output: Tensor = _FLASH_CPU(query, keys, values, 0.0, False, attn_mask=None, scale=scaling)[0]
+        return output
+    return attend([part], scaling=scaling, softcap=softcap, sink_logits=sink_logits)
+
+
 def merge_logits(logits: Tensor, values: Tensor) -> Partial:
     """Attend with finished logits to values of each query's own.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -76,6 +77,30 @@ class Policy(ABC):
         These are attended in one group, however many there are.
         """
         return 0
+
+    def in_place(self, row_index: int, index: int) -> Sequence[int] | None:
+        """Say whether one query sees the slots of its memory just as they lie; for the shortest way.
+
+        Parameters
+        ----------
+        row_index : int
+            The query's index in the shortest row.
+        index : int
+            In the longest.
+
+        Returns
+        -------
+        sequence of int or None
+            The distances at which the sinks are to stand first; none, where they stand right. None: what it
+            sees is a matter of :meth:`parts`, as it always is where a subclass defines that anew.
+        """
+        return None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Leave :meth:`in_place` out where only :meth:`parts` is defined anew: it would not agree with it."""
+        super().__init_subclass__(**kwargs)
+        if "parts" in cls.__dict__ and "in_place" not in cls.__dict__:
+            cls.in_place = Policy.in_place  # type: ignore[method-assign]
 
     def after_forward(self, cache: StreamCache, tokens: Tensor, surprisal: Tensor | None) -> None:
         """Act after each forward of a session; `tokens` and `surprisal` (nats) have shape (batch, n)."""

@@ -314,16 +314,6 @@ class LayerView:
         positions = memory.frame(queries.first) - distance
         return None if bool(visible.all()) else visible, positions.flatten(0, 2)
 
-    def whole_window(self, queries: Queries, distances: Sequence[int]) -> Part:
-        """Show one query all slots of a full window, sink s at ``distances[s]``: one part, no copy."""
-        memory = self.memory
-        assert memory.keys is not None and memory.values is not None
-        if distances:
-            memory.keys[:, :, : memory.sinks] = self._sinks_at(memory.frame(queries.first), distances)
-            if self.pads:  # slots 0..G-1 hold the padding's values until now
-                memory.values[:, :, : memory.sinks] = self._sinks()[1]
-        return Part(queries.placed, memory.keys, memory.values)
-
     def all_slots(self, queries: Queries) -> Part:
         """Show one query everything in a window that is not full yet, at true distances: no copy."""
         memory, visible = self.memory, None

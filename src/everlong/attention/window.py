@@ -66,6 +66,22 @@ class WindowPolicy(Policy):
         """Return where the form changes first: before, nothing has left the window or moved."""
         return min(self.breaks(), default=None)
 
+    def in_place(self, row_index: int, index: int) -> Sequence[int] | None:
+        """All slots: before anything left the window or moved, or once all sinks keep their distance."""
+        sinks, local = self.shape()
+        near, far, ceiling = self.near_until(), self.far_from(), self.local_ceiling()
+        if ceiling is not None:
+            return None
+        if (local is None or index < sinks + local) and (near is None or index < near):
+            return ()
+        if (
+            local is None
+            or row_index < sinks + local
+            or not (not sinks or (far is not None and row_index >= far))
+        ):
+            return None
+        return self.far_distances() if sinks else ()
+
     def parts(self, queries: Queries, view: LayerView) -> list[Part | Partial]:
         """Show the sinks, placed as the subclass says, and the local tokens."""
         sinks, local = self.shape()
@@ -77,13 +93,11 @@ class WindowPolicy(Policy):
         if not is_full and not is_moved:
             # Nothing has left the window, all distances are true: ordinary causal attention.
             return [view.all_slots(queries)] if in_place else [*view.band(queries)]
-        first_row = queries.first - max(pads)
-        settled = not sinks or (far is not None and first_row >= far)
         if in_place and is_full:
-            if settled and local is not None and first_row >= sinks + local:
-                return [view.whole_window(queries, self.far_distances() if sinks else ())]
             is_far = self._far_sinks(queries, view)
             return [view.turned_window(queries, () if is_far is None else self.far_distances(), is_far)]
+        first_row = queries.first - max(pads)
+        settled = not sinks or (far is not None and first_row >= far)
         return [*self._sink_parts(queries, view, settled), *self._local_parts(queries, view)]
 
     def _sink_parts(self, queries: Queries, view: LayerView, settled: bool) -> list[Part]:
