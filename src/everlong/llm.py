@@ -52,10 +52,10 @@ class LLM:
         self.tokenizer = tokenizer
         self.name = name
         with ExitStack() as stack:
-            self.handle: Attachment = stack.enter_context(attach(model, attention))
             self.weights = choose_weights(model, weights)
             if self.weights != "float":
                 stack.callback(pack(model, self.weights).undo)
+            self.handle: Attachment = stack.enter_context(attach(model, attention))
             self._attached = AttachedModel(self.handle, tokenizer, name, self.weights)
             self._closing = stack.pop_all()
 

@@ -27,6 +27,7 @@ from everlong.errors import (
 )
 from everlong.models.anatomy import decoder_of, dissect, replaced_rotaries
 from everlong.models.cache_argument import cache_argument
+from everlong.models.lean_layers import lean_layers
 from everlong.models.rotary import IdentityRotary
 from everlong.models.seam import Seam
 from everlong.models.unrotated import unrotated
@@ -86,6 +87,7 @@ class Attachment:
             stack.enter_context(replaced_rotaries(self.decoder, IdentityRotary))
             stack.enter_context(unrotated(skip_rotation))
             stack.enter_context(Seam(self.decoder, self._attention))
+            stack.enter_context(lean_layers(self.decoder))
             stack.enter_context(_instance_attribute(self.decoder, "_everlong_attachment", self.owner))
             if hasattr(self._generator, "_prepare_cache_for_generation"):
                 ours = _instance_attribute(

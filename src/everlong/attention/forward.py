@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from everlong.attention.cache import KeptLayer, StreamCache
-from everlong.attention.layer_memory import LayerMemory
 from everlong.attention.parts import attend
 from everlong.attention.policy import Policy
 from everlong.attention.positions import Rotation
@@ -152,7 +151,7 @@ class Forward:
             and not cache.is_provisional
         ):
             memory = cache.memories[number]
-            step = self._step(policy, memory, rotation, query)
+            step = self._step(layer, policy, rotation, query)
             if step is not None and step.fits(memory):
                 self._attended += 1
                 return step.attend(
@@ -197,13 +196,18 @@ class Forward:
         return self._manners[key]
 
     def _step(
-        self, policy: Policy, memory: LayerMemory, rotation: Rotation, like: Tensor
+        self, layer: LayerAnatomy, policy: Policy, rotation: Rotation, like: Tensor
     ) -> TokenStep | None:
         """Return the shortest way through layers like this one, if there is one, found once for all."""
-        memory.follow(rotation, 1)
-        key = id(policy), id(rotation)
+        key = layer.window, layer.rotary, layer.layout
         if key not in self._steps:
-            self._steps[key] = token_step(policy, memory, rotation, like, self.cache.pads)
+            memories = []
+            for number, memory in self.cache.memories.items():
+                other = self.layers[number]
+                if (other.window, other.rotary, other.layout) == key and not self.layers.gives(other):
+                    memory.follow(rotation, 1)
+                    memories.append(memory)
+            self._steps[key] = token_step(policy, memories, rotation, like, self.cache.pads)
         return self._steps[key]
 
     def finish(self) -> None:

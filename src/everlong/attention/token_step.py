@@ -6,6 +6,7 @@ common, and leaves each the least it can: rotate, put away, attend to the slots 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,10 +32,8 @@ class TokenStep:
         Slots that are seen, from the first on, this token's included.
     here : Angles
         What rotates this token's query and key.
-    sinks : Angles
-        What rotates the sinks, where they keep their distance.
-    moves_sinks : bool
-        Whether they do.
+    sinks : dict of int to Tensor
+        The rotated sinks of each memory, by its id, where they keep their distance.
     pads : tuple of int or None
         The rows' padding.
     """
@@ -44,8 +43,7 @@ class TokenStep:
     origin: int
     slots: int
     here: Angles
-    sinks: Angles
-    moves_sinks: bool
+    sinks: dict[int, Tensor]
     pads: tuple[int, ...] | None
 
     def fits(self, memory: LayerMemory) -> bool:
@@ -54,7 +52,8 @@ class TokenStep:
             type(memory) is LayerMemory
             and memory.tier is None
             and not memory.keep_raw
-            and (memory.seen, memory.origin) == (self.seen, self.origin)
+            and memory.seen == self.seen
+            and memory.origin == self.origin
         )
 
     def attend(
@@ -72,10 +71,10 @@ class TokenStep:
         memory.put(self.rotation.turned(key, self.here), value, key, self.pads)
         keys, values = memory.keys, memory.values
         assert keys is not None and values is not None
-        if self.moves_sinks:
-            assert memory.sink_keys is not None and memory.sink_values is not None
-            keys.narrow(2, 0, memory.sinks).copy_(self.rotation.turned(memory.sink_keys, self.sinks))
+        if self.sinks:
+            keys.narrow(2, 0, memory.sinks).copy_(self.sinks[id(memory)])
             if self.pads:  # padding stood in their slots
+                assert memory.sink_values is not None
                 values.narrow(2, 0, memory.sinks).copy_(memory.sink_values)
         if self.slots < keys.shape[2]:
             keys, values = keys.narrow(2, 0, self.slots), values.narrow(2, 0, self.slots)
@@ -84,16 +83,20 @@ class TokenStep:
 
 
 def token_step(
-    policy: Policy, memory: LayerMemory, rotation: Rotation, like: Tensor, pads: tuple[int, ...] | None
+    policy: Policy,
+    memories: Sequence[LayerMemory],
+    rotation: Rotation,
+    like: Tensor,
+    pads: tuple[int, ...] | None,
 ) -> TokenStep | None:
-    """Return the step that a window like `memory` takes; None: it needs more than the shortest way.
+    """Return the step that windows like these take; None: they need more than the shortest way.
 
     Parameters
     ----------
     policy : Policy
         Which query sees what.
-    memory : LayerMemory
-        Of one of the layers, about to take in one token a row; its keys follow `rotation` already.
+    memories : sequence of LayerMemory
+        Of the layers, the first about to take in one token a row; their keys follow `rotation` already.
     rotation : Rotation
         The layers'.
     like : Tensor
@@ -103,26 +106,35 @@ def token_step(
     """
     if torch.is_grad_enabled():
         return None
+    memory = memories[0]
     index = memory.seen
     distances = policy.in_place(index - max(pads or (0,)), index)
     is_full = memory.window is not None and index >= memory.window
     if distances is None or (pads and any(pads) and not is_full):
         return None
     at = memory.frame(index)
-    positions = [at - distance for distance in distances]
-    run = range(positions[0], positions[0] + len(positions)) if positions else range(0)
-    sinks: Angles = None
-    if len(set(positions)) == 1:
-        sinks = rotation.angles(positions[0], like)
-    elif positions:
-        sinks = rotation.angles(run if positions == list(run) else torch.tensor(positions), like)
     return TokenStep(
         rotation,
         index,
         memory.origin,
         memory.window if is_full and memory.window is not None else index + 1,
         rotation.angles(at, like),
-        sinks,
-        bool(positions),
+        _rotated_sinks(memories, rotation, [at - distance for distance in distances]),
         pads if pads and any(pads) else None,
     )
+
+
+def _rotated_sinks(
+    memories: Sequence[LayerMemory], rotation: Rotation, positions: list[int]
+) -> dict[int, Tensor]:
+    """Return the sinks of each memory at `positions` of the frame, all rotated at once; none: no sinks."""
+    if not positions:
+        return {}
+    keys = [memory.sink_keys for memory in memories if memory.sink_keys is not None]
+    together = torch.cat(keys)
+    run = range(positions[0], positions[0] + len(positions))
+    if len(set(positions)) == 1:
+        turned = rotation(together, positions[0])
+    else:
+        turned = rotation(together, run if positions == list(run) else torch.tensor(positions))
+    return dict(zip(map(id, memories), torch.split(turned, len(keys[0])), strict=True))

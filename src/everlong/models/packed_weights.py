@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,9 +24,16 @@ class Packed(ABC):
     @abstractmethod
     def __init__(self, weight: Tensor) -> None: ...
 
+    takes: ClassVar[torch.dtype]
+    """What :meth:`multiply` takes."""
+
     @abstractmethod
+    def multiply(self, rows: Tensor) -> Tensor:
+        """Return the product with `rows`, shape (n, in), as (n, out), both in the dtype that it takes."""
+
     def __call__(self, rows: Tensor) -> Tensor:
         """Return the product with `rows`, shape (n, in), as (n, out) in the rows' dtype."""
+        return self.multiply(rows.to(self.takes)).to(rows.dtype)
 
     @abstractmethod
     def restored(self) -> Tensor:
@@ -49,14 +56,16 @@ class Packed(ABC):
 class Half(Packed):
     """float16, multiplied in float32."""
 
+    takes = torch.float32
+
     def __init__(self, weight: Tensor) -> None:
         self._shape = weight.shape
         self._packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
 
-    def __call__(self, rows: Tensor) -> Tensor:
+    def multiply(self, rows: Tensor) -> Tensor:
         """Multiply."""
-        product: Tensor = torch.ops.quantized.linear_dynamic_fp16(rows.float(), self._packed)
-        return product.to(rows.dtype)
+        product: Tensor = torch.ops.quantized.linear_dynamic_fp16(rows, self._packed)
+        return product
 
     def restored(self) -> Tensor:
         """Return the weight in float16's precision."""
@@ -77,16 +86,18 @@ class Half(Packed):
 class Int8(Packed):
     """Whole numbers from -127 to 127, and a bfloat16 scale for each output channel."""
 
+    takes = torch.bfloat16
+
     def __init__(self, weight: Tensor) -> None:
         largest = weight.float().abs().amax(1).clamp(min=_TINY)
         self._scales = (largest / 127).bfloat16()  # rounded first: the numbers are found for what it becomes
         numbers = (weight.float() / self._scales.float()[:, None]).round_().clamp_(-127, 127)
         self._numbers = numbers.to(torch.int8)
 
-    def __call__(self, rows: Tensor) -> Tensor:
+    def multiply(self, rows: Tensor) -> Tensor:
         """Multiply."""
-        product: Tensor = torch._weight_int8pack_mm(rows.bfloat16(), self._numbers, self._scales)
-        return product.to(rows.dtype)
+        product: Tensor = torch._weight_int8pack_mm(rows, self._numbers, self._scales)
+        return product
 
     def restored(self) -> Tensor:
         """Return numbers times scales."""
@@ -110,18 +121,20 @@ class Int4(Packed):
     there get their own 4-bit values again, only scale and zero are rounded.
     """
 
+    takes = torch.bfloat16
+
     def __init__(self, weight: Tensor) -> None:
         numbers, scales, zeros = _in_four_bits(weight)
         self._shape = weight.shape
         self._scales_and_zeros = torch.stack((scales.T, zeros.T), -1).bfloat16().contiguous()
         self._packed: Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(numbers, 1)
 
-    def __call__(self, rows: Tensor) -> Tensor:
+    def multiply(self, rows: Tensor) -> Tensor:
         """Multiply."""
         product: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
-            rows.bfloat16(), self._packed, _GROUP, self._scales_and_zeros
+            rows, self._packed, _GROUP, self._scales_and_zeros
         )
-        return product.to(rows.dtype)
+        return product
 
     def restored(self) -> Tensor:
         """Return the weight, by multiplying with ones one at a time."""

@@ -31,7 +31,6 @@ MOST_ROWS = 64
 
 _WORTH_IT = 32 * 2**20  # bytes of float weights: fewer fit into a processor's caches as they are
 _LOSSLESS = 2.0**-8  # of a group's span: the rounding of a bfloat16 scale
-_ATTRIBUTES = ("_everlong_product", "_everlong_most")  # of a packed layer
 _KINDS: dict[str, type[Packed]] = {"int8": Int8, "int4": Int4}
 
 
@@ -44,11 +43,21 @@ class Product:
         Each of shape (out, in), the out of each its own.
     packed_as : type
         How they are packed, one below the other.
+
+    Attributes
+    ----------
+    packed : Packed
+        All of them.
+    sizes : list of int
+        The out of each.
+    is_in_use : bool
+        Whether the layers still multiply with it.
     """
 
     def __init__(self, weights: list[Tensor], packed_as: type[Packed]) -> None:
         self.packed = packed_as(weights[0] if len(weights) == 1 else torch.cat(weights))
         self.sizes = [len(weight) for weight in weights]
+        self.is_in_use = True
         self._latest: tuple[Tensor, list[Tensor | None]] | None = None
 
     def __call__(self, input: Tensor, which: int) -> Tensor:
@@ -111,8 +120,7 @@ class Packing:
         """Make the layers what they were. A second call does nothing."""
         for layer in self._layers:
             layer.__class__ = nn.Linear
-            for name in _ATTRIBUTES:
-                layer.__dict__.pop(name, None)
+            _discard(layer)
         self._layers = []
 
 
@@ -155,6 +163,7 @@ def pack(model: nn.Module, kind: Literal["int8", "int4"]) -> Packing:
     try:
         for layers, product in products:
             for which, layer in enumerate(layers):
+                _discard(layer)
                 layer.__dict__["_everlong_product"] = product, which
                 layer.__dict__["_everlong_most"] = MOST_ROWS * layer.in_features
                 layer.__class__ = PackedLinear
@@ -162,6 +171,14 @@ def pack(model: nn.Module, kind: Literal["int8", "int4"]) -> Packing:
         packing.undo()
         raise
     return packing
+
+
+def _discard(layer: nn.Module) -> None:
+    """Take a layer's packed weights away, if it has any."""
+    product, _ = layer.__dict__.pop("_everlong_product", (None, None))
+    layer.__dict__.pop("_everlong_most", None)
+    if product is not None:
+        product.is_in_use = False
 
 
 def _siblings(

@@ -1,0 +1,300 @@
+"""Decoder layers of the usual form, run in as few operations as that form needs, one token a row.
+
+A step of writing is short: with packed weights, what a layer does around its products takes longer than they
+do. Most models share one form of layer: norm, attention, norm, gated MLP (with norms of queries and keys, or
+behind each half, in some). Where a layer has that form, its weights are packed and its attention follows a
+policy, a token runs through the same products without what lies between them in general code. Whether a layer
+has that form is looked up by the names of its parts, and then measured: for some tokens it must give what the
+model's own code gives. Every other call, and every other layer, is the model's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from everlong.models.packing import MOST_ROWS, PackedLinear, Product
+
+_ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+_MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+_TWO_NORMS = {"input_layernorm", "post_attention_layernorm"}
+_FOUR_NORMS = _TWO_NORMS | {"pre_feedforward_layernorm", "post_feedforward_layernorm"}
+_MANNERS = ("scaling", "softcap", "s_aux")
+_TOLERANCE = 2.0**-6  # of what a layer adds, at most: the products round to bfloat16, in two orders
+_PROBE_TOKENS = (3, 11, 29)
+
+
+@dataclass(frozen=True, eq=False)
+class _Norm:
+    """A root-mean-square norm over the last dimension, of d numbers.
+
+    Attributes
+    ----------
+    scale : Tensor
+        Shape (d,).
+    eps : Tensor
+        A number.
+    share : float
+        1 / d.
+    """
+
+    scale: Tensor
+    eps: Tensor
+    share: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        inverse = torch.addcmul(self.eps, length, length, value=self.share).rsqrt_()
+        return (x * inverse).mul_(self.scale).to(x.dtype)
+
+
+@dataclass(eq=False)
+class LeanLayer:
+    """One decoder layer, taken apart.
+
+    Attributes
+    ----------
+    layer, attention, mlp : nn.Module
+        The layer and its two halves.
+    before, between : _Norm
+        In front of attention, and of the MLP.
+    after_attention, after_mlp : _Norm or None
+        Behind each, before it is added.
+    of_queries, of_keys : _Norm or None
+        Of each head.
+    heads_in, heads_out, mlp_in, mlp_out : Product
+        The packed weights.
+    biases : list of Tensor or None
+        Of those, in that order.
+    activation : callable
+        The MLP's.
+    manner : dict
+        What the layer tells the attention function.
+    """
+
+    layer: nn.Module
+    attention: Any
+    mlp: nn.Module
+    before: _Norm
+    between: _Norm
+    after_attention: _Norm | None
+    after_mlp: _Norm | None
+    of_queries: _Norm | None
+    of_keys: _Norm | None
+    heads_in: Product
+    heads_out: Product
+    mlp_in: Product
+    mlp_out: Product
+    biases: list[Tensor | None]
+    activation: Callable[[Tensor], Tensor]
+    manner: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._own = MethodType(type(self.layer).forward, self.layer)
+        self._size = int(self.attention.head_dim)
+        self._heads = [size // self._size for size in self.heads_in.sizes]
+        self._holders = [holder._modules for holder in (self.layer, self.attention, self.mlp)]
+        self._found = [tuple(modules.values()) for modules in self._holders]
+        parts = [part for found in self._found for part in found]
+        self._hooks = [hooks for part in parts for hooks in (part._forward_hooks, part._forward_pre_hooks)]
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Stand in for the layer's forward."""
+        attend = self.attention.__dict__.get("_everlong_attention")
+        rows, tokens = hidden_states.shape[:2]
+        if (
+            tokens > 1
+            or rows > MOST_ROWS
+            or attend is None
+            or torch.is_grad_enabled()
+            or hidden_states.device.type != "cpu"
+            or not self._is_whole()
+        ):
+            return self._own(hidden_states, *args, **kwargs)
+        return self.run(hidden_states, attend)
+
+    def run(self, hidden_states: Tensor, attend: Callable[..., Any]) -> Tensor:
+        """Run one token a row, shape (batch, 1, d), by the shortest way; same shape."""
+        rows, dtype = hidden_states.shape[0], hidden_states.dtype
+        hidden = hidden_states.view(rows, -1)
+        for_heads, for_output, for_mlp, for_down = self.biases
+        heads = _product(self.heads_in, self.before(hidden), for_heads).to(dtype)
+        query, key, value = heads.view(rows, -1, 1, self._size).split_with_sizes(self._heads, 1)
+        if self.of_queries is not None:
+            query = self.of_queries(query)
+        if self.of_keys is not None:
+            key = self.of_keys(key)
+        output, _ = attend(self.attention, query, key, value, None, **self.manner)
+        output = _product(self.heads_out, output.view(rows, -1), for_output)
+        if self.after_attention is not None:
+            output = self.after_attention(output.to(dtype))
+        hidden = hidden + output
+        both = _product(self.mlp_in, self.between(hidden), for_mlp).to(dtype)
+        gate, up = both.split_with_sizes(self.mlp_in.sizes, 1)
+        output = _product(self.mlp_out, self.activation(gate) * up, for_down)
+        if self.after_mlp is not None:
+            output = self.after_mlp(output.to(dtype))
+        return (hidden + output).view(hidden_states.shape)
+
+    def _is_whole(self) -> bool:
+        """Whether nothing was put in the place of a part, or hooked to one, or packed anew."""
+        if any(self._hooks) or not all(product.is_in_use for product in self._products):
+            return False
+        return all(
+            tuple(modules.values()) == found
+            for modules, found in zip(self._holders, self._found, strict=True)
+        )
+
+    @property
+    def _products(self) -> tuple[Product, ...]:
+        return self.heads_in, self.heads_out, self.mlp_in, self.mlp_out
+
+
+def _product(product: Product, x: Tensor, bias: Tensor | None) -> Tensor:
+    """Multiply; what comes of it is in the kernel's dtype, or with a bias in that of `x`."""
+    packed = product.packed
+    output = packed.multiply(x.to(packed.takes))
+    return output if bias is None else output.to(x.dtype) + bias
+
+
+@contextmanager
+def lean_layers(decoder: nn.Module) -> Iterator[list[LeanLayer]]:
+    """Let the layers of `decoder` that can be run lean be run so, within an open seam; yield these."""
+    found = [lean for lean in map(_taken_apart, decoder.modules()) if lean is not None]
+    found = _those_that_agree(decoder, found) if found else []
+    found = [
+        lean for lean in found if "forward" not in lean.layer.__dict__
+    ]  # accelerate's hooks put one there
+    try:
+        for lean in found:
+            lean.layer.__dict__["forward"] = lean.forward
+        yield found
+    finally:
+        for lean in found:
+            lean.layer.__dict__.pop("forward", None)
+
+
+def _taken_apart(layer: nn.Module) -> LeanLayer | None:
+    """Take a decoder layer of the usual form apart; None: it is something else, or not packed."""
+    parts: dict[str, Any] = dict(layer._modules)
+    attention, mlp = parts.pop("self_attn", None), parts.pop("mlp", None)
+    if attention is None or mlp is None or set(parts) not in (_TWO_NORMS, _FOUR_NORMS):
+        return None
+    inner: dict[str, Any] = dict(attention._modules)
+    of_heads = {name: inner.pop(name) for name in ("q_norm", "k_norm") if name in inner}
+    if set(inner) != _ATTENTION or set(mlp._modules) != _MLP or not hasattr(attention, "head_dim"):
+        return None
+    groups = [
+        [attention.q_proj, attention.k_proj, attention.v_proj],
+        [attention.o_proj],
+        [mlp.gate_proj, mlp.up_proj],
+        [mlp.down_proj],
+    ]
+    products = [_shared_product(group) for group in groups]
+    norms: dict[str, Any] = {name: _norm(module) for name, module in (*parts.items(), *of_heads.items())}
+    if any(found is None for found in (*products, *norms.values())):
+        return None
+    four = set(parts) == _FOUR_NORMS
+    return LeanLayer(
+        layer,
+        attention,
+        mlp,
+        before=norms["input_layernorm"],
+        between=norms["pre_feedforward_layernorm" if four else "post_attention_layernorm"],
+        after_attention=norms["post_attention_layernorm"] if four else None,
+        after_mlp=norms["post_feedforward_layernorm"] if four else None,
+        of_queries=norms.get("q_norm"),
+        of_keys=norms.get("k_norm"),
+        heads_in=products[0],
+        heads_out=products[1],
+        mlp_in=products[2],
+        mlp_out=products[3],
+        biases=[_joined_bias(group) for group in groups],
+        activation=mlp.act_fn,
+    )
+
+
+def _shared_product(group: list[Any]) -> Any:
+    """Return what the linear layers of a group are packed in, one below the other; None: they are not."""
+    if not all(type(linear) is PackedLinear for linear in group):
+        return None
+    found = [linear.__dict__["_everlong_product"] for linear in group]
+    product = found[0][0]
+    if any(other is not product for other, _ in found) or len(product.sizes) != len(group):
+        return None
+    return product if [which for _, which in found] == list(range(len(group))) else None
+
+
+def _joined_bias(group: list[Any]) -> Tensor | None:
+    if all(linear.bias is None for linear in group):
+        return None
+    return torch.cat(
+        [
+            linear.weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias.detach()
+            for linear in group
+        ]
+    )
+
+
+def _norm(module: Any) -> Any:
+    """Return a module's norm, if that is what it computes; None: it is something else."""
+    weight, eps = (
+        getattr(module, "weight", None),
+        getattr(module, "variance_epsilon", getattr(module, "eps", None)),
+    )
+    if weight is None or eps is None or weight.dim() != 1:
+        return None
+    weight = weight.detach()
+    x = torch.linspace(-2, 3, 2 * len(weight), device=weight.device).to(weight.dtype).view(2, -1)
+    with torch.no_grad():
+        expected = module(x)
+        for scale in (weight, 1 + weight):
+            norm = _Norm(scale, torch.tensor(float(eps), device=weight.device), 1 / len(weight))
+            if torch.allclose(norm(x), expected, rtol=1e-5, atol=1e-6):
+                return norm
+    return None
+
+
+def _those_that_agree(decoder: Any, candidates: list[LeanLayer]) -> list[LeanLayer]:
+    """Return those that give what the model's own code gives, and learn how it calls attention."""
+    of_attention = {id(lean.attention): lean for lean in candidates}
+    agreeing: list[LeanLayer] = []
+
+    def blended(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **told: Any
+    ) -> tuple[Tensor, None]:
+        """Something that all of queries, keys and values have a part in."""
+        if (lean := of_attention.get(id(module))) is not None:
+            lean.manner.update({name: told[name] for name in _MANNERS if told.get(name) is not None})
+        groups = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+        return (query + 0.5 * key + 0.25 * value).transpose(1, 2).contiguous(), None
+
+    def compare(lean: LeanLayer, given: Any, output: Any) -> None:
+        before = given[0] if given else None
+        if isinstance(output, Tensor) and before is not None:
+            ours = lean.run(before, blended)
+            if (ours - output).abs().max() <= _TOLERANCE * (output - before).abs().max():
+                agreeing.append(lean)
+
+    with ExitStack() as stack, torch.no_grad():
+        for module in decoder.modules():
+            if "_everlong_attention" in module.__dict__:
+                stack.callback(
+                    module.__dict__.__setitem__, "_everlong_attention", module.__dict__["_everlong_attention"]
+                )
+                module.__dict__["_everlong_attention"] = blended
+        for lean in candidates:
+            hook = lean.layer.register_forward_hook(
+                lambda _, given, output, lean=lean: compare(lean, given, output)
+            )
+            stack.callback(hook.remove)
+        device = decoder.get_input_embeddings().weight.device
+        decoder(input_ids=torch.tensor(_PROBE_TOKENS, device=device)[:, None], use_cache=False)
+    return agreeing
