@@ -31,6 +31,7 @@ from everlong.models.seam import Seam
 from everlong.models.unrotated import unrotated
 
 _PROBE_POSITIONS = (5, 11, 37)
+_OTHER_POSITIONS = (0, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -128,23 +129,20 @@ def dissect(model: nn.Module) -> Anatomy:
     decoder = decoder_of(model)
     refuse_unsupported(model, decoder)
     rotaries = find_rotaries(decoder)
+    name = type(model).__name__
     with replaced_rotaries(decoder, fresh_copy):
         real = _probe(decoder, _PROBE_POSITIONS)
+    _check_layers(decoder, real, name)
     with replaced_rotaries(decoder, IdentityRotary):
-        raw = _probe(decoder, _PROBE_POSITIONS)
-        with unrotated(seen.module for seen in raw):
-            moved = _probe(decoder, range(len(_PROBE_POSITIONS)))
-        can_skip = all(
-            _close(there.key, here.key) and _close(there.query, here.query)
-            for here, there in zip(raw, moved, strict=True)
-        )
+        with unrotated(seen.module for seen in real):
+            raw = _probe(decoder, _OTHER_POSITIONS)
+        rotations = _rotations(raw, real, rotaries)
+        can_skip = None not in rotations
         if not can_skip:
-            moved = _probe(decoder, range(len(_PROBE_POSITIONS)))
-    name = type(model).__name__
-    _check_layers(decoder, raw, moved, name)
-    layers = [
-        _layer(seen_raw, seen_real, rotaries, name) for seen_raw, seen_real in zip(raw, real, strict=True)
-    ]
+            raw, moved = _probe(decoder, _PROBE_POSITIONS), _probe(decoder, _OTHER_POSITIONS)
+            _check_positions(raw, moved, name)
+            rotations = _rotations(raw, real, rotaries)
+    layers = [_layer(seen, rotation, name) for seen, rotation in zip(raw, rotations, strict=True)]
     own: dict[int, int] = {}  # where a layer's keys lie in memory, to the layer that made them
     for at, seen in enumerate(raw):
         donor = own.setdefault(seen.key.data_ptr(), layers[at].index)
@@ -222,7 +220,7 @@ def _probe(decoder: nn.Module, positions: Sequence[int]) -> list[_Seen]:
     return seen
 
 
-def _check_layers(decoder: nn.Module, seen: list[_Seen], moved: list[_Seen], name: str) -> None:
+def _check_layers(decoder: nn.Module, seen: list[_Seen], name: str) -> None:
     expected = int(_config(decoder).num_hidden_layers)
     if len(seen) > len({seen_layer.module.layer_idx for seen_layer in seen}):
         raise UnsupportedModelError(
@@ -236,6 +234,9 @@ def _check_layers(decoder: nn.Module, seen: list[_Seen], moved: list[_Seen], nam
         )
     if not all(layer.is_plain for layer in seen):
         raise UnsupportedModelError(f"{name}: its attention is not causal, or has a mask or bias of its own")
+
+
+def _check_positions(seen: list[_Seen], moved: list[_Seen], name: str) -> None:
     if any(not _close(there.key, here.key) for here, there in zip(seen, moved, strict=True)):
         raise UnsupportedModelError(
             f"{name}: positions reach its keys by another way than rotary tables "
@@ -243,15 +244,17 @@ def _check_layers(decoder: nn.Module, seen: list[_Seen], moved: list[_Seen], nam
         )
 
 
-def _layer(raw: _Seen, real: _Seen, rotaries: list[Rotary], name: str) -> LayerAnatomy:
-    index = int(raw.module.layer_idx)  # type: ignore[arg-type]
-    if raw.key.shape[-1] != raw.value.shape[-1]:
-        raise UnsupportedModelError(
-            f"{name}: layer {index} has keys of size {raw.key.shape[-1]} and values of size "
-            f"{raw.value.shape[-1]} (as in multi-head latent attention), which is not supported yet"
-        )
+_Rotation = tuple[Rotary | None, Layout]
+
+
+def _rotations(raw: list[_Seen], real: list[_Seen], rotaries: list[Rotary]) -> list[_Rotation | None]:
+    """Find the table and layout that make of each layer's raw queries and keys its real ones; None: none."""
+    return [_rotation(here, there, rotaries) for here, there in zip(raw, real, strict=True)]
+
+
+def _rotation(raw: _Seen, real: _Seen, rotaries: list[Rotary]) -> _Rotation | None:
     if torch.equal(raw.key, real.key) and torch.equal(raw.query, real.query):
-        return LayerAnatomy(index, raw.module, raw.window, None, "halves")
+        return None, "halves"
     for rotary in rotaries:
         frequencies = rotary.frequencies(max(_PROBE_POSITIONS) + 1)
         for layout in LAYOUTS:
@@ -260,11 +263,23 @@ def _layer(raw: _Seen, real: _Seen, rotaries: list[Rotary], name: str) -> LayerA
                 _close(rotate(before, cos, sin, layout), after)
                 for before, after in ((raw.query, real.query), (raw.key, real.key))
             ):
-                return LayerAnatomy(index, raw.module, raw.window, rotary, layout)
-    raise UnsupportedModelError(
-        f"{name}: layer {index} rotates its queries and keys in a way that none of the model's rotary tables "
-        "explains; please open an issue with the model's name"
-    )
+                return rotary, layout
+    return None
+
+
+def _layer(raw: _Seen, rotation: _Rotation | None, name: str) -> LayerAnatomy:
+    index = int(raw.module.layer_idx)  # type: ignore[arg-type]
+    if raw.key.shape[-1] != raw.value.shape[-1]:
+        raise UnsupportedModelError(
+            f"{name}: layer {index} has keys of size {raw.key.shape[-1]} and values of size "
+            f"{raw.value.shape[-1]} (as in multi-head latent attention), which is not supported yet"
+        )
+    if rotation is None:
+        raise UnsupportedModelError(
+            f"{name}: layer {index} rotates its queries and keys in a way that none of the model's rotary "
+            "tables explains; please open an issue with the model's name"
+        )
+    return LayerAnatomy(index, raw.module, raw.window, *rotation)
 
 
 def _close(ours: Tensor, theirs: Tensor) -> bool:
