@@ -1,6 +1,7 @@
 """Packed weights: what they stand for, when they are used, and that they leave no trace."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -29,6 +30,10 @@ def product_of(layer, x):
     product, which = layer.__dict__["_everlong_product"]
     start = sum(product.sizes[:which])
     return product.packed(x)[:, start : start + layer.out_features]
+
+
+def linear_layers(model):
+    return [m for m in model.modules() if isinstance(m, nn.Linear)]
 
 
 def q4_1(out, size):
@@ -113,7 +118,9 @@ def test_packing_counts_its_bytes_and_undoing_leaves_no_trace(model, kind):
     before = {name: (type(m), set(m.__dict__)) for name, m in model.named_modules()}
     weights, announced = copy.deepcopy(model.state_dict()), bytes_of(model, kind)
     made = pack(model, kind)
-    assert made.nbytes == announced and made.kind == kind
+    products = {layer.__dict__["_everlong_product"][0] for layer in linear_layers(model)}
+    assert made.nbytes == announced == sum(product.packed.nbytes for product in products)
+    assert made.kind == kind
     assert {type(m) for m in model.modules() if isinstance(m, nn.Linear)} == {PackedLinear}
     assert all(torch.equal(weights[name], held) for name, held in model.state_dict().items())
     made.undo()
@@ -154,13 +161,13 @@ def test_a_product_is_made_once_for_an_input_and_never_taken_for_another(model):
     product, _ = attention.q_proj.__dict__["_everlong_product"]
     made = []
     packed = product.packed
-    product.packed = lambda rows: (made.append(rows), packed(rows))[1]
+    product._packed = lambda rows: (made.append(rows), packed(rows))[1]
     names = ("q_proj", "k_proj", "v_proj")
 
     def expected(name, x):
-        product.packed = packed
+        product._packed = packed
         right = product_of(getattr(attention, name), x)
-        product.packed = lambda rows: (made.append(rows), packed(rows))[1]
+        product._packed = lambda rows: (made.append(rows), packed(rows))[1]
         return right
 
     with torch.no_grad():
@@ -202,20 +209,68 @@ def test_adapters_themselves_are_not_packed_and_a_wrapped_head_is_still_one(mode
     assert isinstance(model.lm_head.base_layer.__dict__["_everlong_product"][0].packed, Half)
 
 
-def test_packing_that_is_interrupted_leaves_no_trace(model, monkeypatch):
+def test_weights_are_packed_when_they_are_first_used(model):
+    pack(model, "int4")
+    products = {layer.__dict__["_everlong_product"][0] for layer in linear_layers(model)}
+    with torch.no_grad():
+        model(torch.zeros((1, MOST_ROWS + 1), dtype=torch.long))
+        assert all(product._packed is None for product in products), "many rows take the float weights"
+        model(torch.zeros((1, 1), dtype=torch.long))
+    assert all(product._packed is not None for product in products)
+
+
+def test_threads_that_write_at_once_pack_once(model, monkeypatch):
+    packed = []
+
+    class Noted(Int8):
+        def __init__(self, *weights):
+            packed.append(weights)
+            super().__init__(*weights)
+
+    monkeypatch.setitem(packing._KINDS, "int8", Noted)
+    pack(model, "int8")
+    products = {layer.__dict__["_everlong_product"][0] for layer in linear_layers(model)}
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda product: product.packed, [*products] * 20))
+    assert len(set(found)) == len(products) and len(packed) == len(products) - 1, "the head is in float16"
+
+
+def test_packing_that_is_interrupted_is_done_by_the_next_forward(model, monkeypatch):
     calls = []
 
     class Interrupted(Int8):
-        def __init__(self, weight):
-            calls.append(weight)
+        def __init__(self, *weights):
+            calls.append(weights)
             if len(calls) == 3:
                 raise KeyboardInterrupt
-            super().__init__(weight)
+            super().__init__(*weights)
 
+    reference, token = copy.deepcopy(model), torch.ones((1, 1), dtype=torch.long)
+    pack(reference, "int8")
     monkeypatch.setitem(packing._KINDS, "int8", Interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        pack(model, "int8")
+    made = pack(model, "int8")
+    with torch.no_grad():
+        with pytest.raises(KeyboardInterrupt):
+            model(token)
+        assert torch.equal(model(token).logits, reference(token).logits)
+    made.undo()
     assert {type(m) for m in model.modules() if isinstance(m, nn.Linear)} == {nn.Linear}
+
+
+def test_looking_for_layers_with_one_input_leaves_no_trace(model):
+    model.lm_head.forward = own = lambda x: F.linear(x, model.lm_head.weight)
+    before = {name: set(m.__dict__) for name, m in model.named_modules()}
+    pack(model, "int8").undo()
+    assert {name: set(m.__dict__) for name, m in model.named_modules()} == before
+    assert model.lm_head.__dict__["forward"] is own
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_below_one_another_are_packed_as_each_alone(kind):
+    weights, x = [weight_of(out, 64, seed=out) for out in (16, 48, 5)], weight_of(3, 64, seed=2)
+    weights = weights[: 2 if kind is Int4 else 3]
+    assert torch.equal(kind(*weights).restored(), torch.cat([kind(weight).restored() for weight in weights]))
+    assert torch.equal(kind(*weights)(x), torch.cat([kind(weight)(x) for weight in weights], -1))
 
 
 # --- which ------------------------------------------------------------------------------------------

@@ -9,8 +9,10 @@ looks at its weights, see no difference.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from threading import Lock
 from typing import Any, Literal, get_args
 
 import torch
@@ -32,10 +34,13 @@ MOST_ROWS = 64
 _WORTH_IT = 32 * 2**20  # bytes of float weights: fewer fit into a processor's caches as they are
 _LOSSLESS = 2.0**-8  # of a group's span: the rounding of a bfloat16 scale
 _KINDS: dict[str, type[Packed]] = {"int8": Int8, "int4": Int4}
+_one_packs = Lock()  # of threads that write with one model
 
 
 class Product:
     """The packed weights of linear layers that are given the same input, multiplied with all at once.
+
+    They are packed when first multiplied with: who loads a model to read with it never waits for that.
 
     Parameters
     ----------
@@ -46,8 +51,6 @@ class Product:
 
     Attributes
     ----------
-    packed : Packed
-        All of them.
     sizes : list of int
         The out of each.
     is_in_use : bool
@@ -55,10 +58,21 @@ class Product:
     """
 
     def __init__(self, weights: list[Tensor], packed_as: type[Packed]) -> None:
-        self.packed = packed_as(weights[0] if len(weights) == 1 else torch.cat(weights))
         self.sizes = [len(weight) for weight in weights]
         self.is_in_use = True
+        self._weights = weights
+        self._packed_as = packed_as
+        self._packed: Packed | None = None
         self._latest: tuple[Tensor, list[Tensor | None]] | None = None
+
+    @property
+    def packed(self) -> Packed:
+        """The packed weights."""
+        if self._packed is None:
+            with _one_packs:
+                if self._packed is None:
+                    self._packed, self._weights = self._packed_as(*self._weights), []
+        return self._packed
 
     def __call__(self, input: Tensor, which: int) -> Tensor:
         """Return the product of `input`, shape (…, in), with weight number `which`, shape (…, out).
@@ -108,7 +122,7 @@ class Packing:
     kind : {"int8", "int4"}
         How the weights are packed.
     nbytes : int
-        Held besides the float weights.
+        Held besides the float weights, once all are packed.
     """
 
     def __init__(self, kind: str, layers: list[nn.Linear], nbytes: int) -> None:
@@ -125,7 +139,7 @@ class Packing:
 
 
 def pack(model: nn.Module, kind: Literal["int8", "int4"]) -> Packing:
-    """Give the linear layers of `model` a packed copy of their weights.
+    """Give the linear layers of `model` a packed copy of their weights, made when it is first used.
 
     The head, whose logits must not be rounded coarsely, is packed in float16; layers of a shape or kind that
     the kernels do not take stay as they are. Weights that change later must be packed again.
@@ -159,7 +173,7 @@ def pack(model: nn.Module, kind: Literal["int8", "int4"]) -> Packing:
         (layers, Product([layer.weight.detach() for layer in layers], packed_as))
         for layers, packed_as in _siblings(model, dict(chosen))
     ]
-    packing = Packing(kind, list(dict(chosen)), sum(product.packed.nbytes for _, product in products))
+    packing = Packing(kind, list(dict(chosen)), needed)
     try:
         for layers, product in products:
             for which, layer in enumerate(layers):
@@ -188,23 +202,36 @@ def _siblings(
     found: dict[Any, list[nn.Linear]] = {}
     inputs: list[Tensor] = []  # kept, so that no two have the same id
 
-    def note(layer: nn.Module, given: tuple[Any, ...]) -> None:
-        assert isinstance(layer, nn.Linear)
-        inputs.append(given[0])
-        group = found.setdefault((id(given[0]), packed_as[layer]), [])
+    def note(layer: nn.Linear, input: Tensor) -> Tensor:
+        inputs.append(input)
+        group = found.setdefault((id(input), packed_as[layer]), [])
         if not any(layer in others for others in found.values()):
             group.append(layer)
+        return input.new_zeros(*input.shape[:-1], layer.out_features)  # sooner made than a product
 
     decoder: Any = decoder_of(model)
     device = decoder.get_input_embeddings().weight.device
-    with ExitStack() as hooks, torch.no_grad():
+    with ExitStack() as forwards, torch.no_grad():
         for layer in packed_as:
-            hooks.callback(layer.register_forward_pre_hook(note).remove)
+            forwards.enter_context(_standing_in(layer, partial(note, layer)))
         decoder(input_ids=torch.zeros((1, 1), dtype=torch.long, device=device), use_cache=False)
     groups = [group for group in found.values() if group]
     seen = {layer for group in groups for layer in group}
     groups += [[layer] for layer in packed_as if layer not in seen]  # experts that were not asked
     return [(group, packed_as[group[0]]) for group in groups]
+
+
+@contextmanager
+def _standing_in(layer: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
+    """Let `forward` stand in for a layer's own, until the end."""
+    before = layer.__dict__.get("forward")  # accelerate's hooks put one there
+    layer.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        layer.__dict__.pop("forward")
+        if before is not None:
+            layer.__dict__["forward"] = before
 
 
 def bytes_of(model: nn.Module, kind: Literal["int8", "int4"]) -> int:
