@@ -9,6 +9,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
@@ -39,7 +40,9 @@ def main() -> None:
 
 def with_results(readme: str) -> str:
     """Return the README's text with the section of results as it should be."""
-    section = "\n".join([BEGIN, "", *real_text(), "", *speed(), "", *writing(), "", *bounded(), "", END])
+    section = "\n".join(
+        [BEGIN, "", *real_text(), "", *speed(), "", *writing(), "", *bounded(), "", *start_up(), "", END]
+    )
     return re.sub(f"{re.escape(BEGIN)}.*{re.escape(END)}", lambda _: section, readme, flags=re.DOTALL)
 
 
@@ -141,6 +144,22 @@ def bounded() -> list[str]:
         f"{growth:.2%} after the first {setting['settled']:,},",
         f"and the last chunks took {abs(slower):.1%} {'more' if slower > 0 else 'less'} time than the first.",
         source("bounded", saved),
+    ]
+
+
+def start_up() -> list[str]:
+    """From the start of a process to a model that is ready."""
+    saved = load("start_up")
+    rows, model = saved["rows"], saved["setting"]["model"]
+    ready, first, helped = (
+        median(rows[key])
+        for key in ("load, auto", "everlong generate, to its first token", "everlong --help")
+    )
+    return [
+        f"**Start-up.** From the start of a process, {model} is ready after {ready:.1f} s, "
+        "`everlong generate` writes",
+        f"its first token after {first:.1f} s, and `everlong --help` is done after {helped:.1f} s.",
+        source("start_up", saved),
     ]
 
 

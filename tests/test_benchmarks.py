@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The scripts can be imported, for this test only."""
-    names = ("common", "speed", "bounded", "real_text", "weights", "writing", "goals", "llama")
+    names = ("common", "speed", "bounded", "real_text", "weights", "writing", "goals", "llama", "start_up")
     assert not set(names) & set(sys.modules)
     monkeypatch.syspath_prepend(FOLDER)
     yield
@@ -342,3 +342,27 @@ def test_writing_measures_each_way_in_a_process_of_its_own(
     assert writing.table(0) == [
         [kind, f"{writing.rows[f'{kind}, sleep at once']:.1f}"] for kind in ("stock", "int4")
     ]
+
+
+# --- start-up -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("scripts")
+def test_start_up_measures_fresh_processes_to_the_end_and_in_parts(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--model", str(folder / "tiny"), "--repeats", "1"]
+    script = Script("start_up", monkeypatch, tmp_path / "start_up.json", *options)
+    monkeypatch.setattr(script.module, "WEIGHTS", ("int8",))
+    script.run()
+    whole = ["import everlong", "everlong --help", "load, int8", "everlong generate, to its first token"]
+    assert measured(capsys) == [*whole, "parts, int8"]
+    assert script.table(0) == [[name, f"{script.rows[name][0]:.2f}"] for name in whole]
+    (parts,) = script.rows["parts, int8"]
+    first, again = parts["first token"], parts["token of another session"]
+    shown = [*(parts[part] for part in script.module.PARTS[:5]), first - again]
+    assert min(parts.values()) > 0 and list(parts) == list(script.module.PARTS)
+    assert script.table(1) == [["int8", *(f"{seconds:.2f}" for seconds in shown)]]
+    monkeypatch.setattr(subprocess, "run", None)
+    script.run()
+    assert measured(capsys) == []

@@ -60,7 +60,10 @@ def __getattr__(name: str) -> Any:
     """Import what `name` stands for when it is first used."""
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'everlong' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    from everlong.models.collector import paused
+
+    with paused():
+        value = getattr(importlib.import_module(_MODULE_OF[name]), name)
     globals()[name] = value
     return value
 

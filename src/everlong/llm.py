@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from everlong.attention import Attachment, LMInfinite, Policy, attach, make_policy
 from everlong.errors import ConfigurationError
+from everlong.models.collector import old_objects_left_out
 from everlong.models.loading import load_model
 from everlong.models.packing import Weights, choose_weights, pack
 from everlong.reading.attached import AttachedModel
@@ -235,8 +236,11 @@ def load(
         See :func:`~everlong.models.loading.load_model` and :func:`~everlong.attention.attach`.
     """
     policy = LMInfinite() if attention is None else _policy(attention)
-    loaded = load_model(source, tokenizer=tokenizer, device=device, dtype=dtype, revision=revision, **loading)
-    return LLM(loaded.model, loaded.tokenizer, loaded.name, policy, weights)
+    with old_objects_left_out():
+        loaded = load_model(
+            source, tokenizer=tokenizer, device=device, dtype=dtype, revision=revision, **loading
+        )
+        return LLM(loaded.model, loaded.tokenizer, loaded.name, policy, weights)
 
 
 def _policy(attention: Policy | str) -> Policy:

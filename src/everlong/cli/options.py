@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import everlong
 from everlong.cli.policy_files import method_name
 from everlong.errors import ConfigurationError
 from everlong.models.catalogue import DEFAULT_MODEL
@@ -138,9 +139,7 @@ class MethodOptions:
 
     def policy(self) -> Policy:
         """Make the policy that was asked for."""
-        from everlong.attention import make_policy
-
-        return make_policy(self.name, parse_settings(self.settings))
+        return everlong.make_policy(self.name, parse_settings(self.settings))
 
 
 @dataclass(frozen=True)
@@ -216,9 +215,7 @@ class WritingOptions:
         }
 
     def _sampling(self) -> Sampling:
-        from everlong.reading.sampling import Sampling
-
-        return Sampling(
+        return everlong.Sampling(
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=self.top_k,

@@ -77,8 +77,8 @@ def read(
     the same command with the rest of the text goes on.
     """
     console = notes(quiet=output_options.quiet)
-    _check(files, state)
     arguments = writing.arguments()
+    _check(files, state)
     with open_llm(model, method, weights=weights, quiet=output_options.quiet) as llm:
         if dry_run:
             _estimate(llm, files, surprisal=surprisal, as_json=output_options.as_json)

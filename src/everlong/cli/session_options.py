@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+import everlong
 from everlong.cli.options import MethodOptions, ModelOptions
 from everlong.cli.terminal import pull_progress
 from everlong.errors import ConfigurationError
@@ -26,10 +27,8 @@ Outcome = TypeVar("Outcome")
 def open_llm(model: ModelOptions, method: MethodOptions, *, weights: str, quiet: bool) -> Iterator[LLM]:
     """Load a model under a policy; it is closed at the end."""
     policy = method.policy()
-    from everlong.llm import load
-
     with pull_progress(quiet=quiet) as progress:
-        llm = load(model.model, policy, weights=cast(Any, weights), **model.loading(progress))
+        llm = everlong.load(model.model, policy, weights=cast(Any, weights), **model.loading(progress))
     with llm:
         yield llm
 
