@@ -4,21 +4,23 @@ A step of writing is short: with packed weights, what a layer does around its pr
 do. Most models share one form of layer: norm, attention, norm, gated MLP (with norms of queries and keys, or
 behind each half, in some). Where a layer has that form, its weights are packed and its attention follows a
 policy, a token runs through the same products without what lies between them in general code. Whether a layer
-has that form is looked up by the names of its parts, and then measured: for some tokens it must give what the
-model's own code gives. Every other call, and every other layer, is the model's own.
+has that form is looked up by the names of its parts, and then measured: for the first token that comes it
+must give what the model's own code gives. Every other call, and every other layer, is the model's own.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from everlong.models.cache_argument import CACHE_ARGUMENTS
 from everlong.models.packing import MOST_ROWS, PackedLinear, Product
 
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -27,7 +29,6 @@ _TWO_NORMS = {"input_layernorm", "post_attention_layernorm"}
 _FOUR_NORMS = _TWO_NORMS | {"pre_feedforward_layernorm", "post_feedforward_layernorm"}
 _MANNERS = ("scaling", "softcap", "s_aux")
 _TOLERANCE = 2.0**-6  # of what a layer adds, at most: the products round to bfloat16, in two orders
-_PROBE_TOKENS = (3, 11, 29)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,8 +75,6 @@ class LeanLayer:
         Of those, in that order.
     activation : callable
         The MLP's.
-    manner : dict
-        What the layer tells the attention function.
     """
 
     layer: nn.Module
@@ -93,10 +92,11 @@ class LeanLayer:
     mlp_out: Product
     biases: list[Tensor | None]
     activation: Callable[[Tensor], Tensor]
-    manner: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._own = MethodType(type(self.layer).forward, self.layer)
+        self._own = type(self.layer).forward
+        self._agrees: bool | None = None
+        self._manner: dict[str, Any] = {}
         self._size = int(self.attention.head_dim)
         self._heads = [size // self._size for size in self.heads_in.sizes]
         self._holders = [holder._modules for holder in (self.layer, self.attention, self.mlp)]
@@ -116,7 +116,11 @@ class LeanLayer:
             or hidden_states.device.type != "cpu"
             or not self._is_whole()
         ):
-            return self._own(hidden_states, *args, **kwargs)
+            return self._own(self.layer, hidden_states, *args, **kwargs)
+        if self._agrees is None:
+            self._agrees = self._compare(hidden_states, args, kwargs)
+        if not self._agrees:
+            return self._own(self.layer, hidden_states, *args, **kwargs)
         return self.run(hidden_states, attend)
 
     def run(self, hidden_states: Tensor, attend: Callable[..., Any]) -> Tensor:
@@ -130,7 +134,7 @@ class LeanLayer:
             query = self.of_queries(query)
         if self.of_keys is not None:
             key = self.of_keys(key)
-        output, _ = attend(self.attention, query, key, value, None, **self.manner)
+        output, _ = attend(self.attention, query, key, value, None, **self._manner)
         output = _product(self.heads_out, output.view(rows, -1), for_output)
         if self.after_attention is not None:
             output = self.after_attention(output.to(dtype))
@@ -151,6 +155,32 @@ class LeanLayer:
             for modules, found in zip(self._holders, self._found, strict=True)
         )
 
+    def _compare(self, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the layer gives what its own code gives, attention aside; learn how that is called."""
+
+        def blended(
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **told: Any
+        ) -> tuple[Tensor, None]:
+            """Something that all of queries, keys and values have a part in."""
+            self._manner.update({name: told[name] for name in _MANNERS if told.get(name) is not None})
+            groups = query.shape[1] // key.shape[1]
+            key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+            return (query + 0.5 * key + 0.25 * value).transpose(1, 2).contiguous(), None
+
+        attention = copy.copy(self.attention)  # other threads go on with the original
+        attention.__dict__["_everlong_attention"] = blended
+        if "forward" in attention.__dict__:
+            attention.__dict__["forward"] = MethodType(attention.__dict__["forward"].__func__, attention)
+        twin = copy.copy(self.layer)
+        twin.__dict__["_modules"] = {**twin._modules, "self_attn": attention}
+        without_cache = {name: value for name, value in kwargs.items() if name not in CACHE_ARGUMENTS}
+        theirs = self._own(twin, hidden_states, *args, **without_cache)
+        if not isinstance(theirs, Tensor):
+            return False
+        ours = self.run(hidden_states, blended)
+        error, added = (x.float().abs().max() for x in (ours - theirs, theirs - hidden_states))
+        return bool(error <= _TOLERANCE * added)
+
     @property
     def _products(self) -> tuple[Product, ...]:
         return self.heads_in, self.heads_out, self.mlp_in, self.mlp_out
@@ -165,12 +195,9 @@ def _product(product: Product, x: Tensor, bias: Tensor | None) -> Tensor:
 
 @contextmanager
 def lean_layers(decoder: nn.Module) -> Iterator[list[LeanLayer]]:
-    """Let the layers of `decoder` that can be run lean be run so, within an open seam; yield these."""
-    found = [lean for lean in map(_taken_apart, decoder.modules()) if lean is not None]
-    found = _those_that_agree(decoder, found) if found else []
-    found = [
-        lean for lean in found if "forward" not in lean.layer.__dict__
-    ]  # accelerate's hooks put one there
+    """Let the layers of `decoder` that have the usual form be run lean, once they prove to; yield these."""
+    candidates = [module for module in decoder.modules() if "forward" not in module.__dict__]  # accelerate's
+    found = [lean for lean in map(_taken_apart, candidates) if lean is not None]
     try:
         for lean in found:
             lean.layer.__dict__["forward"] = lean.forward
@@ -259,42 +286,3 @@ def _norm(module: Any) -> Any:
             if torch.allclose(norm(x), expected, rtol=1e-5, atol=1e-6):
                 return norm
     return None
-
-
-def _those_that_agree(decoder: Any, candidates: list[LeanLayer]) -> list[LeanLayer]:
-    """Return those that give what the model's own code gives, and learn how it calls attention."""
-    of_attention = {id(lean.attention): lean for lean in candidates}
-    agreeing: list[LeanLayer] = []
-
-    def blended(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **told: Any
-    ) -> tuple[Tensor, None]:
-        """Something that all of queries, keys and values have a part in."""
-        if (lean := of_attention.get(id(module))) is not None:
-            lean.manner.update({name: told[name] for name in _MANNERS if told.get(name) is not None})
-        groups = query.shape[1] // key.shape[1]
-        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
-        return (query + 0.5 * key + 0.25 * value).transpose(1, 2).contiguous(), None
-
-    def compare(lean: LeanLayer, given: Any, output: Any) -> None:
-        before = given[0] if given else None
-        if isinstance(output, Tensor) and before is not None:
-            ours = lean.run(before, blended)
-            if (ours - output).abs().max() <= _TOLERANCE * (output - before).abs().max():
-                agreeing.append(lean)
-
-    with ExitStack() as stack, torch.no_grad():
-        for module in decoder.modules():
-            if "_everlong_attention" in module.__dict__:
-                stack.callback(
-                    module.__dict__.__setitem__, "_everlong_attention", module.__dict__["_everlong_attention"]
-                )
-                module.__dict__["_everlong_attention"] = blended
-        for lean in candidates:
-            hook = lean.layer.register_forward_hook(
-                lambda _, given, output, lean=lean: compare(lean, given, output)
-            )
-            stack.callback(hook.remove)
-        device = decoder.get_input_embeddings().weight.device
-        decoder(input_ids=torch.tensor(_PROBE_TOKENS, device=device)[:, None], use_cache=False)
-    return agreeing

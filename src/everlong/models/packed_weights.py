@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +16,6 @@ from torch import Tensor
 
 _GROUP = 32  # weights that share a scale and a zero in 4 bits
 _ROWS = 16  # the 4-bit kernel takes output channels by this many
-_SLICES = 4  # of a matrix in float16; more cost time in each product
 _TINY = 1e-12
 
 
@@ -61,24 +60,24 @@ class Half(Packed):
     takes = torch.float32
 
     def __init__(self, *weights: Tensor) -> None:
-        self._count = sum(weight.numel() for weight in weights)
-        # One matrix would be packed by one thread, with strides that miss the caches.
-        slices = [piece for weight in weights for piece in weight.chunk(_SLICES)]
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            self._packed = list(pool.map(_in_half, slices))
+        weight = _joined(weights)
+        self._shape = weight.shape
+        self._packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
 
     def multiply(self, rows: Tensor) -> Tensor:
         """Multiply."""
-        return torch.cat([torch.ops.quantized.linear_dynamic_fp16(rows, each) for each in self._packed], -1)
+        product: Tensor = torch.ops.quantized.linear_dynamic_fp16(rows, self._packed)
+        return product
 
     def restored(self) -> Tensor:
         """Return the weight in float16's precision."""
-        return torch.cat([torch.ops.quantized.linear_unpack_fp16(each)[0].float() for each in self._packed])
+        weight: Tensor = torch.ops.quantized.linear_unpack_fp16(self._packed)[0]
+        return weight.float()
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return 2 * self._count
+        return 2 * self._shape.numel()
 
     @staticmethod
     def bytes_for(weight: Tensor) -> int:
@@ -181,8 +180,8 @@ class Int4(Packed):
         return float(((back - groups).abs() / (15 * scales[..., None]).clamp(min=_TINY)).max())
 
 
-def _in_half(weight: Tensor) -> Any:
-    return torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
+def _joined(weights: Sequence[Tensor]) -> Tensor:
+    return weights[0] if len(weights) == 1 else torch.cat([*weights])
 
 
 def _in_four_bits(weight: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
