@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional as F
 
-from everlong.attention import FullAttention, LMInfinite
+from everlong.attention import FullAttention, LMInfinite, attach
 from everlong.errors import ConfigurationError, UnknownNameError, UnsupportedUseError
 from everlong.llm import LLM, load
 from everlong.models import packing
@@ -183,6 +183,16 @@ def test_a_product_is_made_once_for_an_input_and_never_taken_for_another(model):
         assert torch.equal(attention.k_proj(first), expected("k_proj", second))
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_shapes_that_no_kernel_fits_stay_as_they_are(kind):
+    model = tiny.build("llama", intermediate_size=40)
+    pack(model, kind)
+    mlp = model.model.layers[0].mlp
+    assert type(mlp.down_proj) is nn.Linear and type(mlp.up_proj) is PackedLinear
+    with torch.no_grad():
+        assert model(torch.zeros((1, 1), dtype=torch.long)).logits.isfinite().all()
+
+
 def test_adapters_go_on_top_also_one_per_row(model):
     pack(model, "int8")
     config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
@@ -271,6 +281,14 @@ def test_weights_below_one_another_are_packed_as_each_alone(kind):
     weights = weights[: 2 if kind is Int4 else 3]
     assert torch.equal(kind(*weights).restored(), torch.cat([kind(weight).restored() for weight in weights]))
     assert torch.equal(kind(*weights)(x), torch.cat([kind(weight)(x) for weight in weights], -1))
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_every_family_can_be_attached_when_it_is_packed(family):
+    model = tiny.build(family)
+    pack(model, "int8")
+    with attach(model, FullAttention()), torch.no_grad():
+        model(torch.zeros((1, 1), dtype=torch.long))
 
 
 # --- which ------------------------------------------------------------------------------------------

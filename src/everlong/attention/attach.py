@@ -28,6 +28,7 @@ from everlong.errors import (
 from everlong.models.anatomy import decoder_of, dissect, replaced_rotaries
 from everlong.models.cache_argument import cache_argument
 from everlong.models.lean_layers import lean_layers
+from everlong.models.packing import by_float_weights
 from everlong.models.rotary import IdentityRotary
 from everlong.models.seam import Seam
 from everlong.models.unrotated import unrotated
@@ -67,7 +68,8 @@ class Attachment:
         decoder = decoder_of(model)
         if "_everlong_attachment" in decoder.__dict__:
             raise UnsupportedUseError("this model is attached already: detach it first, policies do not nest")
-        anatomy = dissect(model)
+        with by_float_weights(decoder):
+            anatomy = dissect(model)
         self.model = model
         self.decoder = decoder
         self.training_length = anatomy.training_length

@@ -16,6 +16,7 @@ from torch import Tensor
 
 _GROUP = 32  # weights that share a scale and a zero in 4 bits
 _ROWS = 16  # the 4-bit kernel takes output channels by this many
+_COLUMNS = 16  # and the 8-bit kernel inputs
 _TINY = 1e-12
 
 
@@ -49,6 +50,11 @@ class Packed(ABC):
     @abstractmethod
     def bytes_for(weight: Tensor) -> int:
         """Bytes a copy of `weight` would hold."""
+
+    @staticmethod
+    def fits(weight: Tensor) -> bool:
+        """Whether the kernel takes this shape."""
+        return True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Packed:
         return self  # never changed
@@ -121,6 +127,11 @@ class Int8(Packed):
     def bytes_for(weight: Tensor) -> int:
         """Bytes a copy of `weight` would hold."""
         return weight.numel() + 2 * len(weight)
+
+    @staticmethod
+    def fits(weight: Tensor) -> bool:
+        """Whether the kernel takes this shape: it reads beyond the ends of others."""
+        return weight.shape[1] % _COLUMNS == 0
 
 
 class Int4(Packed):

@@ -187,6 +187,20 @@ def pack(model: nn.Module, kind: Literal["int8", "int4"]) -> Packing:
     return packing
 
 
+@contextmanager
+def by_float_weights(model: nn.Module) -> Iterator[None]:
+    """Let packed layers use their float weights within the block, where rounding would blur a comparison."""
+    layers = [module for module in model.modules() if type(module) is PackedLinear]
+    most = [layer.__dict__["_everlong_most"] for layer in layers]
+    try:
+        for layer in layers:
+            layer.__dict__["_everlong_most"] = -1
+        yield
+    finally:
+        for layer, count in zip(layers, most, strict=True):
+            layer.__dict__["_everlong_most"] = count
+
+
 def _discard(layer: nn.Module) -> None:
     """Take a layer's packed weights away, if it has any."""
     product, _ = layer.__dict__.pop("_everlong_product", (None, None))
@@ -279,7 +293,8 @@ def _packable(model: nn.Module, kind: str) -> Iterator[tuple[nn.Linear, type[Pac
         if weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16):
             if packed_as is Int4 and not Int4.fits(weight):
                 packed_as = Int8
-            yield module, packed_as
+            if packed_as.fits(weight):
+                yield module, packed_as
 
 
 def _came_in_four_bits(layers: list[nn.Linear]) -> bool:
