@@ -200,7 +200,8 @@ class WritingOptions:
         typer.Option(
             "--speculate",
             metavar="WAY",
-            help="Guess tokens to come and run several at once: prompt-lookup. The text stays the same.",
+            help="Guess tokens to come and run several at once: prompt-lookup, lookahead. The text stays "
+            "the same.",
             rich_help_panel=_WRITING,
         ),
     ] = None
