@@ -28,7 +28,7 @@ import torch
 from common import RESULTS, Rows, in_own_process, table
 from speed import prefill_once
 
-from everlong.attention import LMInfinite
+from everlong.attention import LMInfinite, attach
 from everlong.evaluation.machine_speed import measure_speed
 from everlong.evaluation.speed import decode_seconds, fill, random_ids
 from everlong.evaluation.speed_report import SpeedPlan
@@ -41,6 +41,7 @@ from everlong.models.store import Store
 WAITING, STEPS, METHODS = "spin briefly", 20, ("stock", "ours")
 GOALS = {1024: 4, 8192: 8, 32768: 25}
 CONTEXT = 1024  # tokens, of a decode step beside llama.cpp
+TOGETHER, WINDOWS_TOGETHER = 8, (256, 1024)  # streams that write together, and their windows
 
 
 def main() -> None:
@@ -89,6 +90,7 @@ def main() -> None:
     if why is None and not found["llama.cpp"]:
         found["llama.cpp"] = rows.get("llama.cpp", lambda: their_speeds(options, gguf))
     found["speed"] = rows.get("speed", lambda: once("speed"))
+    found["together"] = rows.get("together", lambda: once("together"))
     for method in METHODS:
         found[f"whole {method}"] = rows.get(f"whole {method}", lambda m=method: once(f"whole {m}"))
     rows.write_table("Goals of speed, and what was reached", page(options, found, bounded(), why))
@@ -148,9 +150,36 @@ def beside(options: Any) -> Any:
     return {"decode_ms": decode, "prefill": prefill}
 
 
+def together(options: Any) -> Any:
+    """Measure a step of one stream and of several that write together, in this process, by their windows."""
+    model = load_model(options.model).model
+    head, decoder = model.get_output_embeddings(), model.get_decoder()
+    pack(model, options.weights)
+    found: dict[int, list[float]] = {}
+    for window in WINDOWS_TOGETHER:
+        with attach(model, LMInfinite(window=window)) as handle, torch.inference_mode():
+            caches = [handle.new_cache() for _ in range(TOGETHER)]
+            for number, cache in enumerate(caches):  # each another length, their windows full
+                ids = random_ids(decoder, 2 * window + 50 * number)
+                decoder(input_ids=ids[None], use_cache=True, **{handle.cache_argument: cache})
+            found[window] = []
+            for rows in (1, TOGETHER):
+                cache = handle.batch(caches[:rows]).cache
+                call = {"use_cache": True, handle.cache_argument: cache}
+                steps = []
+                for _ in range((options.repeats + 1) * STEPS):
+                    ids = random_ids(decoder, rows)[:, None]
+                    started = time.perf_counter()
+                    head(decoder(input_ids=ids, **call).last_hidden_state)
+                    steps.append(time.perf_counter() - started)
+                found[window].append(1000 * median(steps[STEPS:]))
+    return found
+
+
 ONCE: dict[str, Callable[[Any], Any]] = {
     "speed": at_depths,
     "beside": beside,
+    "together": together,
     **{f"whole {m}": lambda o, m=m: prefill_once(o.model, o.window, m, max(o.depths)) for m in METHODS},
 }
 """What is measured in a process of its own."""
@@ -226,6 +255,13 @@ def goals(options: Any, found: dict[str, Any], bounded: Any, why: str | None) ->
             else skipped,
         ],
         [f"writing, one session, at {at}", "stock transformers", f"≥ {least}", " / ".join(decode)],
+        [
+            f"writing, {TOGETHER} sessions together, windows of "
+            + " / ".join(f"{int(window):,}" for window in found["together"]),
+            "one session",
+            "≥ 4x",
+            " / ".join(f"{TOGETHER * one / all_:.1f}x" for one, all_ in found["together"].values()),
+        ],
         [
             f"reading {deepest:,} tokens",
             "stock transformers",

@@ -29,6 +29,7 @@ from everlong.llm import LLM, load
 from everlong.reading import Session
 
 WINDOW, TOKENS, REPEATS = 1024, 128, 3
+START, LONG, SHORT = 2000, 12000, 3500  # characters of the novel: where it is begun, and how much is read
 TEXTS = ("prose", "code", "summary")
 WAYS = ("none", "prompt-lookup", "lookahead")
 WEIGHTS = ("int4", "float")
@@ -104,10 +105,10 @@ def begun(llm: LLM, text: str, book: Path) -> Session:
     if text == "code":
         session.read(standard_library(llm.tokenizer, 4000).ids)
     elif text == "prose":
-        beginning = book.read_text(encoding="utf-8")[2000:14000]
-        session.read(torch.tensor([llm.tokenizer.encode(beginning)]))
+        beginning = book.read_text(encoding="utf-8")[START : START + LONG]
+        session.read(torch.tensor(llm.tokenizer.encode(beginning)))
     else:
-        session.read(book.read_text(encoding="utf-8")[2000:5500])
+        session.read(book.read_text(encoding="utf-8")[START : START + SHORT])
         session.to_answer("Summarise the text above in a few sentences.", keep=True)
     llm.model.generation_config.eos_token_id = None
     session.model.__dict__["end_tokens"] = frozenset()  # each writes as many tokens
@@ -115,7 +116,7 @@ def begun(llm: LLM, text: str, book: Path) -> Session:
 
 
 def tokens_of(session: Session) -> list[int]:
-    """The latest tokens of a session's stream, the one that waits included."""
+    """Return the latest tokens of a session's stream, the one that waits included."""
     tape = session.to_go_on()
     return [*tape.driver.recent, *tape.queue]
 
@@ -155,9 +156,9 @@ def page(setting: dict[str, Any], found: dict[tuple[str, str], Any]) -> list[str
             )
     return [
         f"{setting['model']}, LMInfinite(window={WINDOW}), {setting['tokens']} tokens written greedily "
-        f"after *{setting['book']}*, Python's own sources, or the request to summarise the novel's first pages; "
-        f"threads that spin briefly, whatever the line above says. Medians of {setting['repeats']}, in turn; a "
-        "ratio above 1 is in favour of guessing.",
+        f"after *{setting['book']}*, Python's own sources, or the request to summarise the novel's first "
+        "pages; threads that spin briefly, whatever the line above says. Medians of "
+        f"{setting['repeats']}, in turn; a ratio above 1 is in favour of guessing.",
         "",
         *table(
             ["text, weights", "way", "tokens a forward", "tokens/s: one by one", "guessing", "ratio", "text"],

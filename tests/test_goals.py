@@ -48,6 +48,7 @@ def goals(scripts: None, folder: Path, tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(script.module, "in_own_process", here)
     monkeypatch.setattr(script.module, "CONTEXT", 30)
+    monkeypatch.setattr(script.module, "WINDOWS_TOGETHER", (20, 30))
     monkeypatch.setattr(rooflines, "_SIDE", {"cpu": 16})
     monkeypatch.setattr(rooflines, "_BUFFER", {"cpu": 4096})
     yield script
@@ -59,8 +60,12 @@ def test_goals_measures_ours_and_says_that_llama_is_not_there(
     goals: Script, capsys: pytest.CaptureFixture[str]
 ) -> None:
     goals.run()
-    ours = ["beside llama.cpp", "speed", "whole stock", "whole ours"]
+    ours = ["beside llama.cpp", "speed", "together", "whole stock", "whole ours"]
     assert measured(capsys) == ours and set(goals.rows) == set(ours)
+    together = goals.rows["together"]
+    (row,) = [cells for cells in goals.table(0) if "8 sessions" in cells[0]]
+    assert row[0].endswith("20 / 30")
+    assert row[3] == " / ".join(f"{8 * one / eight:.1f}x" for one, eight in together.values())
     reached = {(what, against): cells for what, against, *cells in goals.table(0)}
     theirs = [cells for (_, against), cells in reached.items() if against.startswith("llama.cpp")]
     why = "not measured: there is no environment .venv-llama; --build-llama builds it, in minutes"
@@ -118,6 +123,60 @@ def test_a_million_tokens_are_another_scripts(tmp_path: Path) -> None:
     row = {"milliseconds": [2.0, 2.5]}
     saved = {"rows": {"LM-Infinite": row}, "setting": {"tokens": 1000, "settled": 20}}
     assert million(saved).startswith("1.25x (the 1,000th against the 20th")
+
+
+# --- guessing ahead -----------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("scripts")
+def test_speculation_writes_each_text_in_each_way(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [str(folder / "novel.txt"), "--model", str(folder / "tiny"), "--tokens", "12", "--repeats", "1"]
+    script = Script("speculation", monkeypatch, tmp_path / "speculation.json", *options)
+    monkeypatch.setattr(script.module, "START", 0)
+
+    def here(path: str, *words: object, waiting: str) -> Any:
+        assert Path(path).name == "speculation.py" and waiting == "spin briefly"
+        with io.StringIO() as out, redirect_stdout(out):
+            monkeypatch.setattr(sys, "argv", ["speculation.py", *map(str, words)])
+            script.module.main()
+            return json.loads(out.getvalue().splitlines()[-1])
+
+    monkeypatch.setattr(script.module, "in_own_process", here)
+    script.run()
+    names = [f"{text}, {weights}" for weights in ("int4", "float") for text in ("prose", "code", "summary")]
+    assert measured(capsys) == names
+    for name in names[3:]:
+        assert all(way["margin"] is None and way["tokens"] == 12 for way in script.rows[name].values())
+        assert script.rows[name]["none"]["forwards"] >= 11
+    shown = {(row[0], row[1]): row for row in script.table(0)}
+    assert len(shown) == 2 * len(names)
+    for name in names:
+        plain, ahead = script.rows[name]["none"], script.rows[name]["lookahead"]
+        row = shown[name, "lookahead"]
+        assert row[2] == f"{12 / ahead['forwards']:.2f}"
+        assert row[5] == f"{plain['seconds'] / ahead['seconds']:.2f}"
+
+
+@pytest.mark.usefixtures("scripts")
+def test_a_step_is_profiled_by_kinds_of_operators(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    profile_step = importlib.import_module("profile_step")
+    found = profile_step.measure(str(folder / "tiny"), 30, "int8")
+    layers = 2  # of the tiny model
+    calls = {kind: count for kind, (_, count) in found["kinds"].items()}
+    assert calls["attention"] == layers and calls["head"] == 1
+    assert calls["products"] == 4 * layers, "layers with one input are multiplied together"
+    assert calls[profile_step.OTHERS] > 20
+    script = Script("profile_step", monkeypatch, tmp_path / "profile_step.json")
+    monkeypatch.setattr(script.module, "in_own_process", lambda *words, waiting: found)
+    script.run()
+    assert measured(capsys) == ["float", "int8", "int4"]
+    spent = sum(milliseconds for milliseconds, _ in found["kinds"].values())
+    assert script.table(0)[1][1] == f"{found['step']:.1f}"
+    assert script.table(0)[1][-1] == f"{found['step'] - spent:.1f}"
 
 
 # --- llama.cpp ----------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from everlong.attention.cuda_parts import fused
 from everlong.attention.positions import working_dtype
 
 _FLASH_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -145,6 +146,19 @@ def _attend_one(part: Part, scaling: float, softcap: float | None) -> Partial:
         return _backwards(_attend_one(_backwards_part(part), scaling, softcap))
     if softcap is None and _flash_fits(part):
         return _flash(part, scaling)
+    if softcap is None and part.queries.device.type == "cuda" and not _needs_gradient(part):
+        visible = part.visible
+        bias = _bias(visible, part.queries.dtype) if isinstance(visible, Tensor) else None
+        found = fused(
+            part.queries,
+            part.keys,
+            part.values,
+            bias,
+            is_causal=visible is Triangle.LOWER,
+            scaling=scaling,
+        )
+        if found is not None:
+            return Partial(*found)
     return _explicit_rows(part, scaling, softcap)
 
 
@@ -168,14 +182,17 @@ def _flash(part: Part, scaling: float) -> Partial:
 
 def _flash_fits(part: Part) -> bool:
     """Whether the CPU flash kernel computes this part; its log-sum-exp has no gradient."""
-    needs_gradient = torch.is_grad_enabled() and (
-        part.queries.requires_grad or part.keys.requires_grad or part.values.requires_grad
-    )
     return (
         part.queries.device.type == "cpu"
-        and not needs_gradient
+        and not _needs_gradient(part)
         and part.queries.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and part.keys.shape[-2] > 0
+    )
+
+
+def _needs_gradient(part: Part) -> bool:
+    return torch.is_grad_enabled() and (
+        part.queries.requires_grad or part.keys.requires_grad or part.values.requires_grad
     )
 
 

@@ -40,7 +40,7 @@ class _Norm:
     scale : Tensor
         Shape (d,).
     eps : Tensor
-        A number.
+        A number, in the dtype to compute in.
     share : float
         1 / d.
     """
@@ -50,7 +50,7 @@ class _Norm:
     share: float
 
     def __call__(self, x: Tensor) -> Tensor:
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=self.eps.dtype)
         inverse = torch.addcmul(self.eps, length, length, value=self.share).rsqrt_()
         return (x * inverse).mul_(self.scale).to(x.dtype)
 
@@ -224,8 +224,10 @@ def _taken_apart(layer: nn.Module) -> LeanLayer | None:
         [mlp.down_proj],
     ]
     products = [_shared_product(group) for group in groups]
+    if None in products:
+        return None
     norms: dict[str, Any] = {name: _norm(module) for name, module in (*parts.items(), *of_heads.items())}
-    if any(found is None for found in (*products, *norms.values())):
+    if None in norms.values():
         return None
     four = set(parts) == _FOUR_NORMS
     return LeanLayer(
@@ -282,7 +284,7 @@ def _norm(module: Any) -> Any:
     with torch.no_grad():
         expected = module(x)
         for scale in (weight, 1 + weight):
-            norm = _Norm(scale, torch.tensor(float(eps), device=weight.device), 1 / len(weight))
+            norm = _Norm(scale, torch.tensor(float(eps)), 1 / len(weight))
             if torch.allclose(norm(x), expected, rtol=1e-5, atol=1e-6):
                 return norm
     return None

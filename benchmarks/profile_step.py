@@ -1,0 +1,104 @@
+"""Where a step of writing spends its time: products, attention, head, other operators, and all between them.
+
+    python benchmarks/profile_step.py
+
+SmolLM2 in a full window of 1,024 tokens, with weights of each kind, threads that spin briefly (as the
+``everlong`` command has them). Operators are timed by PyTorch's profiler, which makes the small ones look
+somewhat longer than they are; what a step takes is measured without it, and what is left of that is Python,
+and threads waking. About a minute on 2 CPU cores, which must be quiet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from common import RESULTS, Rows, in_own_process, table
+from torch.profiler import ProfilerActivity, profile
+
+from everlong.attention import LMInfinite
+from everlong.evaluation.speed import decode_seconds, fill, random_ids
+from everlong.evaluation.streams import open_stream
+from everlong.models.loading import load_model
+from everlong.models.packing import pack
+
+STEPS, REPEATS = 20, 5
+WEIGHTS = ("float", "int8", "int4")
+KINDS = {
+    "products": ("aten::addmm", "aten::mm", "aten::_weight_int8pack_mm", "aten::_weight_int4pack_mm_for_cpu"),
+    "attention": ("aten::_scaled_dot_product_flash_attention_for_cpu",),
+    "head": ("quantized::linear_dynamic_fp16",),
+}
+OTHERS, REST = "other operators", "Python, waking threads"
+
+
+def main() -> None:
+    """Measure what is missing, and write the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--window", type=int, default=1024)
+    parser.add_argument("--output", type=Path, default=RESULTS / "profile_step.json")
+    parser.add_argument("--once", metavar="WEIGHTS", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.once:
+        print(json.dumps(measure(options.model, options.window, options.once)))
+        return
+    rows = Rows(options.output, {"model": options.model, "window": options.window})
+
+    def once(weights: str) -> Any:
+        words = ["--model", options.model, "--window", options.window, "--once", weights]
+        return in_own_process(__file__, *words, waiting="spin briefly")
+
+    found = {weights: rows.get(weights, lambda w=weights: once(w)) for weights in WEIGHTS}
+    lines = [
+        f"{options.model}, a full window of {options.window:,} tokens, threads that spin briefly, whatever the "
+        "line above says: milliseconds a step, and calls. A step is the median of "
+        f"{REPEATS} x {STEPS}, the rest the mean of {STEPS} profiled ones; the float head is among the products.",
+        "",
+        *table(
+            ["weights", "a step", *(f"{name} (calls)" for name in (*KINDS, OTHERS)), REST],
+            [[weights, *cells(row)] for weights, row in found.items()],
+        ),
+    ]
+    rows.write_table("Where a step of writing spends its time", lines)
+
+
+def measure(model: str, window: int, weights: str) -> dict[str, Any]:
+    """Milliseconds and calls of each kind in this process, a step."""
+    loaded = load_model(model).model
+    if weights != "float":
+        pack(loaded, weights)  # type: ignore[arg-type]
+    with open_stream(loaded, LMInfinite(window=window)) as stream, torch.inference_mode():
+        fill(stream, window)
+        head, ids = loaded.get_output_embeddings(), random_ids(stream.decoder, STEPS)
+        decode_seconds(stream, ids, head)  # packs, and warms up
+        step = median(median(decode_seconds(stream, ids, head)) for _ in range(REPEATS))
+        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+            decode_seconds(stream, ids, head)
+    kind_of = {operator: kind for kind, operators in KINDS.items() for operator in operators}
+    found = {kind: [0.0, 0.0] for kind in (*KINDS, OTHERS)}
+    for event in profiled.key_averages():
+        kind = found[kind_of.get(event.key, OTHERS)]
+        kind[0] += event.self_cpu_time_total / 1000 / STEPS
+        kind[1] += event.count / STEPS
+    return {"step": 1000 * step, "kinds": found}
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """One kind of weights' cells."""
+    spent = sum(milliseconds for milliseconds, _ in row["kinds"].values())
+    return [
+        f"{row['step']:.1f}",
+        *(f"{milliseconds:.1f} ({calls:,.0f})" for milliseconds, calls in row["kinds"].values()),
+        f"{row['step'] - spent:.1f}",
+    ]
+
+
+if __name__ == "__main__":
+    main()
