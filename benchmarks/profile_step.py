@@ -57,9 +57,10 @@ def main() -> None:
 
     found = {weights: rows.get(weights, lambda w=weights: once(w)) for weights in WEIGHTS}
     lines = [
-        f"{options.model}, a full window of {options.window:,} tokens, threads that spin briefly, whatever the "
-        "line above says: milliseconds a step, and calls. A step is the median of "
-        f"{REPEATS} x {STEPS}, the rest the mean of {STEPS} profiled ones; the float head is among the products.",
+        f"{options.model}, a full window of {options.window:,} tokens, threads that spin briefly, whatever "
+        "the line above says: milliseconds a step, and calls. A step is the median of "
+        f"{REPEATS} x {STEPS}, the rest the mean of {STEPS} profiled ones; the float head is among the "
+        "products.",
         "",
         *table(
             ["weights", "a step", *(f"{name} (calls)" for name in (*KINDS, OTHERS)), REST],

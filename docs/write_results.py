@@ -41,7 +41,23 @@ def main() -> None:
 def with_results(readme: str) -> str:
     """Return the README's text with the section of results as it should be."""
     section = "\n".join(
-        [BEGIN, "", *real_text(), "", *speed(), "", *writing(), "", *bounded(), "", *start_up(), "", END]
+        [
+            BEGIN,
+            "",
+            *real_text(),
+            "",
+            *speed(),
+            "",
+            *writing(),
+            "",
+            *goals(),
+            "",
+            *bounded(),
+            "",
+            *start_up(),
+            "",
+            END,
+        ]
     )
     return re.sub(f"{re.escape(BEGIN)}.*{re.escape(END)}", lambda _: section, readme, flags=re.DOTALL)
 
@@ -130,6 +146,22 @@ def writing() -> list[str]:
         "",
         source("writing", saved),
         source("weights", cost),
+    ]
+
+
+def goals() -> list[str]:
+    """What speed is to reach, and what it has reached."""
+    page = (RESULTS / "goals.md").read_text().splitlines()
+    start = next(number for number, line in enumerate(page) if line.startswith("|"))
+    shown = page[start : page.index("", start)]
+    return [
+        "**Goals of speed**, in 4 bits and a window of 2,048, threads as the command line sets them:",
+        "",
+        *(line.replace("](bounded.md)", "](benchmarks/results/bounded.md)") for line in shown),
+        "",
+        "Where a step's time goes: [profile_step.md](benchmarks/results/profile_step.md). What guessing",
+        "ahead saves: [speculation.md](benchmarks/results/speculation.md).",
+        source("goals", load("goals")),
     ]
 
 

@@ -5,6 +5,7 @@ import torch
 
 import tests.tiny as tiny
 from everlong.attention import FullAttention, LMInfinite, StreamingLLM, attach
+from everlong.attention.parts import attend_all
 from everlong.attention.positions import FRAME
 from everlong.attention.sequences import PackedSequences
 from everlong.errors import InputError, StateError, UnsupportedUseError
@@ -59,6 +60,16 @@ def steps(handle, cache, rows, count, seed=50):
     return torch.cat(
         [handle.model(ids[:, at : at + 1], **tiny.cached(cache)).logits for at in range(count)], 1
     )
+
+
+def half_done(handle):
+    """A cache whose last forward ended in an error."""
+    (cache,) = alone(handle, [9])
+    hook = handle.decoder.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        handle.model(ids_of(1, 0), **tiny.cached(cache))
+    hook.remove()
+    return cache
 
 
 def close(ours, expected):
@@ -149,6 +160,22 @@ def test_a_batch_moves_its_frame_with_the_window(monkeypatch):
             close(steps(handle, batch.take(row), [row], 9, seed=70), steps(handle, cache, [row], 9, seed=70))
 
 
+def test_full_windows_attend_to_their_own_buffers(monkeypatch):
+    """Once all rows are full, a step takes the shortest way: no parts, no copies."""
+    seen = []
+
+    def watched(query, keys, values, **manner):
+        seen.append((keys.data_ptr(), values.data_ptr()))
+        return attend_all(query, keys, values, **manner)
+
+    monkeypatch.setattr("everlong.attention.token_step.attend_all", watched)
+    with attach(tiny.build("llama"), LMInfinite(window=24, sinks=3)) as handle, torch.no_grad():
+        batch = handle.batch(alone(handle, [70, 40]))
+        steps(handle, batch.cache, [0, 1], 5)
+        buffers = [(m.keys.data_ptr(), m.values.data_ptr()) for m in batch.cache.memories.values()]
+        assert seen == buffers * 5
+
+
 def test_decoding_a_turned_batch_copies_no_window():
     """Rows of different lengths attend in place: one part, the memory's own buffers."""
     seen = []
@@ -173,8 +200,9 @@ def test_decoding_a_turned_batch_copies_no_window():
         (lambda h: [*alone(h, [9]), *alone(h, [9], LMInfinite(window=20, sinks=3))], "different policies"),
         (lambda h: [*alone(h, [9]), h.new_cache()], "not read anything"),
         (lambda h: alone(h, [9, 9], LMInfinite(window=20, top_k=2, top_k_layers=0)), "kept in a way"),
+        (lambda h: [*alone(h, [9]), half_done(h)], "half-done"),
     ],
-    ids=["policies", "empty", "tier"],
+    ids=["policies", "empty", "tier", "half-done"],
 )
 def test_streams_that_cannot_be_rows_are_refused_with_the_reason(make, why):
     with attach(tiny.build("llama"), LMInfinite(window=24, sinks=3)) as handle, torch.no_grad():

@@ -99,6 +99,27 @@ def test_branches_know_depth_and_sight():
             Branches(parents)
 
 
+def test_a_policy_that_defines_its_parts_anew_says_anew_what_they_can():
+    class Own:
+        def parts(self, queries, view):
+            return super().parts(queries, view)
+
+    class Mixed(Own, LMInfinite):
+        pass
+
+    class Direct(LMInfinite):
+        def parts(self, queries, view):
+            return super().parts(queries, view)
+
+    class Again(Direct):
+        takes_branches = True
+        in_place = LMInfinite.in_place
+
+    for kind, can in ((LMInfinite, True), (Mixed, False), (Direct, False), (Again, True)):
+        policy = kind(window=24, sinks=3).resolve(64)
+        assert kind.takes_branches is can and (policy.in_place(5, 5) is not None) is can, kind
+
+
 def test_branches_are_refused_where_they_cannot_follow():
     class Plain(LMInfinite):
         takes_branches = False

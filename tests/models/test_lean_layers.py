@@ -1,6 +1,7 @@
 """Lean layers: they give what the model's own code gives, and step aside wherever they could not."""
 
 import contextlib
+import functools
 
 import pytest
 import torch
@@ -100,6 +101,28 @@ def test_names_alone_do_not_make_a_layer_lean(ran, monkeypatch):
         assert torch.equal(ours, written(handle))
 
 
+def test_layers_that_heed_positions_are_left_to_the_model(ran, monkeypatch):
+    """ministral3 scales its queries from a position on that the first token is far from."""
+    model = tiny.build("ministral3")
+    with attached(model, policy=LMInfinite(window=200)) as handle:
+        ours = written(handle, steps=100)
+    assert not ran
+    general(monkeypatch)
+    with attached(model, policy=LMInfinite(window=200)) as handle:
+        assert torch.equal(ours, written(handle, steps=100))
+
+
+def test_models_in_bfloat16_run_lean_too(ran, monkeypatch):
+    model = tiny.build("llama").to(torch.bfloat16)
+    with attached(model) as handle:
+        ours = written(handle).float()
+    assert ran
+    general(monkeypatch)
+    with attached(model) as handle:
+        expected = written(handle).float()
+    assert (ours - expected).abs().max() <= 2**-3 * expected.abs().max()
+
+
 def test_a_norm_of_another_kind_is_left_to_the_model(ran):
     model = tiny.build("llama")
     for layer in model.model.layers:
@@ -140,6 +163,24 @@ def test_hooks_on_parts_are_called(ran):
         assert ran == [0, 1] * 2
 
 
+def test_forwards_that_are_replaced_later_are_heeded(ran):
+    model = tiny.build("llama")
+    with attached(model) as handle:
+        before = written(handle, steps=3)
+        mlp = model.model.layers[1].mlp
+        mlp.forward = lambda x: torch.zeros_like(x)
+        ran.clear()
+        assert not torch.allclose(before, written(handle, steps=3)) and set(ran) == {0}
+        del mlp.forward
+    with attached(model) as handle:
+        attention = model.model.layers[0].self_attn
+        attention.forward = functools.partial(attention.forward)
+        ran.clear()
+        close(written(handle, steps=3), before)
+        assert set(ran) == {1}
+        del attention.forward
+
+
 def test_adapters_that_come_later_are_heeded(ran):
     model = tiny.build("llama")
     with attached(model) as handle:
@@ -162,6 +203,7 @@ def test_weights_that_are_packed_anew_or_no_longer_are_heeded(ran):
         before = written(handle)
         model.model.layers[1].mlp.up_proj.weight.mul_(3)
         again = pack(model, "int8")
+        assert model.model.layers[0].self_attn.q_proj.__dict__["_everlong_product"][0].sizes == [32, 16, 16]
         ran.clear()
         after = written(handle)
         assert not ran and not torch.allclose(before, after)

@@ -212,6 +212,14 @@ def test_an_unknown_way_is_answered_with_near_ones():
         begun(FullAttention()).generate(3, speculate="prompt-lokup")
 
 
+def test_what_is_refused_leaves_the_session_as_it_was():
+    session = begun(FullAttention())
+    before = session.stats.tokens_read
+    with pytest.raises(UnknownNameError):
+        session.chat("hi", speculate="lookahed")
+    assert session.stats.tokens_read == before and session._tape.place == "user"
+
+
 def test_surprisal_and_speculation_exclude_each_other():
     session = make_llm().session(surprisal=True)
     session.read(TEXT)

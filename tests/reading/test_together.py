@@ -13,8 +13,9 @@ from everlong.attention import FullAttention, LMInfinite, Policy
 from everlong.errors import ConfigurationError, InputError, NumericalError, StateError
 from everlong.llm import LLM
 from everlong.reading import Generation, Sampling, Session
-from everlong.reading.together import run_packed
-from tests.reading.conftest import TEXT, ids_of, make_llm, next_logits
+from everlong.reading.rows import read_all, run_packed
+from tests.reading.conftest import TEXT, WINDOW, ids_of, make_llm, next_logits
+from tests.tiny import byte_llama
 
 LENGTHS = (300, 41, 12, 3, 90)
 GIVEN: tuple[Policy | None, ...] = (
@@ -158,6 +159,44 @@ def test_an_error_in_one_gives_all_back(llm: LLM) -> None:
             torch.testing.assert_close(next_logits(session), next_logits(alone), atol=1e-3, rtol=0)
 
 
+def test_an_error_while_reading_leaves_the_others_where_they_should_be(llm: LLM) -> None:
+    sessions = [llm.session(surprisal=True), llm.session(), llm.session()]
+    expected = [session.fork() for session in sessions]
+
+    def spoil(module: Any, args: Any, output: Tensor) -> Tensor:
+        output[0, 3] = torch.nan  # of the first stream, whose every logit is asked for
+        return output
+
+    hook = llm.model.lm_head.register_forward_hook(spoil)
+    try:
+        with pytest.raises(NumericalError):
+            llm.ask_together(sessions, ["one two", "three", "four"], keep=True)
+    finally:
+        hook.remove()
+    for session, other, question in zip(sessions[1:], expected[1:], ["three", "four"], strict=True):
+        tape = other.to_answer(question, keep=True)
+        tape.run_all(512, logits=True)
+        assert session.stats.waiting == 0 and ids_of(session) == ids_of(other)
+        torch.testing.assert_close(next_logits(session), next_logits(other), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_short_prompts_are_read_by_packed_weights_as_they_would_be_alone(kind: Any) -> None:
+    model, tokenizer = byte_llama(eos_token_id=None)
+    with LLM(model, tokenizer, "tiny", LMInfinite(sinks=4, window=WINDOW), kind) as llm:
+        texts = ["a" * 40, "bc" * 15, "def" * 30, "g" * 50, "h" * 90]
+        sessions, alone = ([llm.session() for _ in texts] for _ in range(2))
+        for session, other, text in zip(sessions, alone, texts, strict=True):
+            for each in (session, other):
+                each.to_answer(text, keep=True)
+        read_all([session._tape for session in sessions], 512)
+        for session, other in zip(sessions, alone, strict=True):
+            other._tape.run_all(512, logits=True)
+            ours, theirs = session._tape.driver.logits, other._tape.driver.logits
+            assert ours is not None and theirs is not None
+            assert (ours - theirs).abs().max() <= 2**-6 * theirs.abs().max()
+
+
 def test_short_prompts_are_read_in_one_forward(llm: LLM) -> None:
     sessions = [llm.session() for _ in range(4)]
     widths: list[int] = []
@@ -229,6 +268,7 @@ def test_what_cannot_be_written_together_is_refused(llm: LLM, other_llm: LLM) ->
         ({"sessions": [one, two], "questions": ["a"]}, InputError, "as many questions"),
         ({"sessions": [one], "questions": "a"}, InputError, "as many questions"),
         ({"sessions": [one, two], "questions": ["a", ""]}, InputError, "empty"),
+        ({"sessions": [one, two], "questions": ["a", ""], "keep": True}, InputError, "empty"),
         ({"sessions": [one, two], "sampling": [Sampling()] * 3}, ConfigurationError, "sampling"),
         ({"sessions": [one, two], "max_new_tokens": 0}, ConfigurationError, "at least 1"),
         ({"sessions": [one, two], "stop": [""]}, ConfigurationError, "stop"),

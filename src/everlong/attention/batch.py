@@ -84,6 +84,8 @@ def why_apart(caches: Sequence[StreamCache], *, tables_change: bool) -> str | No
     span = first.window
     if any(cache.policy != first.policy for cache in caches):
         return "they follow different policies"
+    if any(cache.is_half_done for cache in caches):
+        return "one of them was left half-done by an error"
     if first.needs_surprisal:
         return "their policy is told the surprisal of each token"
     if any(cache.rows != 1 or cache.pads for cache in caches):

@@ -82,6 +82,16 @@ class Layers:
 
 
 @dataclass
+class _Manner:
+    """How some layers attend in one forward; the shortest way, if there is one, once it was looked for."""
+
+    policy: Policy
+    rotation: Rotation
+    step: TokenStep | None = None
+    has_looked: bool = False
+
+
+@dataclass
 class Forward:
     """One forward under way.
 
@@ -110,8 +120,7 @@ class Forward:
     _attended: int = 0
     _given: dict[int, LayerView] = field(default_factory=dict)
     _memo: dict[Any, Any] = field(default_factory=dict)
-    _manners: dict[Any, tuple[Policy, Rotation]] = field(default_factory=dict)
-    _steps: dict[Any, TokenStep | None] = field(default_factory=dict)
+    _manners: dict[Any, _Manner] = field(default_factory=dict)
 
     def attend(
         self,
@@ -143,7 +152,7 @@ class Forward:
             Shape (batch, heads, n, d).
         """
         layer, cache = self.layers[number], self.cache
-        policy, rotation = self._manner(layer)
+        manner = self._manner(layer, query.device)
         if (
             self.tokens == 1
             and layer.donor is None
@@ -151,12 +160,13 @@ class Forward:
             and not cache.is_provisional
         ):
             memory = cache.memories[number]
-            step = self._step(layer, policy, rotation, query)
+            step = self._step(layer, manner, query)
             if step is not None and step.fits(memory):
                 self._attended += 1
                 return step.attend(
                     memory, query, key, value, scaling=scaling, softcap=softcap, sink_logits=sink_logits
                 )
+        policy, rotation = manner.policy, manner.rotation
         call = LayerCall(number, rotation, cache.pads, scaling, softcap, cache.branches, self._memo)
         if layer.donor is None:
             view = cache.memories[number].append(key, value, call, provisional=cache.is_provisional)
@@ -183,32 +193,33 @@ class Forward:
         self._attended += 1
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
-    def _manner(self, layer: LayerAnatomy) -> tuple[Policy, Rotation]:
-        """Return policy and rotation of `layer`, found once for all layers that have both in common."""
-        key = (layer.window, layer.rotary, layer.layout)
-        if key not in self._manners:
+    def _manner(self, layer: LayerAnatomy, device: torch.device) -> _Manner:
+        """Return how layers like this one attend on `device`, found once for all of them."""
+        kind = layer.window, layer.rotary, layer.layout
+        found = self._manners.get((*kind, device))
+        if found is None:
             policy = self.layers.policy(layer, self.cache.policy)
             branches = self.cache.branches
             length = self.cache.seen + (self.tokens if branches is None else branches.height)
             if policy.span is not None:
                 length = min(length, policy.span)
-            self._manners[key] = policy, self.layers.rotation(layer, length, self._memo)
-        return self._manners[key]
+            rotation = self.layers.rotation(layer, length, self._memo)
+            found = self._manners[(*kind, device)] = _Manner(policy, rotation)
+        return found
 
-    def _step(
-        self, layer: LayerAnatomy, policy: Policy, rotation: Rotation, like: Tensor
-    ) -> TokenStep | None:
-        """Return the shortest way through layers like this one, if there is one, found once for all."""
-        key = layer.window, layer.rotary, layer.layout
-        if key not in self._steps:
+    def _step(self, layer: LayerAnatomy, manner: _Manner, like: Tensor) -> TokenStep | None:
+        """Return the shortest way through layers like this one, if there is one."""
+        if not manner.has_looked:
+            manner.has_looked = True
             memories = []
             for number, memory in self.cache.memories.items():
                 other = self.layers[number]
-                if (other.window, other.rotary, other.layout) == key and not self.layers.gives(other):
-                    memory.follow(rotation, 1)
+                is_here = memory.keys is None or memory.keys.device == like.device
+                if is_here and other.is_like(layer) and not self.layers.gives(other):
+                    memory.follow(manner.rotation, 1)
                     memories.append(memory)
-            self._steps[key] = token_step(policy, memories, rotation, like, self.cache.pads)
-        return self._steps[key]
+            manner.step = token_step(manner.policy, memories, manner.rotation, like, self.cache.pads)
+        return manner.step
 
     def finish(self) -> None:
         """Count the tokens, once all layers have attended."""

@@ -181,7 +181,7 @@ class LayerMemory:
     def branch_angles(self, like: Tensor, call: LayerCall) -> Angles:
         """Return what rotates the tokens of a forward's branches to their places."""
         assert call.branches is not None
-        key = "branches", id(call.rotation.frequencies), self.frame(self.seen)
+        key = "branches", id(call.rotation.frequencies), self.frame(self.seen), like.device
         if key not in call.memo:
             call.memo[key] = call.rotation.angles(self.frame(self.seen) + call.branches.depths, like)
         angles: Angles = call.memo[key]

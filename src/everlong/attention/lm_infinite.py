@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -125,9 +125,8 @@ class LMInfinite(WindowPolicy):
         keep_raw = self.local_ceiling() is not None
         return LayerMemory(sinks, local, keep_raw=keep_raw, keep_middle=self._sees_middle(layer), start=start)
 
-    def in_place(self, row_index: int, index: int) -> Sequence[int] | None:
-        """As every window does; layers that see middle tokens have a memory that takes no shortest way."""
-        return super().in_place(row_index, index)
+    takes_branches: ClassVar[bool] = True
+    in_place = WindowPolicy.in_place  # layers that see middle tokens have a memory that takes no shortest way
 
     def parts(self, queries: Queries, view: LayerView) -> list[Part | Partial]:
         """Show sinks, local tokens and, with `top_k`, the best of the middle."""

@@ -97,10 +97,15 @@ class Policy(ABC):
         return None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Leave :meth:`in_place` out where only :meth:`parts` is defined anew: it would not agree with it."""
+        """Take back what a base says of its :meth:`parts`, where these are defined anew further down."""
         super().__init_subclass__(**kwargs)
-        if "parts" in cls.__dict__ and "in_place" not in cls.__dict__:
-            cls.in_place = Policy.in_place  # type: ignore[method-assign]
+
+        def defined(name: str) -> int:
+            return next(place for place, base in enumerate(cls.__mro__) if name in base.__dict__)
+
+        for name in ("in_place", "takes_branches"):
+            if defined("parts") < defined(name):
+                setattr(cls, name, getattr(Policy, name))
 
     def after_forward(self, cache: StreamCache, tokens: Tensor, surprisal: Tensor | None) -> None:
         """Act after each forward of a session; `tokens` and `surprisal` (nats) have shape (batch, n)."""

@@ -232,7 +232,7 @@ class LayerView:
         memory, device = self.memory, queries.raw.device
         assert self.branches is not None and self.new is not None
         begin, held, count = self._first, memory.seen - self._first, len(self.branches)
-        key = "branched", begin, held, nearest, farthest, lowest
+        key = "branched", begin, held, nearest, farthest, lowest, device
         if key not in self.call.memo:
             index = torch.cat((torch.arange(begin, memory.seen), memory.seen + self.branches.depths)).to(
                 device
@@ -286,7 +286,7 @@ class LayerView:
         """
         memory = self.memory
         assert memory.keys is not None and memory.values is not None and memory.window is not None
-        key = "turned", memory.sinks, memory.window, id(self.rotation.frequencies)
+        key = "turned", memory.sinks, memory.window, id(self.rotation.frequencies), queries.raw.device
         if key not in self.call.memo:
             visible, positions = self._turned(queries, distances, far)
             self.call.memo[key] = visible, self.rotation.angles(positions, queries.raw)
@@ -319,10 +319,11 @@ class LayerView:
         memory, visible = self.memory, None
         assert memory.keys is not None and memory.values is not None
         if self.pads:
-            if "slots" not in self.call.memo:
-                slots = torch.arange(self.stop, device=queries.raw.device)
-                self.call.memo["slots"] = slots >= self.pad_column(queries.raw.device)
-            visible = self.call.memo["slots"]
+            device = queries.raw.device
+            key = "slots", device
+            if key not in self.call.memo:
+                self.call.memo[key] = torch.arange(self.stop, device=device) >= self.pad_column(device)
+            visible = self.call.memo[key]
         return Part(queries.placed, memory.keys[:, :, : self.stop], memory.values[:, :, : self.stop], visible)
 
     def _sinks(self) -> tuple[Tensor, Tensor]:

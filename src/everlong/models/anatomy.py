@@ -61,6 +61,11 @@ class LayerAnatomy:
     layout: Layout
     donor: int | None = None
 
+    def is_like(self, other: LayerAnatomy) -> bool:
+        """Whether both have the same window and rotate alike."""
+        mine, theirs = ((x.window, x.rotary, x.layout) for x in (self, other))
+        return mine == theirs
+
 
 @dataclass(frozen=True)
 class Anatomy:

@@ -28,6 +28,7 @@ _MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 _TWO_NORMS = {"input_layernorm", "post_attention_layernorm"}
 _FOUR_NORMS = _TWO_NORMS | {"pre_feedforward_layernorm", "post_feedforward_layernorm"}
 _MANNERS = ("scaling", "softcap", "s_aux")
+_FAR = 2**20  # tokens
 _TOLERANCE = 2.0**-6  # of what a layer adds, at most: the products round to bfloat16, in two orders
 
 
@@ -103,6 +104,8 @@ class LeanLayer:
         self._found = [tuple(modules.values()) for modules in self._holders]
         parts = [part for found in self._found for part in found]
         self._hooks = [hooks for part in parts for hooks in (part._forward_hooks, part._forward_pre_hooks)]
+        self._attributes = [part.__dict__ for part in parts]
+        self._forwards = [attributes.get("forward") for attributes in self._attributes]
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Stand in for the layer's forward."""
@@ -150,6 +153,8 @@ class LeanLayer:
         """Whether nothing was put in the place of a part, or hooked to one, or packed anew."""
         if any(self._hooks) or not all(product.is_in_use for product in self._products):
             return False
+        if [attributes.get("forward") for attributes in self._attributes] != self._forwards:
+            return False
         return all(
             tuple(modules.values()) == found
             for modules, found in zip(self._holders, self._found, strict=True)
@@ -169,15 +174,24 @@ class LeanLayer:
 
         attention = copy.copy(self.attention)  # other threads go on with the original
         attention.__dict__["_everlong_attention"] = blended
-        if "forward" in attention.__dict__:
-            attention.__dict__["forward"] = MethodType(attention.__dict__["forward"].__func__, attention)
+        if (own := attention.__dict__.get("forward")) is not None:
+            if not isinstance(own, MethodType):
+                return False  # somebody else's
+            attention.__dict__["forward"] = MethodType(own.__func__, attention)
         twin = copy.copy(self.layer)
         twin.__dict__["_modules"] = {**twin._modules, "self_attn": attention}
-        without_cache = {name: value for name, value in kwargs.items() if name not in CACHE_ARGUMENTS}
-        theirs = self._own(twin, hidden_states, *args, **without_cache)
-        if not isinstance(theirs, Tensor):
+        call = {name: value for name, value in kwargs.items() if name not in CACHE_ARGUMENTS}
+        positions = call.get("position_ids")
+        try:
+            theirs = self._own(twin, hidden_states, *args, **call)
+            if positions is not None:  # some scale their queries by position, from some position on
+                call["position_ids"] = torch.full_like(positions, _FAR)
+            elsewhere = self._own(twin, hidden_states, *args, **call)
+            ours = self.run(hidden_states, blended)
+        except Exception:  # of whatever form it is, it is not the usual one
             return False
-        ours = self.run(hidden_states, blended)
+        if not isinstance(theirs, Tensor) or not torch.equal(theirs, elsewhere):
+            return False
         error, added = (x.float().abs().max() for x in (ours - theirs, theirs - hidden_states))
         return bool(error <= _TOLERANCE * added)
 
@@ -281,10 +295,11 @@ def _norm(module: Any) -> Any:
         return None
     weight = weight.detach()
     x = torch.linspace(-2, 3, 2 * len(weight), device=weight.device).to(weight.dtype).view(2, -1)
+    tolerance = 1e-5 if weight.dtype == torch.float32 else 2.0**-6
     with torch.no_grad():
         expected = module(x)
         for scale in (weight, 1 + weight):
             norm = _Norm(scale, torch.tensor(float(eps)), 1 / len(weight))
-            if torch.allclose(norm(x), expected, rtol=1e-5, atol=1e-6):
+            if torch.allclose(norm(x), expected, rtol=tolerance, atol=tolerance / 10):
                 return norm
     return None

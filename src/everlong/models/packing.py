@@ -228,7 +228,8 @@ def _siblings(
     with ExitStack() as forwards, torch.no_grad():
         for layer in packed_as:
             forwards.enter_context(_standing_in(layer, partial(note, layer)))
-        decoder(input_ids=torch.zeros((1, 1), dtype=torch.long, device=device), use_cache=False)
+        tokens = torch.zeros((1, 2), dtype=torch.long, device=device)  # of one alone, layers may run lean
+        decoder(input_ids=tokens, use_cache=False)
     groups = [group for group in found.values() if group]
     seen = {layer for group in groups for layer in group}
     groups += [[layer] for layer in packed_as if layer not in seen]  # experts that were not asked

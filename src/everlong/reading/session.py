@@ -22,7 +22,7 @@ from everlong.reading.sampling import GREEDY, Sampling
 from everlong.reading.source import Source, open_source
 from everlong.reading.state import read_state, write_state
 from everlong.reading.tape import Tape
-from everlong.reading.writing import checked_count, drained, write
+from everlong.reading.writing import checked_count, checked_speculation, drained, write
 
 
 class Session:
@@ -197,7 +197,7 @@ class Session:
             How each is chosen; the likeliest by default.
         stop : str or sequence of str
             Texts at which to stop; they are not given out.
-        speculate : {"prompt-lookup"}, optional
+        speculate : {"prompt-lookup", "lookahead"}, optional
             Guess tokens to come and run several at once; what is written stays the same.
 
         Returns
@@ -209,12 +209,15 @@ class Session:
         ------
         InputError
             Nothing was read, and the model has no start token to begin from.
+        UnsupportedUseError
+            The session computes surprisal, or its policy does not take the way to speculate.
         NumericalError
             The logits are not finite.
         """
         count = checked_count(max_new_tokens)
         strings = checked_stop(stop)
-        return write(self.to_go_on(), self.chunk, count, sampling, strings, speculate, time.perf_counter())
+        way, started = checked_speculation(speculate, self._tape), time.perf_counter()
+        return write(self.to_go_on(), self.chunk, count, sampling, strings, way, started)
 
     def generate(
         self,
@@ -240,9 +243,9 @@ class Session:
         """Answer a question as :meth:`ask` does, and yield the text as it comes."""
         count = checked_count(max_new_tokens)
         strings = checked_stop(stop)
+        way, started = checked_speculation(speculate, self._tape), time.perf_counter()
         tape = self.to_answer(question, keep=keep)
-        strings = (*tape.form.stop, *strings)
-        return write(tape, self.chunk, count, sampling, strings, speculate, time.perf_counter())
+        return write(tape, self.chunk, count, sampling, (*tape.form.stop, *strings), way, started)
 
     def ask(
         self,

@@ -27,13 +27,38 @@ def checked_count(max_new_tokens: int) -> int:
     return max_new_tokens
 
 
+def checked_speculation(speculate: str | None, tape: Tape) -> type[Speculator] | None:
+    """Return the way to guess that goes by a name of ``SPECULATORS``; None: none.
+
+    Raises
+    ------
+    UnknownNameError
+        There is no such way.
+    UnsupportedUseError
+        This stream, or its policy, does not take it.
+    """
+    speculator_of = None if speculate is None else SPECULATORS[speculate]
+    if speculator_of is not None and tape.driver.surprisal:
+        raise UnsupportedUseError(
+            "speculation does not report the surprisal of each token, which this session or its policy "
+            "asks for: leave speculate out, or begin a session without surprisal=True"
+        )
+    policy = tape.driver.cache.policy
+    if speculator_of is not None and speculator_of.branches and not policy.takes_branches:
+        raise UnsupportedUseError(
+            f"{type(policy).__name__} does not take tokens that follow in several ways, as "
+            f"speculate={speculate!r} guesses them: use speculate='prompt-lookup', or leave it out"
+        )
+    return speculator_of
+
+
 def write(
     tape: Tape,
     chunk: int,
     max_new_tokens: int,
     sampling: Sampling,
     stop: tuple[str, ...],
-    speculate: str | None,
+    speculator_of: type[Speculator] | None,
     started: float,
 ) -> Generator[str, None, Generation]:
     """Let the model go on from where the tape stands; yield the text as it comes.
@@ -52,35 +77,11 @@ def write(
         How each is chosen.
     stop : tuple of str
         Texts at which to stop.
-    speculate : str or None
-        How tokens to come are guessed: a name of ``SPECULATORS``.
+    speculator_of : type or None
+        How tokens to come are guessed; see :func:`checked_speculation`.
     started : float
         ``time.perf_counter()`` when the text was asked for.
     """
-    speculator_of = None if speculate is None else SPECULATORS[speculate]
-    if speculator_of is not None and tape.driver.surprisal:
-        raise UnsupportedUseError(
-            "speculation does not report the surprisal of each token, which this session or its policy "
-            "asks for: leave speculate out, or begin a session without surprisal=True"
-        )
-    policy = tape.driver.cache.policy
-    if speculator_of is not None and speculator_of.branches and not policy.takes_branches:
-        raise UnsupportedUseError(
-            f"{type(policy).__name__} does not take tokens that follow in several ways, as "
-            f"speculate={speculate!r} guesses them: use speculate='prompt-lookup', or leave it out"
-        )
-    return _written(tape, chunk, max_new_tokens, sampling, stop, speculator_of, started)
-
-
-def _written(
-    tape: Tape,
-    chunk: int,
-    max_new_tokens: int,
-    sampling: Sampling,
-    stop: tuple[str, ...],
-    speculator_of: type[Speculator] | None,
-    started: float,
-) -> Generator[str, None, Generation]:
     driver = tape.driver
     tape.run_all(chunk, logits=True)
     tape.end_of_read()
