@@ -30,6 +30,19 @@ THEIRS = {
 }
 
 
+def in_this_process(script: Script, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a script run the parts that it would run in processes of their own in this one."""
+
+    def here(path: str, *words: object, waiting: str) -> Any:
+        assert Path(path).name == name and waiting == "spin briefly"
+        with io.StringIO() as out, redirect_stdout(out):
+            monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+            script.module.main()
+            return json.loads(out.getvalue().splitlines()[-1])
+
+    monkeypatch.setattr(script.module, "in_own_process", here)
+
+
 @pytest.fixture
 def goals(scripts: None, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Script]:
     """The script on the tiny model, with small rooflines, each part in this process; llama.cpp not there."""
@@ -39,14 +52,7 @@ def goals(scripts: None, folder: Path, tmp_path: Path, monkeypatch: pytest.Monke
     script = Script("goals", monkeypatch, tmp_path / "goals.json", *options)
     before = torch.get_num_threads()
 
-    def here(path: str, *words: object, waiting: str) -> Any:
-        assert Path(path).name == "goals.py" and waiting == "spin briefly"
-        with io.StringIO() as out, redirect_stdout(out):
-            monkeypatch.setattr(sys, "argv", ["goals.py", *map(str, words)])
-            script.module.main()
-            return json.loads(out.getvalue().splitlines()[-1])
-
-    monkeypatch.setattr(script.module, "in_own_process", here)
+    in_this_process(script, "goals.py", monkeypatch)
     monkeypatch.setattr(script.module, "CONTEXT", 30)
     monkeypatch.setattr(script.module, "WINDOWS_TOGETHER", (20, 30))
     monkeypatch.setattr(rooflines, "_SIDE", {"cpu": 16})
@@ -136,14 +142,7 @@ def test_speculation_writes_each_text_in_each_way(
     script = Script("speculation", monkeypatch, tmp_path / "speculation.json", *options)
     monkeypatch.setattr(script.module, "START", 0)
 
-    def here(path: str, *words: object, waiting: str) -> Any:
-        assert Path(path).name == "speculation.py" and waiting == "spin briefly"
-        with io.StringIO() as out, redirect_stdout(out):
-            monkeypatch.setattr(sys, "argv", ["speculation.py", *map(str, words)])
-            script.module.main()
-            return json.loads(out.getvalue().splitlines()[-1])
-
-    monkeypatch.setattr(script.module, "in_own_process", here)
+    in_this_process(script, "speculation.py", monkeypatch)
     script.run()
     names = [f"{text}, {weights}" for weights in ("int4", "float") for text in ("prose", "code", "summary")]
     assert measured(capsys) == names

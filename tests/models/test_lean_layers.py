@@ -76,15 +76,19 @@ def test_layers_of_the_usual_form_run_lean_and_give_the_same(family, rows, kind,
     assert len(ran) == layers * STEPS
 
 
-@pytest.mark.parametrize("family", OTHER)
-def test_layers_of_another_form_are_left_to_the_model(family, ran, monkeypatch):
-    model = tiny.build(family)
-    with attached(model) as handle:
-        ours = written(handle)
+def left_to_the_model(model, ran, monkeypatch, *, policy=None, steps=STEPS):
+    """Assert that nothing of it ran lean, and that it made no difference that it might have."""
+    with attached(model, policy=policy) as handle:
+        ours = written(handle, steps=steps)
     assert not ran
     general(monkeypatch)
-    with attached(model) as handle:
-        assert torch.equal(ours, written(handle))
+    with attached(model, policy=policy) as handle:
+        assert torch.equal(ours, written(handle, steps=steps))
+
+
+@pytest.mark.parametrize("family", OTHER)
+def test_layers_of_another_form_are_left_to_the_model(family, ran, monkeypatch):
+    left_to_the_model(tiny.build(family), ran, monkeypatch)
 
 
 def test_names_alone_do_not_make_a_layer_lean(ran, monkeypatch):
@@ -93,23 +97,13 @@ def test_names_alone_do_not_make_a_layer_lean(ran, monkeypatch):
     kind = type(model.model.layers[0])
     forward = kind.forward
     monkeypatch.setattr(kind, "forward", lambda self, h, *a, **k: 1.1 * forward(self, h, *a, **k))
-    with attached(model) as handle:
-        ours = written(handle)
-    assert not ran
-    general(monkeypatch)
-    with attached(model) as handle:
-        assert torch.equal(ours, written(handle))
+    left_to_the_model(model, ran, monkeypatch)
 
 
 def test_layers_that_heed_positions_are_left_to_the_model(ran, monkeypatch):
     """ministral3 scales its queries from a position on that the first token is far from."""
-    model = tiny.build("ministral3")
-    with attached(model, policy=LMInfinite(window=200)) as handle:
-        ours = written(handle, steps=100)
-    assert not ran
-    general(monkeypatch)
-    with attached(model, policy=LMInfinite(window=200)) as handle:
-        assert torch.equal(ours, written(handle, steps=100))
+    policy = LMInfinite(window=200)
+    left_to_the_model(tiny.build("ministral3"), ran, monkeypatch, policy=policy, steps=100)
 
 
 def test_models_in_bfloat16_run_lean_too(ran, monkeypatch):
@@ -194,6 +188,22 @@ def test_adapters_that_come_later_are_heeded(ran):
         ran.clear()
         close(written(handle), before)
         assert set(ran) == {0, 1}
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma3_text"])
+def test_norms_and_biases_are_read_as_they_are(family, ran, monkeypatch):
+    model = tiny.build(family)
+    with attached(model) as handle:
+        before = written(handle)
+        layer = model.model.layers[0]
+        for weight in (layer.input_layernorm.weight, layer.self_attn.q_proj.bias):
+            if weight is not None:
+                weight.add_(0.5)
+        ran.clear()
+        lean = written(handle)
+        assert ran and not torch.allclose(before, lean, atol=0.1)
+        monkeypatch.setattr(LeanLayer, "_is_whole", lambda self: False)
+        close(lean, written(handle))
 
 
 def test_weights_that_are_packed_anew_or_no_longer_are_heeded(ran):

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from everlong.attention import FullAttention, LMInfinite, attach
 from everlong.errors import ConfigurationError, UnknownNameError, UnsupportedUseError
 from everlong.llm import LLM, load
-from everlong.models import packing
+from everlong.models import packing, placement
 from everlong.models.packed_weights import Half, Int4, Int8, kernels_missing
 from everlong.models.packing import MOST_ROWS, PackedLinear, bytes_of, choose_weights, pack
 from tests import tiny
@@ -317,8 +317,15 @@ def test_auto_is_float_for_small_models_and_packed_for_others(monkeypatch):
     assert choose_weights(big(q4_1), "auto") == "float"
 
 
-def test_the_memory_that_is_available_is_known():
+def test_the_memory_that_is_available_is_what_the_system_says_or_half_of_it(tmp_path, monkeypatch):
     assert 2**20 < packing._available() < 2**50
+    meminfo, cpu = tmp_path / "meminfo", torch.device("cpu")
+    monkeypatch.setattr(placement, "_MEMORY", meminfo)
+    assert placement.available_bytes(cpu) is None
+    assert packing._available() > 2**20
+    meminfo.write_text("MemTotal:   9 kB\nMemAvailable:       7 kB\n")
+    assert placement.available_bytes(cpu) == packing._available() == 7 * 1024
+    assert placement.available_bytes(torch.device("meta")) is None
 
 
 def test_what_cannot_be_packed_is_refused(model, monkeypatch):

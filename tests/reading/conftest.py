@@ -9,13 +9,27 @@ import pytest
 import torch
 from torch import Tensor
 
-from everlong.attention import LMInfinite, Policy
+from everlong.attention import FullAttention, LMInfinite, Policy, StreamingLLM
 from everlong.llm import LLM
-from everlong.reading import Session
+from everlong.reading import Sampling, Session
 from tests.tiny import byte_llama
 
 WINDOW = 40
 TEXT = "It is a truth universally acknowledged. Ünï çødé 🙂 and 中文! " * 6
+
+
+POLICIES = {
+    "lm-infinite": LMInfinite(sinks=4, window=WINDOW),
+    "low ceiling": LMInfinite(sinks=4, window=WINDOW, ceiling=11),
+    "streaming-llm": StreamingLLM(sinks=4, window=WINDOW),
+    "top_k": LMInfinite(sinks=4, window=WINDOW, top_k=2, top_k_layers=1),
+    "full": FullAttention(),
+}
+SAMPLINGS = {
+    "greedy": Sampling(),
+    "penalty": Sampling(repetition_penalty=1.3),
+    "drawn": Sampling(temperature=1.0, top_k=5),
+}
 
 
 @pytest.fixture(autouse=True)

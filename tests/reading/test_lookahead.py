@@ -5,27 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from everlong.attention import FullAttention, LMInfinite, Policy, StreamingLLM
+from everlong.attention import FullAttention, Policy
 from everlong.attention.branches import Branches
 from everlong.errors import UnsupportedUseError
-from everlong.reading import Sampling, Session
+from everlong.reading import Session
 from everlong.reading.lookahead import Lookahead
 from everlong.reading.speculation import Draft
 from tests.attention.my_policy import DilatedWindow
-from tests.reading.conftest import TEXT, WINDOW, make_llm, next_logits
-
-KINDS = {
-    "lm-infinite": LMInfinite(sinks=4, window=WINDOW),
-    "low ceiling": LMInfinite(sinks=4, window=WINDOW, ceiling=11),
-    "streaming-llm": StreamingLLM(sinks=4, window=WINDOW),
-    "top_k": LMInfinite(sinks=4, window=WINDOW, top_k=2, top_k_layers=1),
-    "full": FullAttention(),
-}
-SAMPLINGS = {
-    "greedy": Sampling(),
-    "penalty": Sampling(repetition_penalty=1.3),
-    "drawn": Sampling(temperature=1.0, top_k=3),
-}
+from tests.reading.conftest import POLICIES, SAMPLINGS, TEXT, make_llm, next_logits
 
 
 def begun(policy: Policy, text: str = TEXT) -> Session:
@@ -35,9 +22,9 @@ def begun(policy: Policy, text: str = TEXT) -> Session:
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", POLICIES)
 def test_the_text_is_the_same(kind: str, sampling: str) -> None:
-    plain = begun(KINDS[kind])
+    plain = begun(POLICIES[kind])
     session = plain.fork()
     expected = plain.generate(60, sampling=SAMPLINGS[sampling])
     ours = session.generate(60, sampling=SAMPLINGS[sampling], speculate="lookahead")
@@ -52,7 +39,7 @@ def test_the_text_is_the_same(kind: str, sampling: str) -> None:
 
 
 def test_it_begins_before_the_sinks_are_full() -> None:
-    plain = begun(KINDS["lm-infinite"], "a")
+    plain = begun(POLICIES["lm-infinite"], "a")
     session = plain.fork()
     assert session.generate(30, speculate="lookahead").text == plain.generate(30).text
 

@@ -5,25 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from everlong.attention import FullAttention, LMInfinite, Policy, StreamingLLM
+from everlong.attention import FullAttention, Policy
 from everlong.errors import NumericalError, UnknownNameError, UnsupportedUseError
-from everlong.reading import Sampling, Session, writing
+from everlong.reading import Session, writing
 from everlong.reading.sampling import Sampler
 from everlong.reading.speculation import SPECULATORS, Draft, PromptLookup, Speculator
-from tests.reading.conftest import TEXT, WINDOW, make_llm, next_logits
-
-POLICIES = {
-    "lm-infinite": LMInfinite(sinks=4, window=WINDOW),
-    "streaming-llm": StreamingLLM(sinks=4, window=WINDOW),
-    "top_k": LMInfinite(sinks=4, window=WINDOW, top_k=2, top_k_layers=1),
-    "full": FullAttention(),
-}
-SAMPLINGS = {
-    "greedy": Sampling(),
-    "penalty": Sampling(repetition_penalty=1.3),
-    "drawn": Sampling(temperature=1.0, top_k=5),
-}
-
+from tests.reading.conftest import POLICIES, SAMPLINGS, TEXT, make_llm, next_logits
 
 NO_LOGITS = torch.empty(0)
 

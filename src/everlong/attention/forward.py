@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import Tensor
 
 from everlong.attention.cache import KeptLayer, StreamCache
-from everlong.attention.parts import attend
+from everlong.attention.parts import Logits, attend
 from everlong.attention.policy import Policy
 from everlong.attention.positions import Rotation
 from everlong.attention.token_step import TokenStep, token_step
@@ -123,15 +123,7 @@ class Forward:
     _manners: dict[Any, _Manner] = field(default_factory=dict)
 
     def attend(
-        self,
-        number: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scaling: float,
-        softcap: float | None,
-        sink_logits: Tensor | None,
+        self, number: int, query: Tensor, key: Tensor, value: Tensor, **logits: Unpack[Logits]
     ) -> Tensor:
         """Let layer `number` attend as its policy says.
 
@@ -143,8 +135,8 @@ class Forward:
             Unrotated, shape (batch, heads, n, d); n may be less than the new tokens: then it is the last.
         key, value : Tensor
             Unrotated, of all new tokens, shape (batch, key-value heads, new tokens, d).
-        scaling, softcap, sink_logits
-            See :func:`~everlong.attention.parts.attend`.
+        **logits
+            See :class:`~everlong.attention.parts.Logits`.
 
         Returns
         -------
@@ -163,10 +155,9 @@ class Forward:
             step = self._step(layer, manner, query)
             if step is not None and step.fits(memory):
                 self._attended += 1
-                return step.attend(
-                    memory, query, key, value, scaling=scaling, softcap=softcap, sink_logits=sink_logits
-                )
+                return step.attend(memory, query, key, value, **logits)
         policy, rotation = manner.policy, manner.rotation
+        scaling, softcap = logits["scaling"], logits.get("softcap")
         call = LayerCall(number, rotation, cache.pads, scaling, softcap, cache.branches, self._memo)
         if layer.donor is None:
             view = cache.memories[number].append(key, value, call, provisional=cache.is_provisional)
@@ -185,7 +176,7 @@ class Forward:
             group = slice(begin - first, stop - first)
             queries = view.queries(query[:, :, group], placed[:, :, group], begin)
             parts = policy.parts(queries, view)
-            outputs.append(attend(parts, scaling=scaling, softcap=softcap, sink_logits=sink_logits))
+            outputs.append(attend(parts, **logits))
         if self.layers.gives(layer):
             self._given[number] = view  # settled at the end, when the layers that share it have seen it
         elif self.is_kept and layer.donor is None:

@@ -10,6 +10,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import NotRequired, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -65,31 +66,40 @@ class Partial:
     lse: Tensor
 
 
-def attend(
-    parts: Sequence[Part | Partial],
-    *,
-    scaling: float,
-    softcap: float | None = None,
-    sink_logits: Tensor | None = None,
-) -> Tensor:
+class Logits(TypedDict):
+    """How a model makes logits of the products of queries and keys.
+
+    Attributes
+    ----------
+    scaling : float
+        Factor on the products.
+    softcap : float or None, optional
+        Logits become ``softcap * tanh(logit / softcap)`` (Gemma 2).
+    sink_logits : Tensor or None, optional
+        Shape (heads,): one more logit per head that takes weight but has no value (gpt-oss).
+    """
+
+    scaling: float
+    softcap: NotRequired[float | None]
+    sink_logits: NotRequired[Tensor | None]
+
+
+def attend(parts: Sequence[Part | Partial], **logits: Unpack[Logits]) -> Tensor:
     """Attend to all `parts` under one softmax.
 
     Parameters
     ----------
     parts : sequence of Part or Partial
         What one group of n queries sees. No key may stand in two parts.
-    scaling : float
-        Factor on the products of queries and keys.
-    softcap : float, optional
-        Logits become ``softcap * tanh(logit / softcap)`` (Gemma 2).
-    sink_logits : Tensor, optional
-        Shape (heads,): one more logit per head that takes weight but has no value (gpt-oss).
+    **logits
+        See :class:`Logits`.
 
     Returns
     -------
     Tensor
         Shape (batch, heads, n, d), the dtype of the values.
     """
+    scaling, softcap, sink_logits = logits["scaling"], logits.get("softcap"), logits.get("sink_logits")
     partials = [p if isinstance(p, Partial) else _attend_one(p, scaling, softcap) for p in parts]
     if len(partials) == 1 and sink_logits is None:
         return partials[0].output
@@ -104,21 +114,15 @@ def attend(
     return merged.to(partials[0].output.dtype)
 
 
-def attend_all(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    *,
-    scaling: float,
-    softcap: float | None = None,
-    sink_logits: Tensor | None = None,
-) -> Tensor:
+def attend_all(query: Tensor, keys: Tensor, values: Tensor, **logits: Unpack[Logits]) -> Tensor:
     """Attend to a single part of which every query sees all; parameters and result as of :func:`attend`."""
     part = Part(query, keys, values)
-    if softcap is None and sink_logits is None and _flash_fits(part) and _flash_takes_grouped_heads():
-        output: Tensor = _FLASH_CPU(query, keys, values, 0.0, False, attn_mask=None, scale=scaling)[0]
+    is_plain = logits.get("softcap") is None and logits.get("sink_logits") is None
+    if is_plain and _flash_fits(part) and _flash_takes_grouped_heads():
+        scale = logits["scaling"]
+        output: Tensor = _FLASH_CPU(query, keys, values, 0.0, False, attn_mask=None, scale=scale)[0]
         return output
-    return attend([part], scaling=scaling, softcap=softcap, sink_logits=sink_logits)
+    return attend([part], **logits)
 
 
 def merge_logits(logits: Tensor, values: Tensor) -> Partial:

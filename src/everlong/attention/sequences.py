@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from everlong.attention.cache import StreamCache
 from everlong.attention.cache_interface import PolicyCache
 from everlong.attention.forward import Forward, Layers
 from everlong.attention.inputs import Inputs
+from everlong.attention.parts import Logits
 from everlong.errors import InputError, StateError, UnsupportedUseError
 
 
@@ -103,14 +104,16 @@ class PackedForward:
             self._edges.append((stop, stop + forward.tokens))
             stop += forward.tokens
 
-    def attend(self, number: int, query: Tensor, key: Tensor, value: Tensor, **manner: Any) -> Tensor:
+    def attend(
+        self, number: int, query: Tensor, key: Tensor, value: Tensor, **logits: Unpack[Logits]
+    ) -> Tensor:
         """Let layer `number` attend stream by stream; parameters as of :meth:`Forward.attend`."""
         if query.shape[2] != key.shape[2]:
             raise UnsupportedUseError(
                 "this model computes the last query alone: its streams cannot be packed"
             )
         outputs = [
-            forward.attend(number, query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], **manner)
+            forward.attend(number, query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], **logits)
             for forward, (a, b) in zip(self.forwards, self._edges, strict=True)
         ]
         return torch.cat(outputs, dim=2)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from everlong.attention.layer_memory import LayerMemory
-from everlong.attention.parts import attend_all
+from everlong.attention.parts import Logits, attend_all
 from everlong.attention.policy import Policy
 from everlong.attention.positions import Angles, Rotation
 
@@ -57,15 +58,7 @@ class TokenStep:
         )
 
     def attend(
-        self,
-        memory: LayerMemory,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scaling: float,
-        softcap: float | None,
-        sink_logits: Tensor | None,
+        self, memory: LayerMemory, query: Tensor, key: Tensor, value: Tensor, **logits: Unpack[Logits]
     ) -> Tensor:
         """Put the token into a layer's memory, and attend; parameters as of :meth:`Forward.attend`."""
         memory.put(self.rotation.turned(key, self.here), value, key, self.pads)
@@ -78,8 +71,7 @@ class TokenStep:
                 values.narrow(2, 0, memory.sinks).copy_(memory.sink_values)
         if self.slots < keys.shape[2]:
             keys, values = keys.narrow(2, 0, self.slots), values.narrow(2, 0, self.slots)
-        turned = self.rotation.turned(query, self.here)
-        return attend_all(turned, keys, values, scaling=scaling, softcap=softcap, sink_logits=sink_logits)
+        return attend_all(self.rotation.turned(query, self.here), keys, values, **logits)
 
 
 def token_step(

@@ -13,7 +13,7 @@ from torch import nn
 
 from everlong.attention import Policy
 from everlong.errors import ConfigurationError
-from everlong.evaluation.resources import allocated_bytes, available_bytes, describe_machine
+from everlong.evaluation.resources import allocated_bytes, describe_machine
 from everlong.evaluation.rooflines import Floor, KernelFloor, Rooflines
 from everlong.evaluation.speed import (
     Bookmark,
@@ -29,6 +29,7 @@ from everlong.evaluation.work import Work, twin_of, work_of
 from everlong.models.files import human_bytes
 from everlong.models.loading import LoadedModel
 from everlong.models.packing import choose_weights, pack
+from everlong.models.placement import available_bytes
 
 _EFFICIENCY = 0.6  # of the rooflines, to say beforehand how long it will take
 _COPIES = 4  # times a growing cache is read and written in a step

@@ -16,7 +16,6 @@ from everlong import __version__
 from everlong.errors import UnsupportedUseError
 
 _STATUS = Path("/proc/self/status")
-_MEMORY = Path("/proc/meminfo")
 _CLEAR = Path("/proc/self/clear_refs")
 
 
@@ -56,17 +55,6 @@ def resident_bytes() -> int:
 def peak_bytes() -> int:
     """Return the largest resident memory since the start, or since :func:`reset_peak` (Linux)."""
     return _status("VmHWM")
-
-
-def available_bytes(device: torch.device) -> int | None:
-    """Return the memory that can be taken on `device` without swapping; None: not known there."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        lines = dict(line.split(":", 1) for line in _MEMORY.read_text().splitlines())
-        return 1024 * int(lines["MemAvailable"].split()[0]) if device.type == "cpu" else None
-    except (OSError, KeyError, ValueError):
-        return None
 
 
 def allocated_bytes(device: torch.device) -> int | None:

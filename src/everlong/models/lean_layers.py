@@ -38,22 +38,48 @@ class _Norm:
 
     Attributes
     ----------
-    scale : Tensor
-        Shape (d,).
+    module : nn.Module
+        Has the weight, shape (d,).
+    adds_one : bool
+        Whether that is what is added to 1.
     eps : Tensor
         A number, in the dtype to compute in.
     share : float
         1 / d.
     """
 
-    scale: Tensor
+    module: nn.Module
+    adds_one: bool
     eps: Tensor
     share: float
 
     def __call__(self, x: Tensor) -> Tensor:
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=self.eps.dtype)
         inverse = torch.addcmul(self.eps, length, length, value=self.share).rsqrt_()
-        return (x * inverse).mul_(self.scale).to(x.dtype)
+        weight = self.module._parameters["weight"]
+        assert weight is not None
+        return (x * inverse).mul_(1 + weight if self.adds_one else weight).to(x.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class _Linears:
+    """Linear layers that are given the same input, and packed in one product."""
+
+    layers: list[nn.Linear]
+    product: Product
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        """Return each one's output for `x`, shape (rows, in); a single one's is in its kernel's dtype."""
+        packed = self.product.packed
+        together = packed.multiply(x.to(packed.takes))
+        outputs = [together]
+        if len(self.layers) > 1:
+            outputs = [*together.to(x.dtype).split_with_sizes(self.product.sizes, 1)]
+        biases = [layer._parameters["bias"] for layer in self.layers]
+        return [
+            output if bias is None else output.to(x.dtype) + bias
+            for output, bias in zip(outputs, biases, strict=True)
+        ]
 
 
 @dataclass(eq=False)
@@ -70,10 +96,8 @@ class LeanLayer:
         Behind each, before it is added.
     of_queries, of_keys : _Norm or None
         Of each head.
-    heads_in, heads_out, mlp_in, mlp_out : Product
-        The packed weights.
-    biases : list of Tensor or None
-        Of those, in that order.
+    heads_in, heads_out, mlp_in, mlp_out : _Linears
+        The products.
     activation : callable
         The MLP's.
     """
@@ -87,11 +111,10 @@ class LeanLayer:
     after_mlp: _Norm | None
     of_queries: _Norm | None
     of_keys: _Norm | None
-    heads_in: Product
-    heads_out: Product
-    mlp_in: Product
-    mlp_out: Product
-    biases: list[Tensor | None]
+    heads_in: _Linears
+    heads_out: _Linears
+    mlp_in: _Linears
+    mlp_out: _Linears
     activation: Callable[[Tensor], Tensor]
 
     def __post_init__(self) -> None:
@@ -99,7 +122,7 @@ class LeanLayer:
         self._agrees: bool | None = None
         self._manner: dict[str, Any] = {}
         self._size = int(self.attention.head_dim)
-        self._heads = [size // self._size for size in self.heads_in.sizes]
+        self._linears = self.heads_in, self.heads_out, self.mlp_in, self.mlp_out
         self._holders = [holder._modules for holder in (self.layer, self.attention, self.mlp)]
         self._found = [tuple(modules.values()) for modules in self._holders]
         parts = [part for found in self._found for part in found]
@@ -130,28 +153,27 @@ class LeanLayer:
         """Run one token a row, shape (batch, 1, d), by the shortest way; same shape."""
         rows, dtype = hidden_states.shape[0], hidden_states.dtype
         hidden = hidden_states.view(rows, -1)
-        for_heads, for_output, for_mlp, for_down = self.biases
-        heads = _product(self.heads_in, self.before(hidden), for_heads).to(dtype)
-        query, key, value = heads.view(rows, -1, 1, self._size).split_with_sizes(self._heads, 1)
+        query, key, value = (
+            heads.view(rows, -1, 1, self._size) for heads in self.heads_in(self.before(hidden))
+        )
         if self.of_queries is not None:
             query = self.of_queries(query)
         if self.of_keys is not None:
             key = self.of_keys(key)
         output, _ = attend(self.attention, query, key, value, None, **self._manner)
-        output = _product(self.heads_out, output.view(rows, -1), for_output)
+        (output,) = self.heads_out(output.view(rows, -1))
         if self.after_attention is not None:
             output = self.after_attention(output.to(dtype))
         hidden = hidden + output
-        both = _product(self.mlp_in, self.between(hidden), for_mlp).to(dtype)
-        gate, up = both.split_with_sizes(self.mlp_in.sizes, 1)
-        output = _product(self.mlp_out, self.activation(gate) * up, for_down)
+        gate, up = self.mlp_in(self.between(hidden))
+        (output,) = self.mlp_out(self.activation(gate) * up)
         if self.after_mlp is not None:
             output = self.after_mlp(output.to(dtype))
         return (hidden + output).view(hidden_states.shape)
 
     def _is_whole(self) -> bool:
         """Whether nothing was put in the place of a part, or hooked to one, or packed anew."""
-        if any(self._hooks) or not all(product.is_in_use for product in self._products):
+        if any(self._hooks) or not all(linears.product.is_in_use for linears in self._linears):
             return False
         if [attributes.get("forward") for attributes in self._attributes] != self._forwards:
             return False
@@ -195,17 +217,6 @@ class LeanLayer:
         error, added = (x.float().abs().max() for x in (ours - theirs, theirs - hidden_states))
         return bool(error <= _TOLERANCE * added)
 
-    @property
-    def _products(self) -> tuple[Product, ...]:
-        return self.heads_in, self.heads_out, self.mlp_in, self.mlp_out
-
-
-def _product(product: Product, x: Tensor, bias: Tensor | None) -> Tensor:
-    """Multiply; what comes of it is in the kernel's dtype, or with a bias in that of `x`."""
-    packed = product.packed
-    output = packed.multiply(x.to(packed.takes))
-    return output if bias is None else output.to(x.dtype) + bias
-
 
 @contextmanager
 def lean_layers(decoder: nn.Module) -> Iterator[list[LeanLayer]]:
@@ -237,8 +248,8 @@ def _taken_apart(layer: nn.Module) -> LeanLayer | None:
         [mlp.gate_proj, mlp.up_proj],
         [mlp.down_proj],
     ]
-    products = [_shared_product(group) for group in groups]
-    if None in products:
+    linears: list[Any] = [_given_the_same(group) for group in groups]
+    if None in linears:
         return None
     norms: dict[str, Any] = {name: _norm(module) for name, module in (*parts.items(), *of_heads.items())}
     if None in norms.values():
@@ -254,35 +265,23 @@ def _taken_apart(layer: nn.Module) -> LeanLayer | None:
         after_mlp=norms["post_feedforward_layernorm"] if four else None,
         of_queries=norms.get("q_norm"),
         of_keys=norms.get("k_norm"),
-        heads_in=products[0],
-        heads_out=products[1],
-        mlp_in=products[2],
-        mlp_out=products[3],
-        biases=[_joined_bias(group) for group in groups],
+        heads_in=linears[0],
+        heads_out=linears[1],
+        mlp_in=linears[2],
+        mlp_out=linears[3],
         activation=mlp.act_fn,
     )
 
 
-def _shared_product(group: list[Any]) -> Any:
-    """Return what the linear layers of a group are packed in, one below the other; None: they are not."""
-    if not all(type(linear) is PackedLinear for linear in group):
+def _given_the_same(group: list[Any]) -> _Linears | None:
+    """Return linear layers with the same input as one; None: they are not packed together."""
+    if not all(type(layer) is PackedLinear for layer in group):
         return None
-    found = [linear.__dict__["_everlong_product"] for linear in group]
-    product = found[0][0]
+    found = [layer.__dict__["_everlong_product"] for layer in group]
+    product: Product = found[0][0]
     if any(other is not product for other, _ in found) or len(product.sizes) != len(group):
         return None
-    return product if [which for _, which in found] == list(range(len(group))) else None
-
-
-def _joined_bias(group: list[Any]) -> Tensor | None:
-    if all(linear.bias is None for linear in group):
-        return None
-    return torch.cat(
-        [
-            linear.weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias.detach()
-            for linear in group
-        ]
-    )
+    return _Linears(group, product) if [which for _, which in found] == list(range(len(group))) else None
 
 
 def _norm(module: Any) -> Any:
@@ -293,13 +292,12 @@ def _norm(module: Any) -> Any:
     )
     if weight is None or eps is None or weight.dim() != 1:
         return None
-    weight = weight.detach()
     x = torch.linspace(-2, 3, 2 * len(weight), device=weight.device).to(weight.dtype).view(2, -1)
     tolerance = 1e-5 if weight.dtype == torch.float32 else 2.0**-6
     with torch.no_grad():
         expected = module(x)
-        for scale in (weight, 1 + weight):
-            norm = _Norm(scale, torch.tensor(float(eps)), 1 / len(weight))
+        for adds_one in (False, True):
+            norm = _Norm(module, adds_one, torch.tensor(float(eps)), 1 / len(weight))
             if torch.allclose(norm(x), expected, rtol=tolerance, atol=tolerance / 10):
                 return norm
     return None

@@ -23,6 +23,7 @@ from everlong.errors import ConfigurationError, UnsupportedUseError
 from everlong.models.anatomy import decoder_of
 from everlong.models.files import human_bytes
 from everlong.models.packed_weights import Half, Int4, Int8, Packed, kernels_missing
+from everlong.models.placement import available_bytes
 from everlong.registry import unknown_name
 
 Weights = Literal["auto", "float", "int8", "int4"]
@@ -305,11 +306,9 @@ def _came_in_four_bits(layers: list[nn.Linear]) -> bool:
 
 
 def _available() -> int:
-    """Bytes of memory that can be taken without swapping (Linux); elsewhere half of all there is."""
-    try:
-        with open("/proc/meminfo") as file:
-            lines = dict(line.split(":", 1) for line in file)
-        return 1024 * int(lines["MemAvailable"].split()[0])
-    except (OSError, KeyError, ValueError):
-        pages: int = os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
-        return pages * os.sysconf("SC_PAGE_SIZE") // 2 if pages else 2**62
+    """Bytes of memory that can be taken without swapping; where that is not known, half of all there is."""
+    known = available_bytes(torch.device("cpu"))
+    if known is not None:
+        return known
+    pages: int = os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    return pages * os.sysconf("SC_PAGE_SIZE") // 2 if pages else 2**62

@@ -1,6 +1,8 @@
-"""Where a model goes and in which type: the device and dtype that were asked for, or fitting ones."""
+"""Where a model goes and in which type: device and dtype that were asked for, or fitting ones; the room."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import torch
 
@@ -13,6 +15,8 @@ DTYPES = {
     "float16": torch.float16,
 }
 """The types a model can be loaded in, by name."""
+
+_MEMORY = Path("/proc/meminfo")
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
@@ -59,3 +63,14 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
     if dtype not in DTYPES.values():
         raise ConfigurationError(f"a model cannot be loaded as {dtype}; choose one of {', '.join(DTYPES)}")
     return dtype
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Return the memory that can be taken on `device` without swapping; None: not known there."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = dict(line.split(":", 1) for line in _MEMORY.read_text().splitlines())
+        return 1024 * int(lines["MemAvailable"].split()[0]) if device.type == "cpu" else None
+    except (OSError, KeyError, ValueError):
+        return None
