@@ -222,6 +222,14 @@ def test_the_first_token_ever_is_scored_only_after_a_start_token() -> None:
 # --- interruptions and errors ---------------------------------------------------------------------
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Ctrl-C interrupts, also where the tests were started in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def interrupting(llm: LLM, after: int) -> Any:
     """Send Ctrl-C in the middle of the forward that comes `after` others."""
     calls = [0]
@@ -234,6 +242,7 @@ def interrupting(llm: LLM, after: int) -> Any:
     return llm.model.model.layers[1].register_forward_pre_hook(hook)
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_waits_for_the_end_of_the_chunk_and_nothing_read_is_lost(llm: LLM) -> None:
     handler = signal.getsignal(signal.SIGINT)
     whole = llm.session(chunk=50)
@@ -252,6 +261,7 @@ def test_ctrl_c_waits_for_the_end_of_the_chunk_and_nothing_read_is_lost(llm: LLM
     torch.testing.assert_close(next_logits(session), next_logits(whole), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("mode", ["r", "rb"])
 def test_after_ctrl_c_an_open_file_is_read_on_where_it_stands(llm: LLM, tmp_path: Path, mode: str) -> None:
     path = tmp_path / "text.txt"
@@ -270,6 +280,7 @@ def test_after_ctrl_c_an_open_file_is_read_on_where_it_stands(llm: LLM, tmp_path
     assert ids_of(session) == ids_of(whole)
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_while_writing_leaves_a_usable_session(llm: LLM) -> None:
     expected = llm.session()
     expected.read(TEXT)
