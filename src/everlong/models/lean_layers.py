@@ -2,8 +2,7 @@
 
 A step of writing is short: with packed weights, what a layer does around its products takes longer than they
 do. Most models share one form of layer: norm, attention, norm, gated MLP (with norms of queries and keys, or
-behind each half, in some). Where a layer has that form, its weights are packed and its attention follows a
-policy, a token runs through the same products without what lies between them in general code. Whether a layer
+behind each half, in some). Where a layer has that form and its attention follows a policy, a token runs through the same products without what lies between them in general code. Whether a layer
 has that form is looked up by the names of its parts, and then measured: for the first token that comes it
 must give what the model's own code gives. Every other call, and every other layer, is the model's own.
 """
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from everlong.models.cache_argument import CACHE_ARGUMENTS
 from everlong.models.packing import MOST_ROWS, PackedLinear, Product
@@ -29,7 +29,8 @@ _TWO_NORMS = {"input_layernorm", "post_attention_layernorm"}
 _FOUR_NORMS = _TWO_NORMS | {"pre_feedforward_layernorm", "post_feedforward_layernorm"}
 _MANNERS = ("scaling", "softcap", "s_aux")
 _FAR = 2**20  # tokens
-_TOLERANCE = 2.0**-6  # of what a layer adds, at most: the products round to bfloat16, in two orders
+_ROUNDED = 2.0**-6  # of what a layer adds, at most: products of bfloat16 numbers, summed in two orders
+_EXACT = 1e-4  # of float32 numbers
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,13 +64,22 @@ class _Norm:
 
 @dataclass(frozen=True, eq=False)
 class _Linears:
-    """Linear layers that are given the same input, and packed in one product."""
+    """Linear layers that are given the same input; packed in one product, or (None) not packed."""
 
     layers: list[nn.Linear]
-    product: Product
+    product: Product | None
+
+    @property
+    def are_whole(self) -> bool:
+        """Whether they are still what they were when they were found."""
+        if self.product is not None:
+            return self.product.is_in_use
+        return all(type(layer) is nn.Linear for layer in self.layers)
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         """Return each one's output for `x`, shape (rows, in); a single one's is in its kernel's dtype."""
+        if self.product is None:
+            return [F.linear(x, layer.weight, layer.bias) for layer in self.layers]
         packed = self.product.packed
         together = packed.multiply(x.to(packed.takes))
         outputs = [together]
@@ -173,7 +183,7 @@ class LeanLayer:
 
     def _is_whole(self) -> bool:
         """Whether nothing was put in the place of a part, or hooked to one, or packed anew."""
-        if any(self._hooks) or not all(linears.product.is_in_use for linears in self._linears):
+        if any(self._hooks) or not all(linears.are_whole for linears in self._linears):
             return False
         if [attributes.get("forward") for attributes in self._attributes] != self._forwards:
             return False
@@ -215,7 +225,8 @@ class LeanLayer:
         if not isinstance(theirs, Tensor) or not torch.equal(theirs, elsewhere):
             return False
         error, added = (x.float().abs().max() for x in (ours - theirs, theirs - hidden_states))
-        return bool(error <= _TOLERANCE * added)
+        is_exact = hidden_states.dtype == torch.float32 and not any(x.product for x in self._linears)
+        return bool(error <= (_EXACT if is_exact else _ROUNDED) * added)
 
 
 @contextmanager
@@ -233,7 +244,7 @@ def lean_layers(decoder: nn.Module) -> Iterator[list[LeanLayer]]:
 
 
 def _taken_apart(layer: nn.Module) -> LeanLayer | None:
-    """Take a decoder layer of the usual form apart; None: it is something else, or not packed."""
+    """Take a decoder layer of the usual form apart; None: it is something else."""
     parts: dict[str, Any] = dict(layer._modules)
     attention, mlp = parts.pop("self_attn", None), parts.pop("mlp", None)
     if attention is None or mlp is None or set(parts) not in (_TWO_NORMS, _FOUR_NORMS):
@@ -274,7 +285,11 @@ def _taken_apart(layer: nn.Module) -> LeanLayer | None:
 
 
 def _given_the_same(group: list[Any]) -> _Linears | None:
-    """Return linear layers with the same input as one; None: they are not packed together."""
+    """Return linear layers with the same input as one; None: neither packed together nor all unpacked."""
+    if any("forward" in layer.__dict__ for layer in group):
+        return None  # accelerate's, which brings weights from elsewhere
+    if all(type(layer) is nn.Linear for layer in group):
+        return _Linears(group, None)
     if not all(type(layer) is PackedLinear for layer in group):
         return None
     found = [layer.__dict__["_everlong_product"] for layer in group]
@@ -291,6 +306,8 @@ def _norm(module: Any) -> Any:
         getattr(module, "variance_epsilon", getattr(module, "eps", None)),
     )
     if weight is None or eps is None or weight.dim() != 1:
+        return None
+    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
         return None
     x = torch.linspace(-2, 3, 2 * len(weight), device=weight.device).to(weight.dtype).view(2, -1)
     tolerance = 1e-5 if weight.dtype == torch.float32 else 2.0**-6

@@ -1,0 +1,1 @@
+"""Long-term memory: text in, a small LoRA adapter out."""
