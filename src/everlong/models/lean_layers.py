@@ -2,9 +2,10 @@
 
 A step of writing is short: with packed weights, what a layer does around its products takes longer than they
 do. Most models share one form of layer: norm, attention, norm, gated MLP (with norms of queries and keys, or
-behind each half, in some). Where a layer has that form and its attention follows a policy, a token runs through the same products without what lies between them in general code. Whether a layer
-has that form is looked up by the names of its parts, and then measured: for the first token that comes it
-must give what the model's own code gives. Every other call, and every other layer, is the model's own.
+behind each half, in some). Where a layer has that form and its attention follows a policy, a token runs
+through the same products without what lies between them in general code. Whether a layer has that form is
+looked up by the names of its parts, and then measured: for the first token that comes it must give what the
+model's own code gives. Every other call, and every other layer, is the model's own.
 """
 
 from __future__ import annotations
