@@ -20,11 +20,11 @@ import torch
 from common import RESULTS, Rows, table
 
 from everlong.attention import FullAttention, LMInfinite, Policy, StreamingLLM
-from everlong.evaluation.head import Head
 from everlong.evaluation.perplexity import bucketed, read_stream
 from everlong.evaluation.statistics import Interval, mean_interval
 from everlong.evaluation.streams import StockStream, open_stream
 from everlong.evaluation.texts import first_tokens
+from everlong.models.head import Head
 from everlong.models.loading import load_model
 
 SCORED = 64  # tokens after each anchor

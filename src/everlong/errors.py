@@ -39,3 +39,7 @@ class StateError(EverlongError, RuntimeError):
 
 class NumericalError(EverlongError, ArithmeticError):
     """The model produced logits that are not finite."""
+
+
+class MemoryGateError(EverlongError, ValueError):
+    """A text is worth nothing to the model that should learn it: it would teach itself what it knows."""

@@ -12,9 +12,9 @@ from torch import Tensor
 from everlong.attention import FullAttention, LMInfinite, Policy, StreamingLLM
 from everlong.errors import InputError, NumericalError
 from everlong.evaluation import perplexity as perplexity_module
-from everlong.evaluation.head import Head
 from everlong.evaluation.perplexity import Reading, bucketed, read_stream
 from everlong.evaluation.streams import StockStream, open_stream
+from everlong.models.head import Head
 from everlong.reading.reports import Progress
 from tests.evaluation.expected import A_KEY, Clock, Listening, perplexity_of, stock_logits, surprisal_of
 from tests.reference.attention import ReferenceSpec

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from everlong.attention import POLICIES, Policy, make_policy, with_sinks
 from everlong.errors import ConfigurationError
-from everlong.evaluation.head import Head
 from everlong.evaluation.perplexity import Bucket, Chunk, bucketed, read_stream
 from everlong.evaluation.resources import describe_machine
 from everlong.evaluation.streams import Stream, open_stream
 from everlong.models.anatomy import decoder_of, training_length_of
+from everlong.models.head import Head
 from everlong.models.loading import LoadedModel
 from everlong.reading.detokenize import Detokenizer
 from everlong.reading.reports import Progress

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from everlong.errors import InputError, NumericalError
-from everlong.evaluation.head import Head
 from everlong.evaluation.statistics import stream_interval
 from everlong.evaluation.streams import Stream
+from everlong.models.head import Head
 from everlong.reading.reports import Progress
 
 

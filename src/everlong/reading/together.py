@@ -53,10 +53,10 @@ def stream_together(
         ]
         stops = [(*tape.form.stop, *strings) for tape in tapes]
     chunk = min(session.chunk for session in sessions)
-    return _written(tapes, chunk, count, samplings, stops, started)
+    return write_tapes(tapes, chunk, count, samplings, stops, started)
 
 
-def _written(
+def write_tapes(
     tapes: Sequence[Tape],
     chunk: int,
     max_new_tokens: int,

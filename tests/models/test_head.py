@@ -11,9 +11,9 @@ from torch import Tensor
 
 from everlong.attention import LMInfinite, attach
 from everlong.errors import UnsupportedModelError
-from everlong.evaluation import head as head_module
-from everlong.evaluation.head import Head
+from everlong.models import head as head_module
 from everlong.models.anatomy import decoder_of
+from everlong.models.head import Head
 from tests.evaluation.expected import stock_logits, surprisal_of
 from tests.tiny import FAMILIES, VOCAB, build, random_ids
 

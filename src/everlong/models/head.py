@@ -1,4 +1,4 @@
-"""Surprisal from hidden states, over blocks of the vocabulary: logits of a whole chunk are never held."""
+"""A model's head by itself: logits only where they are wanted, surprisal over blocks of the vocabulary."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PROBE = (3, 1, 4, 1, 5)
 
 
 class Head:
-    """A model's head as a function from hidden states to surprisal.
+    """A model's head as a function of hidden states.
 
     Parameters
     ----------
@@ -62,22 +62,36 @@ class Head:
         total = hidden.new_full((len(hidden),), -torch.inf, dtype=torch.float32)
         chosen = torch.zeros_like(total)
         for begin in range(0, len(self.weight), size):
-            logits = self._logits(hidden, begin, begin + size)
+            logits = self.block(hidden, begin, begin + size)
             total = torch.logaddexp(total, logits.logsumexp(-1))
             inside = (targets >= begin) & (targets < begin + size)
             at = (targets - begin).clamp(0, logits.shape[1] - 1)
             chosen = torch.where(inside, logits.gather(1, at[:, None])[:, 0], chosen)
         return total - chosen
 
-    @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits after each hidden state, float32, shape (n, vocabulary)."""
-        return self._logits(hidden, 0, len(self.weight))
+        return self.block(hidden, 0, len(self.weight))
 
-    def _logits(self, hidden: Tensor, begin: int, stop: int) -> Tensor:
+    def block(self, hidden: Tensor, begin: int, stop: int) -> Tensor:
+        """Return the logits of a block of the vocabulary, float32, shape (n, stop - begin)."""
         bias = None if self.bias is None else self.bias[begin:stop]
-        logits = F.linear(hidden, self.weight[begin:stop], bias).float() * self.factor
+        return self._scaled(F.linear(hidden, self.weight[begin:stop], bias))
+
+    def _scaled(self, logits: Tensor) -> Tensor:
+        logits = logits.float() if self.factor == 1 else logits.float() * self.factor
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+    def at(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """Return the logits of `tokens`, shape (n, k), after each hidden state: float32, same shape."""
+        logits = torch.einsum("nd,nkd->nk", hidden, self.weight[tokens])
+        if self.bias is not None:
+            logits = logits + self.bias[tokens]
+        return self._scaled(logits)
+
+    def slope(self, logits: Tensor) -> Tensor | None:
+        """Return what of a change before the soft-cap is left in `logits`, same shape; None: all of it."""
+        return None if self.softcap is None else 1 - (logits / self.softcap).square()
 
     @torch.inference_mode()
     def _check(self, model: Any) -> None:
@@ -90,5 +104,5 @@ class Head:
         if ours.shape != theirs.shape or (ours - theirs).abs().max() > tolerance * theirs.abs().max():
             raise UnsupportedModelError(
                 f"{type(model).__name__}: its head does more than a linear map, a factor and a soft-cap, "
-                "so perplexity cannot be measured; please open an issue with the model's name"
+                "so it cannot be computed by itself; please open an issue with the model's name"
             )

@@ -1,0 +1,240 @@
+"""Lessons into parameters: an adapter learns to expect without the text what the teacher did with it."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from everlong.errors import NumericalError
+from everlong.memory.distillation import divergence
+from everlong.memory.forest import in_batches, read_past, run_forest
+from everlong.memory.lessons import Lesson, response_rows
+from everlong.models.head import Head
+from everlong.reading.attached import AttachedModel
+
+_WARM_UP = 0.05  # of the steps
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long, in what steps, and how fast a student learns.
+
+    Attributes
+    ----------
+    passes : int
+        Through all lessons, at most.
+    batch_tokens : int
+        Tokens of a step.
+    learning_rate : float
+        The largest; it rises for a twentieth of the steps and falls along a cosine to a tenth.
+    patience : int or None
+        Passes without a better loss on held-out lessons after which to stop; None: never.
+    hidden_weight : float
+        Of the normalised distance between student's and teacher's last hidden states.
+    seed : int
+        Of the order of lessons.
+    """
+
+    passes: int
+    batch_tokens: int
+    learning_rate: float
+    patience: int | None
+    hidden_weight: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of training.
+
+    Attributes
+    ----------
+    number, of : int
+        Which, and of how many.
+    loss : float
+        Nats per token of the responses.
+    tokens : int
+        Run in it.
+    """
+
+    number: int
+    of: int
+    loss: float
+    tokens: int
+
+
+def consolidate(
+    model: AttachedModel,
+    parameters: Sequence[torch.nn.Parameter],
+    lessons: Sequence[Lesson],
+    schedule: Schedule,
+    *,
+    held_out: Sequence[Lesson] = (),
+    on_step: Callable[[Step], None] | None = None,
+) -> float:
+    """Train `parameters` on `lessons`; return the loss on what was held out, or else of the last pass.
+
+    Parameters
+    ----------
+    model : AttachedModel
+        The student: whatever it runs with, `parameters` among it.
+    parameters : sequence of Parameter
+        What is trained.
+    lessons, held_out : sequence of Lesson
+        To learn from, and to tell when to stop. The best parameters on the latter are kept.
+    schedule : Schedule
+        How.
+    on_step : callable, optional
+        Called after each step.
+
+    Raises
+    ------
+    NumericalError
+        The loss is not finite; the parameters are those before that step.
+    """
+    shuffled = random.Random(schedule.seed)
+    head = Head(model.attachment.model)
+    by_length = sorted(range(len(lessons)), key=lambda i: len(lessons[i]))
+    lengths = [len(lessons[i]) for i in by_length]
+    steps = schedule.passes * len(in_batches(lengths, schedule.batch_tokens))
+    optimizer = torch.optim.AdamW(parameters, lr=schedule.learning_rate, weight_decay=0.0)
+    best, best_loss, since, number, latest = _copies(parameters), math.inf, 0, 0, math.inf
+    for _ in range(schedule.passes):
+        order = list(range(len(lessons)))
+        shuffled.shuffle(order)
+        total, count = 0.0, 0
+        for batch in in_batches([len(lessons[i]) for i in order], schedule.batch_tokens):
+            some = [lessons[order[i]] for i in batch]
+            for group in optimizer.param_groups:
+                group["lr"] = schedule.learning_rate * _pace(number, steps)
+            loss = learn_from(model, head, some, schedule.hidden_weight)
+            if not math.isfinite(loss):
+                raise NumericalError(
+                    f"the loss of step {number + 1} is not finite: the adapter is kept as it was before; "
+                    f"use a learning rate below {schedule.learning_rate:g}, or a dtype of 'float32'"
+                )
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            number += 1
+            size = sum(len(lesson.response) for lesson in some)
+            total, count = total + loss * size, count + size
+            if on_step is not None:
+                on_step(Step(number, max(steps, number), loss, sum(map(len, some))))
+        latest = total / count
+        if held_out:
+            latest = loss_of(model, head, held_out, schedule.batch_tokens)
+            if latest < best_loss:
+                best, best_loss, since = _copies(parameters), latest, 0
+                continue
+            since += 1
+            if schedule.patience is not None and since >= schedule.patience:
+                break
+    if held_out and best_loss < math.inf:
+        with torch.no_grad():
+            for parameter, kept in zip(parameters, best, strict=True):
+                parameter.copy_(kept)
+        return best_loss
+    return latest
+
+
+def learn_from(
+    model: AttachedModel, head: Head, lessons: Sequence[Lesson], hidden_weight: float = 0.0
+) -> float:
+    """Add the gradient of the mean loss on `lessons` to the parameters that want it; return the loss.
+
+    The gradient of the hidden states is known before the decoder's backward begins.
+    """
+    with torch.enable_grad():
+        hidden = _hidden(model, lessons)
+    states = hidden.detach()
+    tokens, log_probs, expected = _expected(lessons, states.device)
+    loss, gradient = divergence(head, states, tokens, log_probs, gradient=True)
+    assert gradient is not None
+    if hidden_weight and expected is not None:
+        length = states.norm(dim=-1, keepdim=True)
+        own = states / length
+        distance = own - expected
+        loss = loss + hidden_weight * distance.square().sum(-1)
+        along = (distance * own).sum(-1, keepdim=True) * own
+        gradient = gradient + 2 * hidden_weight * (distance - along) / length
+    mean = float(loss.mean())
+    if math.isfinite(mean):
+        hidden.backward(gradient / len(hidden))  # type: ignore[no-untyped-call]
+    return mean
+
+
+@torch.no_grad()
+def loss_of(model: AttachedModel, head: Head, lessons: Sequence[Lesson], batch_tokens: int) -> float:
+    """Return the mean loss on lessons, in nats per token of the responses."""
+    total, count = 0.0, 0
+    for batch in in_batches([len(lesson) for lesson in lessons], batch_tokens):
+        some = [lessons[i] for i in batch]
+        hidden = _hidden(model, some)
+        tokens, log_probs, _ = _expected(some, hidden.device)
+        total += float(divergence(head, hidden, tokens, log_probs)[0].sum())
+        count += len(hidden)
+    return total / count
+
+
+def _hidden(model: AttachedModel, lessons: Sequence[Lesson]) -> Tensor:
+    """Return the student's hidden states that predict the responses, shape (n, d)."""
+    past = read_past(model, [])
+    hidden = run_forest(model, past, [[*lesson.query, *lesson.response] for lesson in lessons])
+    rows: Tensor = hidden[response_rows(lessons).to(hidden.device)]
+    return rows
+
+
+def _expected(lessons: Sequence[Lesson], device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return what the teacher expects at the tokens of all responses: tokens, log-probabilities, states."""
+    k = max(lesson.tokens.shape[1] for lesson in lessons)
+    tokens = torch.cat([_widened(lesson.tokens, k, 0) for lesson in lessons]).to(device)
+    log_probs = torch.cat([_widened(lesson.log_probs, k, -math.inf) for lesson in lessons]).to(device)
+    states = [lesson.hidden for lesson in lessons if lesson.hidden is not None]
+    if len(states) < len(lessons):
+        return tokens, log_probs, None
+    return tokens, log_probs, torch.nn.functional.normalize(torch.cat(states).to(device), dim=-1)
+
+
+def _widened(values: Tensor, k: int, fill: float) -> Tensor:
+    return torch.nn.functional.pad(values, (0, k - values.shape[1]), value=fill)
+
+
+def _pace(step: int, steps: int) -> float:
+    """Return the share of the learning rate at a step."""
+    warm = max(1, round(_WARM_UP * steps))
+    if step < warm:
+        return (step + 1) / warm
+    progress = (step - warm) / max(1, steps - warm)
+    return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def _copies(parameters: Sequence[torch.nn.Parameter]) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in parameters]
+
+
+@contextmanager
+def student(model: AttachedModel, config: Any, name: str = "memory") -> Iterator[Any]:
+    """Give the model an adapter to be trained, as PEFT makes it, for the block; yield PEFT's model.
+
+    What of the model wanted gradients before does so again afterwards.
+    """
+    from peft import get_peft_model
+
+    base: Any = model.attachment.model
+    wanted = {parameter: parameter.requires_grad for parameter in base.parameters()}
+    adapted = get_peft_model(base, config, adapter_name=name)
+    adapted.eval()
+    try:
+        yield adapted
+    finally:
+        adapted.unload()
+        for parameter, wants in wanted.items():
+            parameter.requires_grad_(wants)

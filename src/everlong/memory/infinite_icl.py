@@ -1,0 +1,424 @@
+"""InfiniteICL: segment after segment of a text is asked about, and learned (arXiv 2504.01707, section 3).
+
+For each segment: *elicit* what could be asked about it, and what the model answers reading it; *select* the
+pairs that only the segment makes likely; *consolidate* them into an adapter, by distilling the model that
+reads the segment into the one that does not.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from everlong.errors import MemoryGateError
+from everlong.memory.consolidation import Schedule, Step, consolidate, student
+from everlong.memory.elicitation import Generator, make_generators
+from everlong.memory.lessons import Elicited, Lesson, Teacher
+from everlong.memory.pairs import Pair
+from everlong.memory.recipes import Recipe
+from everlong.memory.segments import Segment, segments
+from everlong.memory.selection import select
+from everlong.memory.writer import Writer
+from everlong.reading.attached import AttachedModel
+
+Stage = Literal["elicit", "teach", "learn", "done"]
+
+_LEAST_GAIN = 0.1  # nats per token that the text must be worth, on the mean of a generator's pairs
+_POOL = 2048  # lessons kept to be rehearsed
+_ANCHORS = (
+    *(
+        "The",
+        "In the morning",
+        "There are many",
+        "import",
+        "Question: What is the capital of France?\nAnswer:",
+    ),
+    *("Once upon a time", "She said that", "According to", "Dear", "The number of", "When it rains", "My"),
+    *("A good way to", "He was born in", "It is", "For example", "Question: Who", "1.", "We", "Water"),
+)
+"""How unrelated texts begin; the base model writes on."""
+
+
+@dataclass(frozen=True)
+class LearnProgress:
+    """Where learning stands.
+
+    Attributes
+    ----------
+    stage : {"elicit", "teach", "learn", "done"}
+        What is being done with the segment.
+    segment, segments : int
+        Its number, and how many there are.
+    pairs, kept : int
+        Elicited and chosen so far, in all segments.
+    dropped : dict of str to int
+        Not chosen, by reason.
+    loss : float or None
+        Of the latest step, in nats per token.
+    fraction : float
+        Of the whole, about.
+    tokens_per_second : float
+        Of the source, so far.
+    """
+
+    stage: Stage
+    segment: int
+    segments: int
+    pairs: int
+    kept: int
+    dropped: dict[str, int]
+    loss: float | None
+    fraction: float
+    tokens_per_second: float
+
+
+@dataclass
+class Account:
+    """What was done, and what it took.
+
+    Attributes
+    ----------
+    tokens : int
+        Of the source.
+    elicited, kept : int
+        Pairs.
+    dropped : Counter of str
+        Pairs, by the reason for which they were not learned.
+    gain : float
+        Mean of what the text was worth to the elicited pairs, in nats per token.
+    uncovered : int
+        Sentences that no pair is about.
+    loss : float
+        At the end of the last segment, in nats per token.
+    seconds : dict of str to float
+        By step.
+    """
+
+    tokens: int = 0
+    elicited: int = 0
+    kept: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    gain: float = 0.0
+    uncovered: int = 0
+    loss: float = 0.0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, step: str) -> Iterator[None]:
+        """Count the block's seconds as those of a step."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - started
+
+
+@dataclass
+class Progress:
+    """What one can go on from, after a whole segment.
+
+    Attributes
+    ----------
+    segment : int
+        The next one's number.
+    adapters : list of dict of str to Tensor
+        As PEFT saves them: one, or one a segment.
+    pool : list of Lesson
+        To be rehearsed.
+    pairs : list of Pair
+        That were learned.
+    account : Account
+        So far.
+    """
+
+    segment: int = 0
+    adapters: list[dict[str, Tensor]] = field(default_factory=list)
+    pool: list[Lesson] = field(default_factory=list)
+    pairs: list[Pair] = field(default_factory=list)
+    account: Account = field(default_factory=Account)
+
+
+class InfiniteICL:
+    """Learns a text by a recipe.
+
+    Parameters
+    ----------
+    model : AttachedModel
+        The student, and its own teacher where `teacher` is not given.
+    recipe : Recipe
+        How.
+    seed : int
+        Of everything that is drawn.
+    teacher : AttachedModel, optional
+        Elicits, and with the same tokenizer teaches, instead.
+    force : bool
+        Whether to go on where the text is not worth anything to the model.
+    """
+
+    def __init__(
+        self,
+        model: AttachedModel,
+        recipe: Recipe,
+        *,
+        seed: int = 0,
+        teacher: AttachedModel | None = None,
+        force: bool = False,
+    ) -> None:
+        self.model = model
+        self.recipe = recipe
+        self.seed = seed
+        self.teacher = teacher
+        self.force = force
+        self.generators: list[Generator] = make_generators(recipe.generators)
+
+    def config(self) -> Any:
+        """Return the adapter's configuration, PEFT's."""
+        from peft import LoraConfig
+
+        base: Any = self.model.attachment.model
+        return LoraConfig(
+            r=self.recipe.rank,
+            lora_alpha=self.recipe.alpha,
+            target_modules=_linear_layers(base),
+            lora_dropout=0.0,
+            bias="none",
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=self.model.name,
+        )
+
+    def learn(
+        self,
+        text: str,
+        *,
+        start: Progress | None = None,
+        on_progress: Callable[[LearnProgress], None] | None = None,
+        on_segment: Callable[[Progress], None] | None = None,
+    ) -> Progress:
+        """Learn a text, from where `start` stands.
+
+        Parameters
+        ----------
+        text : str
+            The source, whole.
+        start : Progress, optional
+            To go on from.
+        on_progress : callable, optional
+            Called now and then.
+        on_segment : callable, optional
+            Called after each segment with what one could go on from.
+
+        Raises
+        ------
+        MemoryGateError
+            The model does not use the text: what it would teach is no better than what it knows.
+        NumericalError
+            The loss is not finite. `on_segment` has seen the last good adapter.
+        """
+        parts = list(segments([text], self.model.coder, self.recipe.segment_tokens))
+        state = start or Progress()
+        report = _Reporter(on_progress, parts, state)
+        with self._seeded(), student(self.model, self.config()) as adapted:
+            parameters = [p for p in adapted.parameters() if p.requires_grad]
+            blank = _state(adapted)
+            if state.adapters and self.recipe.carry != "separate":
+                _load(adapted, state.adapters[-1])
+            with state.account.timed("anchors"), adapted.disable_adapter():
+                anchors = self._anchors()
+            for segment in parts[state.segment :]:
+                if self.recipe.carry == "separate":
+                    _load(adapted, blank)
+                carried = self.recipe.carry == "carried"
+                own: AbstractContextManager[Any] = nullcontext() if carried else adapted.disable_adapter()
+                with own:
+                    lessons = self._lessons(segment, state, report)
+                self._train(parameters, [*lessons, *anchors], segment, state, report)
+                saved = _state(adapted)
+                state.adapters = [*state.adapters, saved] if self.recipe.carry == "separate" else [saved]
+                state.pool = self._pooled(state.pool, lessons, segment.number)
+                state.pairs += [lesson.pair for lesson in lessons]
+                state.segment = segment.number + 1
+                if on_segment is not None:
+                    on_segment(state)
+        report("done", max(0, len(parts) - 1), 1.0)
+        return state
+
+    def _lessons(self, segment: Segment, state: Progress, report: _Reporter) -> list[Lesson]:
+        """Elicit, teach and select."""
+        account = state.account
+        report("elicit", segment.number, 0.0)
+        author = self.teacher or self.model
+        writer = Writer(author)
+        with account.timed("elicit"):
+            elicited: list[Elicited] = []
+            for generator in self.generators:
+                elicited += generator.elicit(segment, writer)
+                report("elicit", segment.number, 0.1)
+        report("teach", segment.number, 0.3)
+        with account.timed("teach"):
+            teacher = Teacher(self.model, top_k=self.recipe.top_k, hidden=self.recipe.hidden_weight > 0)
+            lessons = teacher.teach(elicited)
+        gains = [lesson.pair.gain or 0.0 for lesson in lessons]
+        self._require_gain(lessons, segment)
+        selected = select(lessons, self.recipe, len(segment.sentences), self.seed + segment.number)
+        total = account.gain * account.elicited + sum(gains)
+        account.tokens += segment.tokens
+        account.elicited += len(lessons)
+        account.gain = total / max(1, account.elicited)
+        account.kept += len(selected.lessons)
+        account.dropped.update(selected.dropped)
+        account.uncovered += selected.uncovered
+        if self.recipe.targets == "hard":
+            return [lesson.hard() for lesson in selected.lessons]
+        return selected.lessons
+
+    def _require_gain(self, lessons: list[Lesson], segment: Segment) -> None:
+        """Raise where the text is worth nothing to the model that reads it."""
+        if self.force or self.recipe.selection == "all":
+            return
+        gains = [lesson.pair.gain or 0.0 for lesson in lessons]
+        mean = sum(gains) / len(gains) if gains else 0.0
+        if mean < _LEAST_GAIN:
+            found = (
+                f"adds {mean:.2f} nats per token to {len(gains)} pairs" if gains else "gave no pair at all"
+            )
+            raise MemoryGateError(
+                f"segment {segment.number + 1}: reading the text {found}: this model does not use it well "
+                "enough to teach itself. Use a larger model, teacher=, or generators=('cloze',); or force it"
+            )
+
+    def _train(
+        self,
+        parameters: list[torch.nn.Parameter],
+        lessons: list[Lesson],
+        segment: Segment,
+        state: Progress,
+        report: _Reporter,
+    ) -> None:
+        recipe, draws = self.recipe, random.Random(self.seed + segment.number)
+        held = [i for i in range(len(lessons)) if lessons[i].pair.generator != "anchor"]
+        held = draws.sample(held, int(recipe.held_out * len(held)))
+        rehearsed: list[Lesson] = []
+        if recipe.carry == "replay" and state.pool:
+            room = recipe.replay * sum(map(len, lessons))
+            for lesson in draws.sample(state.pool, len(state.pool)):
+                if room <= 0:
+                    break
+                rehearsed.append(lesson)
+                room -= len(lesson)
+        schedule = Schedule(
+            passes=recipe.passes,
+            batch_tokens=recipe.batch_tokens,
+            learning_rate=recipe.learning_rate,
+            patience=recipe.patience,
+            hidden_weight=recipe.hidden_weight,
+            seed=self.seed + segment.number,
+        )
+
+        def on_step(step: Step) -> None:
+            report("learn", segment.number, 0.4 + 0.6 * step.number / step.of, step.loss)
+
+        with state.account.timed("learn"):
+            state.account.loss = consolidate(
+                self.model,
+                parameters,
+                [lesson for i, lesson in enumerate(lessons) if i not in held] + rehearsed,
+                schedule,
+                held_out=[lessons[i] for i in held],
+                on_step=on_step,
+            )
+
+    def _anchors(self) -> list[Lesson]:
+        """Return what the base model writes by itself, to be held to."""
+        openings = _ANCHORS[: self.recipe.anchors]
+        if not openings:
+            return []
+        texts = Writer(self.model).write("", openings, 32, stop=())
+        elicited = [
+            Elicited(Pair(opening, text, "anchor"), "", opening)
+            for opening, text in zip(openings, texts, strict=True)
+            if text.strip()
+        ]
+        lessons = Teacher(self.model, top_k=self.recipe.top_k).teach(elicited)
+        return [replace(lesson, hidden=None) for lesson in lessons]
+
+    def _pooled(self, pool: list[Lesson], lessons: list[Lesson], segment: int) -> list[Lesson]:
+        """Return the lessons to rehearse from now on: of all so far, each as likely as any other."""
+        if self.recipe.carry != "replay":
+            return []
+        draws = random.Random(self.seed + segment)
+        together = [*pool, *lessons]
+        return together if len(together) <= _POOL else draws.sample(together, _POOL)
+
+    @contextmanager
+    def _seeded(self) -> Iterator[None]:
+        """Draw the adapter's first weights from the seed, and leave PyTorch's generator as it was."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            yield
+
+
+class _Reporter:
+    """Tells a caller where learning stands."""
+
+    def __init__(
+        self, call: Callable[[LearnProgress], None] | None, parts: list[Segment], state: Progress
+    ) -> None:
+        self._call = call
+        self._parts = parts
+        self._state = state
+        self._started = time.perf_counter()
+        self._before = sum(part.tokens for part in parts[: state.segment])
+        self._total = sum(part.tokens for part in parts)
+
+    def __call__(self, stage: Stage, segment: int, share: float, loss: float | None = None) -> None:
+        if self._call is None:
+            return
+        account = self._state.account
+        done = sum(part.tokens for part in self._parts[:segment]) + share * self._parts[segment].tokens
+        seconds = time.perf_counter() - self._started
+        self._call(
+            LearnProgress(
+                stage,
+                segment,
+                len(self._parts),
+                account.elicited,
+                account.kept,
+                dict(account.dropped),
+                loss,
+                done / self._total,
+                (done - self._before) / seconds if seconds else 0.0,
+            )
+        )
+
+
+def _linear_layers(model: torch.nn.Module) -> list[str]:
+    """Return the names, the last part of each, of the linear layers of the decoder's blocks."""
+    inner: Any = model
+    head = inner.get_output_embeddings()
+    names = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    }
+    return sorted(names)
+
+
+def _state(adapted: Any) -> dict[str, Tensor]:
+    from peft import get_peft_model_state_dict
+
+    found = get_peft_model_state_dict(adapted, adapter_name="memory", save_embedding_layers=False)
+    return {name: tensor.detach().cpu().clone() for name, tensor in found.items()}
+
+
+def _load(adapted: Any, state: dict[str, Tensor]) -> None:
+    from peft import set_peft_model_state_dict
+
+    set_peft_model_state_dict(adapted, state, adapter_name="memory")

@@ -1,0 +1,211 @@
+"""What a student is trained on: pairs as tokens, with what a teacher that reads the text expects of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from everlong.memory.distillation import likeliest
+from everlong.memory.forest import in_batches, read_past, run_forest
+from everlong.memory.pairs import Pair
+from everlong.models.head import Head
+from everlong.reading.attached import AttachedModel
+
+_BATCH = 768  # tokens a forward
+
+
+@dataclass(frozen=True)
+class Elicited:
+    """A pair, and how its teacher is asked.
+
+    Attributes
+    ----------
+    pair : Pair
+        What the student is asked, and the response.
+    beginning : str
+        What the teacher reads first: the segment, or examples; many pairs share it.
+    question : str
+        What it reads then; the response follows.
+    is_answer : bool
+        Whether the query is a question to be asked as sessions ask, and the response ends there.
+    """
+
+    pair: Pair
+    beginning: str
+    question: str
+    is_answer: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Lesson:
+    """A pair, ready to be learned.
+
+    Attributes
+    ----------
+    pair : Pair
+        With its gain.
+    query, response : list of int
+        Tokens the student reads, the start token included, and those it is to predict, n of them.
+    tokens : Tensor (n, k)
+        The teacher's likeliest next tokens.
+    log_probs : Tensor (n, k)
+        Their log-probabilities, in nats.
+    hidden : Tensor (n, d) or None
+        The teacher's last hidden states there, where they are wanted.
+    ends : bool
+        Whether the last token of the response only ends it: it is learned as it is, whatever the teacher
+        expects, and does not count for the gain.
+    """
+
+    pair: Pair
+    query: list[int]
+    response: list[int]
+    tokens: Tensor
+    log_probs: Tensor
+    hidden: Tensor | None = None
+    ends: bool = False
+
+    def __len__(self) -> int:
+        return len(self.query) + len(self.response)
+
+    @property
+    def words(self) -> int:
+        """Tokens of the response, without the one that ends it."""
+        return len(self.response) - self.ends
+
+    def hard(self) -> Lesson:
+        """Return the lesson with the response itself as the only thing to expect."""
+        tokens = torch.tensor(self.response)[:, None]
+        return replace(self, tokens=tokens, log_probs=torch.zeros(tokens.shape), hidden=None)
+
+
+class Teacher:
+    """The model with the text in front of it.
+
+    Parameters
+    ----------
+    model : AttachedModel
+        The model, its weights as they are to teach.
+    top_k : int
+        Of how many next tokens probabilities are kept.
+    hidden : bool
+        Whether hidden states are kept.
+    """
+
+    def __init__(self, model: AttachedModel, *, top_k: int = 64, hidden: bool = False) -> None:
+        self.model = model
+        self.head = Head(model.attachment.model)
+        self.top_k = min(top_k, model.vocabulary)
+        self.keeps_hidden = hidden
+
+    @torch.inference_mode()
+    def teach(self, elicited: Sequence[Elicited]) -> list[Lesson]:
+        """Turn pairs into lessons; a pair's gain is measured on the way."""
+        lessons: dict[int, Lesson] = {}
+        beginnings: dict[str, list[int]] = {}
+        for number, item in enumerate(elicited):
+            beginnings.setdefault(item.beginning, []).append(number)
+        for beginning, numbers in beginnings.items():
+            coder = self.model.coder
+            past = read_past(self.model, [*coder.bos, *(coder.encode_after(beginning) if beginning else [])])
+            found = [_encoded(self.model, elicited[number]) for number in numbers]
+            texts = [
+                [*coder.encode_after(elicited[number].question), *lesson.response]
+                for number, lesson in zip(numbers, found, strict=True)
+            ]
+            for batch in in_batches([len(text) for text in texts], _BATCH):
+                hidden = run_forest(self.model, past, [texts[i] for i in batch])
+                rows = _response_rows([(len(texts[i]), len(found[i].response)) for i in batch])
+                taught = self._taught([found[i] for i in batch], hidden[rows])
+                lessons.update(zip([numbers[i] for i in batch], taught, strict=True))
+        ordered = [lessons[number] for number in range(len(elicited))]
+        without = self.log_likelihood(ordered)
+        return [
+            replace(lesson, pair=replace(lesson.pair, gain=float(lesson.pair.gain or 0.0) - alone))
+            for lesson, alone in zip(ordered, without, strict=True)
+        ]
+
+    @torch.inference_mode()
+    def log_likelihood(self, lessons: Sequence[Lesson]) -> list[float]:
+        """Mean log-likelihood of each response's tokens behind its query alone, in nats."""
+        past = read_past(self.model, [])
+        found: list[float] = []
+        for batch in in_batches([len(lesson) for lesson in lessons], _BATCH):
+            some = [lessons[i] for i in batch]
+            hidden = run_forest(self.model, past, [[*lesson.query, *lesson.response] for lesson in some])
+            sizes = [(len(lesson), len(lesson.response)) for lesson in some]
+            targets = torch.tensor(
+                [token for lesson in some for token in lesson.response], device=hidden.device
+            )
+            surprisal = self.head.surprisal(hidden[_response_rows(sizes)], targets)
+            parts = torch.split(surprisal, [n for _, n in sizes])
+            found += [-float(part[: lesson.words].mean()) for part, lesson in zip(parts, some, strict=True)]
+        return found
+
+    def _taught(self, lessons: Sequence[Lesson], hidden: Tensor) -> Iterator[Lesson]:
+        """Fill in what the teacher expects, and (for now) the likelihood with the text as the gain."""
+        tokens, log_probs, total = likeliest(self.head, hidden, self.top_k)
+        responses = torch.tensor([t for lesson in lessons for t in lesson.response], device=hidden.device)
+        likelihood = self.head.at(hidden, responses[:, None])[:, 0] - total
+        sizes = [len(lesson.response) for lesson in lessons]
+        parts = [torch.split(x, sizes) for x in (tokens.cpu(), log_probs.cpu(), hidden.cpu(), likelihood)]
+        for lesson, own, best, states, found in zip(lessons, *parts, strict=True):
+            if lesson.ends:
+                best[-1], own[-1] = -torch.inf, 0
+                best[-1, 0], own[-1, 0] = 0.0, lesson.response[-1]
+            yield replace(
+                lesson,
+                pair=replace(lesson.pair, gain=float(found[: lesson.words].mean())),
+                tokens=own.clone(),
+                log_probs=best.clone(),
+                hidden=states.clone() if self.keeps_hidden else None,
+            )
+
+
+def response_rows(lessons: Sequence[Lesson]) -> Tensor:
+    """Return which tokens of lessons, one after another, predict a token of a response, shape (n,)."""
+    return _response_rows([(len(lesson), len(lesson.response)) for lesson in lessons])
+
+
+def _response_rows(sizes: Iterable[tuple[int, int]]) -> Tensor:
+    rows, stop = [], 0
+    for length, response in sizes:
+        stop += length
+        rows.append(torch.arange(stop - response - 1, stop - 1))
+    return torch.cat(rows)
+
+
+def _encoded(model: AttachedModel, item: Elicited) -> Lesson:
+    """Return a pair as tokens, nothing known of the teacher yet."""
+    coder, form = model.coder, model.form(with_system=False)
+    query = list(coder.bos)
+    response = coder.encode_after(item.pair.response)
+    if item.is_answer:
+        asked = form.question(item.pair.query, after_text=False)
+        if form.is_chat:
+            query = [*_markup(model, form.before_system), *coder.encode(asked)]
+            query += _markup(model, form.to_assistant)
+        else:
+            query += coder.encode_after(asked)
+        response += _end(model)
+    elif item.pair.query:
+        query += coder.encode_after(item.pair.query) if query else coder.encode(item.pair.query)
+    elif not query:  # no start token: the first of the text stands for it
+        query, response = response[:1], response[1:]
+    nothing = torch.empty(0)
+    return Lesson(item.pair, query, response, nothing, nothing, ends=item.is_answer)
+
+
+def _markup(model: AttachedModel, rendered: str) -> list[int]:
+    ids: list[int] = []
+    for piece in model.coder.split_markup(rendered):
+        ids += [piece] if isinstance(piece, int) else model.coder.encode_after(piece)
+    return ids
+
+
+def _end(model: AttachedModel) -> list[int]:
+    """Return the token that ends an answer."""
+    return _markup(model, model.form(with_system=False).to_user)[:1]

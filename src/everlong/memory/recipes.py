@@ -1,0 +1,173 @@
+"""Recipes: how a memory is made. InfiniteICL's steps, and its relatives as settings of one loop."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, get_args
+
+from everlong.errors import ConfigurationError
+from everlong.memory import open_ended, questions  # noqa: F401  (they register their generators)
+from everlong.memory.elicitation import GENERATORS
+from everlong.registry import Registry, unknown_name
+
+RANKS = (8, 16, 32, 64, 128)
+"""Ranks that other engines serve."""
+
+Carry = Literal["carried", "replay", "separate"]
+Selection = Literal["gain", "random", "all"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The settings of one way to turn text into an adapter.
+
+    Attributes
+    ----------
+    generators : tuple of str
+        What makes pairs: names in :data:`~everlong.memory.elicitation.GENERATORS`.
+    segment_tokens : int
+        Tokens that are read, asked about and learned at a time.
+    selection : {"gain", "random", "all"}
+        Which pairs are learned: those that the text makes likelier; as many tokens of any; all.
+    least_gain : float
+        What the text must add to a pair's mean log-likelihood, in nats per token.
+    budget : int or None
+        Tokens of responses learned per segment at most; None: no limit.
+    coverage : int
+        Pairs that each sentence keeps if it has as many, whatever their gain.
+    targets : {"soft", "hard"}
+        Whether the teacher's distribution is learned, or the response as it stands.
+    top_k : int
+        Next tokens whose probability the teacher tells; the others are one event.
+    hidden_weight : float
+        Of the distance between last hidden states in the loss.
+    carry : {"carried", "replay", "separate"}
+        One adapter goes through all segments; or that, while earlier pairs are rehearsed; or each segment
+        has its own, combined in the end.
+    replay : float
+        Tokens of earlier lessons rehearsed in each segment, as a share of its own ("replay").
+    anchors : int
+        Unrelated texts on which the student is held to the base model.
+    rank : int
+        Of the adapter: 8, 16, 32, 64 or 128.
+    alpha : int
+        LoRA's alpha.
+    learning_rate : float
+        The largest.
+    passes : int
+        Through the lessons of a segment, at most.
+    batch_tokens : int
+        Tokens of a step.
+    held_out : float
+        Share of pairs that only tell when to stop.
+    patience : int or None
+        Passes without improvement on them after which to stop.
+    """
+
+    generators: tuple[str, ...] = ("cloze", "questions")
+    segment_tokens: int = 512
+    selection: Selection = "gain"
+    least_gain: float = 0.05
+    budget: int | None = None
+    coverage: int = 1
+    targets: Literal["soft", "hard"] = "soft"
+    top_k: int = 64
+    hidden_weight: float = 0.0
+    carry: Carry = "replay"
+    replay: float = 1.0
+    anchors: int = 8
+    rank: int = 16
+    alpha: int = 16
+    learning_rate: float = 1e-3
+    passes: int = 8
+    batch_tokens: int = 512
+    held_out: float = 0.0
+    patience: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.generators:
+            raise ConfigurationError(f"a recipe needs at least one generator: {', '.join(GENERATORS)}")
+        for name in self.generators:
+            GENERATORS[name]
+        if self.rank not in RANKS:
+            raise ConfigurationError(
+                f"rank={self.rank} would not load everywhere: use one of {', '.join(map(str, RANKS))}"
+            )
+        for name, known in (("selection", Selection), ("carry", Carry), ("targets", Literal["soft", "hard"])):
+            if getattr(self, name) not in get_args(known):
+                raise ConfigurationError(
+                    f"{name}={getattr(self, name)!r} is not known: use {' or '.join(get_args(known))}"
+                )
+        for name, least in (
+            *(("segment_tokens", 32), ("top_k", 1), ("alpha", 1), ("passes", 1), ("batch_tokens", 16)),
+            *(("coverage", 0), ("anchors", 0)),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ConfigurationError(f"{name}={value!r} must be a whole number of at least {least}")
+        for name in ("budget", "patience"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ConfigurationError(f"{name}={value!r} must be None or a whole number of at least 1")
+        if not 0 < self.learning_rate < 1:
+            raise ConfigurationError(f"learning_rate={self.learning_rate!r} must lie between 0 and 1")
+        if not 0 <= self.held_out <= 0.5:
+            raise ConfigurationError(f"held_out={self.held_out!r} must lie between 0 and 0.5")
+        if self.replay < 0 or self.hidden_weight < 0:
+            raise ConfigurationError("replay and hidden_weight must not be negative")
+
+    def values(self) -> dict[str, Any]:
+        """Return the settings, as JSON takes them."""
+        return asdict(self)
+
+
+RECIPES: Registry[Recipe] = Registry("recipe")
+"""All recipes, by name."""
+
+for _name, _recipe in {
+    "infinite-icl": Recipe(),
+    "temp-lora": Recipe(
+        generators=("text",),
+        segment_tokens=1024,
+        selection="all",
+        targets="hard",
+        carry="carried",
+        anchors=0,
+        rank=64,
+        alpha=64,
+        learning_rate=5e-5,
+        passes=2,
+        batch_tokens=1024,
+    ),
+    "lift": Recipe(
+        generators=("questions", "text"),
+        selection="all",
+        targets="hard",
+        carry="carried",
+        anchors=0,
+        rank=128,
+        alpha=256,
+        learning_rate=3e-4,
+        passes=1,
+    ),
+    "context-distillation": Recipe(generators=("continuation",), selection="all", carry="carried", anchors=0),
+}.items():
+    RECIPES.register(_name)(_recipe)
+
+
+def make_recipe(recipe: Recipe | str | None = None, **changes: Any) -> Recipe:
+    """Return a recipe by name, with changes.
+
+    Raises
+    ------
+    UnknownNameError
+        There is no such recipe or setting.
+    ConfigurationError
+        A value cannot work.
+    """
+    known = recipe if isinstance(recipe, Recipe) else RECIPES[recipe or "infinite-icl"]
+    settings = list(known.values())
+    for name in changes:
+        if name not in settings:
+            raise unknown_name("setting of a recipe", name, settings)
+    return replace(known, **changes)
