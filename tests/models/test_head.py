@@ -47,7 +47,7 @@ def test_blocks_of_the_vocabulary_change_nothing_and_bound_what_is_held(
     logs = stock_logits(model, IDS)[:-1].double().log_softmax(-1)
     expected = torch.tensor([-float(logs[i, token]) for i, token in enumerate(targets)])
     sizes = []
-    logits = Head._logits
+    logits = Head.block
 
     def watched(self: Head, *arguments: Any) -> Tensor:
         found = logits(self, *arguments)
@@ -55,7 +55,7 @@ def test_blocks_of_the_vocabulary_change_nothing_and_bound_what_is_held(
         return found
 
     monkeypatch.setattr(head_module, "_BLOCK", block)
-    monkeypatch.setattr(Head, "_logits", watched)
+    monkeypatch.setattr(Head, "block", watched)
     assert torch.allclose(head.surprisal(hidden[:-1], targets), expected.float(), atol=1e-4)
     assert max(sizes) <= max(block, 39) and sum(sizes) == 39 * VOCAB
 

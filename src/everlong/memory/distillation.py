@@ -18,6 +18,7 @@ from everlong.models.head import Head
 _BLOCK = 2**21  # logits computed at a time
 
 
+@torch.no_grad()
 def likeliest(head: Head, hidden: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the likeliest next tokens after each hidden state.
 
@@ -47,6 +48,7 @@ def likeliest(head: Head, hidden: Tensor, k: int) -> tuple[Tensor, Tensor, Tenso
     return tokens, best - total[:, None], total
 
 
+@torch.no_grad()
 def divergence(
     head: Head, hidden: Tensor, tokens: Tensor, log_probs: Tensor, *, gradient: bool = False
 ) -> tuple[Tensor, Tensor | None]:

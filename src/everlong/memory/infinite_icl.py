@@ -8,12 +8,10 @@ reads the segment into the one that does not.
 from __future__ import annotations
 
 import random
-import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,13 +21,12 @@ from everlong.memory.consolidation import Schedule, Step, consolidate, student
 from everlong.memory.elicitation import Generator, make_generators
 from everlong.memory.lessons import Elicited, Lesson, Teacher
 from everlong.memory.pairs import Pair
+from everlong.memory.progress import LearnProgress, Progress, Reporter
 from everlong.memory.recipes import Recipe
 from everlong.memory.segments import Segment, segments
 from everlong.memory.selection import select
 from everlong.memory.writer import Writer
 from everlong.reading.attached import AttachedModel
-
-Stage = Literal["elicit", "teach", "learn", "done"]
 
 _LEAST_GAIN = 0.1  # nats per token that the text must be worth, on the mean of a generator's pairs
 _POOL = 2048  # lessons kept to be rehearsed
@@ -45,105 +42,6 @@ _ANCHORS = (
     *("A good way to", "He was born in", "It is", "For example", "Question: Who", "1.", "We", "Water"),
 )
 """How unrelated texts begin; the base model writes on."""
-
-
-@dataclass(frozen=True)
-class LearnProgress:
-    """Where learning stands.
-
-    Attributes
-    ----------
-    stage : {"elicit", "teach", "learn", "done"}
-        What is being done with the segment.
-    segment, segments : int
-        Its number, and how many there are.
-    pairs, kept : int
-        Elicited and chosen so far, in all segments.
-    dropped : dict of str to int
-        Not chosen, by reason.
-    loss : float or None
-        Of the latest step, in nats per token.
-    fraction : float
-        Of the whole, about.
-    tokens_per_second : float
-        Of the source, so far.
-    """
-
-    stage: Stage
-    segment: int
-    segments: int
-    pairs: int
-    kept: int
-    dropped: dict[str, int]
-    loss: float | None
-    fraction: float
-    tokens_per_second: float
-
-
-@dataclass
-class Account:
-    """What was done, and what it took.
-
-    Attributes
-    ----------
-    tokens : int
-        Of the source.
-    elicited, kept : int
-        Pairs.
-    dropped : Counter of str
-        Pairs, by the reason for which they were not learned.
-    gain : float
-        Mean of what the text was worth to the elicited pairs, in nats per token.
-    uncovered : int
-        Sentences that no pair is about.
-    loss : float
-        At the end of the last segment, in nats per token.
-    seconds : dict of str to float
-        By step.
-    """
-
-    tokens: int = 0
-    elicited: int = 0
-    kept: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
-    gain: float = 0.0
-    uncovered: int = 0
-    loss: float = 0.0
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def timed(self, step: str) -> Iterator[None]:
-        """Count the block's seconds as those of a step."""
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - started
-
-
-@dataclass
-class Progress:
-    """What one can go on from, after a whole segment.
-
-    Attributes
-    ----------
-    segment : int
-        The next one's number.
-    adapters : list of dict of str to Tensor
-        As PEFT saves them: one, or one a segment.
-    pool : list of Lesson
-        To be rehearsed.
-    pairs : list of Pair
-        That were learned.
-    account : Account
-        So far.
-    """
-
-    segment: int = 0
-    adapters: list[dict[str, Tensor]] = field(default_factory=list)
-    pool: list[Lesson] = field(default_factory=list)
-    pairs: list[Pair] = field(default_factory=list)
-    account: Account = field(default_factory=Account)
 
 
 class InfiniteICL:
@@ -224,7 +122,7 @@ class InfiniteICL:
         """
         parts = list(segments([text], self.model.coder, self.recipe.segment_tokens))
         state = start or Progress()
-        report = _Reporter(on_progress, parts, state)
+        report = Reporter(on_progress, parts, state)
         with self._seeded(), student(self.model, self.config()) as adapted:
             parameters = [p for p in adapted.parameters() if p.requires_grad]
             blank = _state(adapted)
@@ -250,7 +148,7 @@ class InfiniteICL:
         report("done", max(0, len(parts) - 1), 1.0)
         return state
 
-    def _lessons(self, segment: Segment, state: Progress, report: _Reporter) -> list[Lesson]:
+    def _lessons(self, segment: Segment, state: Progress, report: Reporter) -> list[Lesson]:
         """Elicit, teach and select."""
         account = state.account
         report("elicit", segment.number, 0.0)
@@ -300,7 +198,7 @@ class InfiniteICL:
         lessons: list[Lesson],
         segment: Segment,
         state: Progress,
-        report: _Reporter,
+        report: Reporter,
     ) -> None:
         recipe, draws = self.recipe, random.Random(self.seed + segment.number)
         held = [i for i in range(len(lessons)) if lessons[i].pair.generator != "anchor"]
@@ -363,40 +261,6 @@ class InfiniteICL:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             yield
-
-
-class _Reporter:
-    """Tells a caller where learning stands."""
-
-    def __init__(
-        self, call: Callable[[LearnProgress], None] | None, parts: list[Segment], state: Progress
-    ) -> None:
-        self._call = call
-        self._parts = parts
-        self._state = state
-        self._started = time.perf_counter()
-        self._before = sum(part.tokens for part in parts[: state.segment])
-        self._total = sum(part.tokens for part in parts)
-
-    def __call__(self, stage: Stage, segment: int, share: float, loss: float | None = None) -> None:
-        if self._call is None:
-            return
-        account = self._state.account
-        done = sum(part.tokens for part in self._parts[:segment]) + share * self._parts[segment].tokens
-        seconds = time.perf_counter() - self._started
-        self._call(
-            LearnProgress(
-                stage,
-                segment,
-                len(self._parts),
-                account.elicited,
-                account.kept,
-                dict(account.dropped),
-                loss,
-                done / self._total,
-                (done - self._before) / seconds if seconds else 0.0,
-            )
-        )
 
 
 def _linear_layers(model: torch.nn.Module) -> list[str]:

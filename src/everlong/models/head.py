@@ -69,6 +69,7 @@ class Head:
             chosen = torch.where(inside, logits.gather(1, at[:, None])[:, 0], chosen)
         return total - chosen
 
+    @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits after each hidden state, float32, shape (n, vocabulary)."""
         return self.block(hidden, 0, len(self.weight))
