@@ -1,7 +1,7 @@
 """The transfer set: queries, and the responses that only the text made possible.
 
-A memory is learned from pairs and kept beside them (``pairs.jsonl``, one a line), to be learned anew, audited,
-or rehearsed when the next segment comes.
+A memory is learned from pairs and kept beside them (``pairs.jsonl``, one a line), to be learned anew,
+audited, or rehearsed when the next segment comes.
 """
 
 from __future__ import annotations
