@@ -33,6 +33,10 @@ class ModelFileError(EverlongError, OSError):
     """A model could not be found, fetched, checked or converted."""
 
 
+class MemoryStoreError(EverlongError, OSError):
+    """A long-term memory could not be read, written or deleted."""
+
+
 class StateError(EverlongError, RuntimeError):
     """A cache or a saved session does not fit what it is used with, or was left half-done."""
 

@@ -1,0 +1,44 @@
+"""What can go wrong with files, in words."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from everlong.errors import MemoryStoreError, ModelFileError
+
+
+@contextmanager
+def explained(folder: Path, task: str) -> Iterator[None]:
+    """Turn the operating system's errors inside the block into ours, with a remedy."""
+    try:
+        yield
+    except MemoryStoreError:
+        raise
+    except ModelFileError as error:
+        raise MemoryStoreError(f"cannot {task}: {error}") from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise MemoryStoreError(
+                f"no room to {task} in {folder}: free some space, delete a memory "
+                f"(everlong memory delete NAME) or set EVERLONG_HOME to another disk"
+            ) from error
+        raise MemoryStoreError(f"cannot {task} in {folder}: {error.strerror or error}") from error
+
+
+def erase(path: Path) -> None:
+    """Delete a folder with all that is in it; of a link, only the link.
+
+    Raises
+    ------
+    OSError
+        If something of it stays.
+    """
+    if path.is_symlink():
+        os.unlink(path)
+    else:
+        shutil.rmtree(path)
