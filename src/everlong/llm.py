@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -17,11 +17,19 @@ from everlong.models.collector import old_objects_left_out
 from everlong.models.loading import load_model
 from everlong.models.packing import Weights, choose_weights, pack
 from everlong.reading.attached import AttachedModel
+from everlong.reading.memories import Memories
 from everlong.reading.reports import Generation
 from everlong.reading.sampling import GREEDY, Sampling
 from everlong.reading.session import Session
+from everlong.reading.source import Source
 from everlong.reading.together import stream_together
 from everlong.reading.writing import drained
+
+if TYPE_CHECKING:
+    from everlong.memory.folder import Memory
+    from everlong.memory.progress import LearnProgress
+    from everlong.memory.recipes import Recipe
+    from everlong.memory.store import MemoryStore
 
 
 class LLM:
@@ -74,6 +82,9 @@ class LLM:
         chunk: int = 512,
         surprisal: bool = False,
         seed: int | None = None,
+        memories: Sequence[str | Memory] = (),
+        memory_weights: Sequence[float] | None = None,
+        store: MemoryStore | None = None,
     ) -> Session:
         """Begin a stream of text.
 
@@ -89,11 +100,109 @@ class LLM:
             Whether to compute the surprisal of each token, for perplexity.
         seed : int, optional
             Of the random draws.
+        memories : sequence of str or Memory
+            What the model knows by heart in this session: names in the store, see :meth:`memorize`.
+        memory_weights : sequence of float, optional
+            By how much each counts; 1 by default.
+        store : MemoryStore, optional
+            Where names are looked up, by default that of ``EVERLONG_HOME``.
+
+        Raises
+        ------
+        ConfigurationError
+            A memory is unknown, or of another base model.
         """
         policy = None if attention is None else _policy(attention)
+        known = None
+        if memories or isinstance(memories, str):
+            known = self._recall(memories, memory_weights, store)
         return Session(
-            self._attached, policy=policy, system=system, chunk=chunk, surprisal=surprisal, seed=seed
+            self._attached,
+            policy=policy,
+            system=system,
+            chunk=chunk,
+            surprisal=surprisal,
+            seed=seed,
+            memories=known,
         )
+
+    def memorize(
+        self,
+        source: Source,
+        name: str,
+        recipe: Recipe | str = "infinite-icl",
+        *,
+        seed: int = 0,
+        replace: bool = False,
+        force: bool = False,
+        teacher: LLM | None = None,
+        store: MemoryStore | None = None,
+        progress: Callable[[LearnProgress], None] | None = None,
+        **settings: Any,
+    ) -> Memory:
+        """Turn a text into a memory: a LoRA adapter, with which the model answers without the text.
+
+        Interrupted, it goes on from the last whole segment when called again with the same text and settings.
+        Sessions must not run meanwhile.
+
+        Parameters
+        ----------
+        source : str, Path, open file or iterable of str
+            The text.
+        name : str
+            What the memory is called.
+        recipe : Recipe or str
+            How it is learned; see :mod:`everlong.memory.recipes`.
+        seed : int
+            Of what is drawn; the same on the same machine gives the same adapter.
+        replace : bool
+            Whether a memory of that name may be replaced.
+        force : bool
+            Whether to go on where the text is worth nothing to the model.
+        teacher : LLM, optional
+            A larger model with the same tokenizer, which asks and teaches instead.
+        store : MemoryStore, optional
+            Where it is kept, by default that of ``EVERLONG_HOME``.
+        progress : callable, optional
+            Called now and then.
+        **settings
+            Changes to the recipe, such as ``passes=4``.
+
+        Raises
+        ------
+        MemoryGateError
+            Reading the text does not help the model: the message says what would.
+        InputError
+            There is nothing to learn in the text.
+        ConfigurationError
+            The name is taken, or a setting cannot work.
+        """
+        from everlong.memory.memorize import memorize
+        from everlong.memory.recipes import make_recipe
+        from everlong.memory.store import MemoryStore
+
+        self._attached.require_attached()
+        return memorize(
+            self._attached,
+            source,
+            name,
+            store=store or MemoryStore(),
+            recipe=make_recipe(recipe, **settings),
+            recipe_name=recipe if isinstance(recipe, str) else "custom",
+            seed=seed,
+            replace_existing=replace,
+            teacher=None if teacher is None else teacher._attached,
+            force=force,
+            on_progress=progress,
+        )
+
+    def _recall(
+        self, memories: Sequence[str | Memory], weights: Sequence[float] | None, store: MemoryStore | None
+    ) -> Memories:
+        from everlong.memory.recalling import recall_memories
+        from everlong.memory.store import MemoryStore
+
+        return recall_memories(self._attached, memories, weights, store or MemoryStore())
 
     def stream_together(
         self,
@@ -174,8 +283,10 @@ class LLM:
             )
         )
 
-    def restore(self, path: str | Path) -> Session:
+    def restore(self, path: str | Path, *, store: MemoryStore | None = None) -> Session:
         """Go on with a session that was saved to `path` by ``session.save(path)``.
+
+        Its memories, if it has any, are looked up in `store`.
 
         Raises
         ------
@@ -184,7 +295,9 @@ class LLM:
         StateError
             It is of other weights, another tokenizer, or another format.
         """
-        return Session.restore(self._attached, path)
+        return Session.restore(
+            self._attached, path, lambda saved: self._recall(saved.names, saved.weights, store)
+        )
 
     def close(self) -> None:
         """Give the model back exactly as it was; its sessions end. A second call does nothing."""

@@ -25,6 +25,7 @@ from everlong.errors import (
     UnsupportedModelError,
     UnsupportedUseError,
 )
+from everlong.models.adapters import Adapters
 from everlong.models.anatomy import decoder_of, dissect, replaced_rotaries
 from everlong.models.cache_argument import cache_argument
 from everlong.models.lean_layers import lean_layers
@@ -52,6 +53,8 @@ class Attachment:
         What full-attention layers follow, resolved for this model.
     training_length : int or None
         Tokens the model was trained on at most.
+    adapters : Adapters
+        That streams may bring along: a cache's ``adapter`` names the one its forwards use.
     cache_argument : str
         What its forward calls the cache: ``"cache"``, or ``"past_key_values"`` before transformers 5.24.
     """
@@ -77,6 +80,7 @@ class Attachment:
         self.policy = policy.resolve(anatomy.training_length)
         self.owner = uuid.uuid4().hex
         self._generator = inner
+        self.adapters = Adapters(inner)
         self._layers = Layers(anatomy.layers)
         self._closing = self._open([layer.module for layer in anatomy.layers if anatomy.can_skip_rotation])
         self.is_attached = True
@@ -108,6 +112,7 @@ class Attachment:
             return
         self.is_attached = False
         self._end_forward()  # one that a KeyboardInterrupt ended is still open: no hook runs after it
+        self.adapters.remove()
         self._closing.close()
 
     def __enter__(self) -> Attachment:
@@ -243,6 +248,11 @@ class Attachment:
             outer = self._end_forward()
             cache.begin(inputs.rows, pads)
             _forward.set(Forward(self.owner, self._layers, cache, inputs.tokens, is_kept, outer))
+        if len(self.adapters):
+            self.adapters.begin(cache.adapter)
+            forward = _forward.get()
+            assert forward is not None
+            forward.adapters = self.adapters
         inputs.arguments.update(use_cache=is_kept, attention_mask=None, position_ids=positions)
         inputs.arguments[self.cache_argument] = cache if is_kept else None
         return (), inputs.arguments
@@ -262,6 +272,8 @@ class Attachment:
             return forward
         forward.cache.abandon()
         _forward.set(forward.outer)
+        if forward.adapters is not None:
+            forward.adapters.end()
         return forward.outer
 
     def _attention(

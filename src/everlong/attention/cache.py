@@ -59,6 +59,8 @@ class StreamCache(PolicyCache):
         self.policy = policy
         self.offset = offset
         self.seen = 0
+        self.adapter: str | None = None
+        """What of the attachment's adapters its forwards use."""
         self.pads: tuple[int, ...] | None = None
         self.rows: int | None = None
         self.memories = {
@@ -328,6 +330,7 @@ class StreamCache(PolicyCache):
     def reset(self) -> None:
         """Forget everything and begin again."""
         fresh = type(self)(self.policy, self._kept_layers, self.owner, self.offset)
+        fresh.adapter = self.adapter
         self.__dict__.update(fresh.__dict__)
 
     def __len__(self) -> int:

@@ -17,6 +17,7 @@ from everlong.attention.token_step import TokenStep, token_step
 from everlong.attention.view import LayerCall, LayerView
 from everlong.attention.window import LocalWindow
 from everlong.errors import UnsupportedUseError
+from everlong.models.adapters import Adapters
 from everlong.models.anatomy import LayerAnatomy
 
 if TYPE_CHECKING:
@@ -109,6 +110,8 @@ class Forward:
         Whether the cache takes them in.
     outer : Forward, PackedForward or None
         The forward it was begun in, of another model.
+    adapters : Adapters or None
+        What it has told which adapter to use, and will tell that it is over.
     """
 
     owner: str
@@ -117,6 +120,7 @@ class Forward:
     tokens: int
     is_kept: bool
     outer: Forward | PackedForward | None = None
+    adapters: Adapters | None = None
     _attended: int = 0
     _given: dict[int, LayerView] = field(default_factory=dict)
     _memo: dict[Any, Any] = field(default_factory=dict)

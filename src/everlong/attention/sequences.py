@@ -19,6 +19,7 @@ from everlong.attention.forward import Forward, Layers
 from everlong.attention.inputs import Inputs
 from everlong.attention.parts import Logits
 from everlong.errors import InputError, StateError, UnsupportedUseError
+from everlong.models.adapters import Adapters
 
 
 class PackedSequences(PolicyCache):
@@ -42,7 +43,10 @@ class PackedSequences(PolicyCache):
             raise StateError("the streams belong to different models")
         if any(cache.rows not in (None, 1) or cache.pads for cache in caches):
             raise UnsupportedUseError("streams of several rows, or with padding, cannot be packed into a row")
+        if len({cache.adapter for cache in caches}) != 1:
+            raise UnsupportedUseError("streams with different memories do not run in one row")
         super().__init__(owners.pop())
+        self.adapter = caches[0].adapter
         self.caches = list(caches)
         self.counts = list(counts)
 
@@ -96,6 +100,7 @@ class PackedForward:
     cache: PackedSequences
     forwards: list[Forward]
     outer: Forward | PackedForward | None = None
+    adapters: Adapters | None = None
     _edges: list[tuple[int, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:

@@ -7,11 +7,9 @@ from typing import Any, Literal, get_args
 
 from everlong.errors import ConfigurationError
 from everlong.memory import open_ended, questions  # noqa: F401  (they register their generators)
+from everlong.memory.compatible import RANKS
 from everlong.memory.elicitation import GENERATORS
 from everlong.registry import Registry, unknown_name
-
-RANKS = (8, 16, 32, 64, 128)
-"""Ranks that other engines serve."""
 
 Carry = Literal["carried", "replay", "separate"]
 Selection = Literal["gain", "random", "all"]

@@ -78,7 +78,7 @@ class MemoryStore:
         InputError
             If the adapter is not one that every server loads as it is.
         """
-        self._require_free(record.name, replace)
+        self.require_free(record.name, replace)
         adapter.require_plain(record.kind)
         rank = getattr(adapter.config, "r", None)
         if record.rank != rank:
@@ -86,7 +86,7 @@ class MemoryStore:
                 f"the record of {record.name!r} has rank {record.rank}, the adapter {rank}"
             )
         with self._writing(f"keep memory {record.name!r}"):
-            self._require_free(record.name, replace)
+            self.require_free(record.name, replace)
             with scratch_folder(self.folder) as scratch:
                 draft, old, path = scratch / record.name, scratch / "old", self.folder / record.name
                 write_memory(make_folder(draft), record, adapter, pairs)
@@ -173,7 +173,7 @@ class MemoryStore:
         """
         self.get(old)
         with self._writing(f"rename memory {old!r}"):
-            self._require_free(new, replace=False)
+            self.require_free(new, replace=False)
             path = self.folder / new
             os.rename(self._existing(old), path)
             memory = read_memory(path)
@@ -211,7 +211,7 @@ class MemoryStore:
         """
         from everlong.memory.merging import merged
 
-        self._require_free(into, replace)
+        self.require_free(into, replace)
         return self.add(*merged([self.get(name) for name in names], into, weights), replace=replace)
 
     def export(self, name: str, path: str | Path) -> Path:
@@ -267,7 +267,8 @@ class MemoryStore:
             raise unknown_name("memory", name, known)
         raise UnknownNameError(f"unknown memory {name!r}; there are none in {self.folder}")
 
-    def _require_free(self, name: str, replace: bool) -> None:
+    def require_free(self, name: str, replace: bool) -> None:
+        """Raise unless a memory may be kept under that name: it is new, or `replace` it."""
         check_name(name)
         with explained(self.folder, f"keep memory {name!r}"):
             there = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []

@@ -79,7 +79,8 @@ class AttachedModel:
     @property
     def weights_hash(self) -> str:
         """What the weights are told by, as they are now."""
-        return weights_hash(self.attachment.model)
+        with self.attachment.adapters.set_aside():
+            return weights_hash(self.attachment.model)
 
     @cached_property
     def tokenizer_hash(self) -> str:

@@ -35,7 +35,7 @@ def read_all(tapes: Sequence[Tape], chunk: int) -> None:
         room = few if are_few else chunk
         pieces = []
         for tape, count in zip(waiting, counts, strict=True):
-            if (count <= few) == are_few and count <= room:
+            if _memory(tape) == _memory(waiting[0]) and (count <= few) == are_few and count <= room:
                 pieces.append((tape, count))
                 room -= count
         with deferred_interrupt():
@@ -110,7 +110,8 @@ class PackedRows:
 
     def step(self) -> None:
         """Run the token that waits on each tape."""
-        _run_waiting([(tape, 1) for tape in self._tapes])
+        for memory in dict.fromkeys(map(_memory, self._tapes)):
+            _run_waiting([(tape, 1) for tape in self._tapes if _memory(tape) == memory])
 
     def keep(self, tapes: list[Tape]) -> None:
         """Go on with these alone."""
@@ -178,6 +179,11 @@ def rows_of(tapes: list[Tape]) -> Generator[BatchRows | PackedRows, None, None]:
         if rows is not None:
             with deferred_interrupt():
                 rows.keep([])
+
+
+def _memory(tape: Tape) -> str | None:
+    """Return the adapter that a stream's forwards use; only those with the same run together."""
+    return tape.driver.cache.adapter
 
 
 def _are_apart(tapes: list[Tape]) -> bool:

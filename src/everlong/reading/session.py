@@ -5,17 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 
-from everlong.attention import Policy, make_policy, policy_options, with_sinks
+from everlong.attention import Policy, StreamCache, make_policy, policy_options, with_sinks
 from everlong.errors import ConfigurationError, InputError, StateError
 from everlong.reading.account import Account
 from everlong.reading.attached import AttachedModel
 from everlong.reading.detokenize import checked_stop
 from everlong.reading.interrupt import deferred_interrupt
+from everlong.reading.memories import Memories, recalled
 from everlong.reading.prompts import pinned_text
 from everlong.reading.reports import Generation, Progress, ReadReport, Score, Stats, perplexity
 from everlong.reading.sampling import GREEDY, Sampling
@@ -47,6 +49,8 @@ class Session:
     seed : int, optional
         Of the random draws. A fork of a session with a seed draws what its original would; without one,
         each fork and each question draws something new.
+    memories : Memories, optional
+        What the model knows by heart in this stream.
     """
 
     def __init__(
@@ -58,6 +62,7 @@ class Session:
         chunk: int = 512,
         surprisal: bool = False,
         seed: int | None = None,
+        memories: Memories | None = None,
     ) -> None:
         if not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1:
             raise ConfigurationError(f"chunk={chunk!r} cannot work: it must be a whole number of at least 1")
@@ -70,6 +75,7 @@ class Session:
         self.chunk = chunk
         self._surprisal = surprisal
         self._seed = seed
+        self.memories = memories
         self._tape = self._new_tape()
 
     # --- reading -----------------------------------------------------------------------------------
@@ -141,7 +147,7 @@ class Session:
         tape.take(text)
         tape.finish()
         policy = with_sinks(tape.driver.cache.policy, len(tape.queue))
-        tape.driver.cache = self.model.attachment.new_cache(policy)
+        tape.driver.cache = self._new_cache(policy)
         account = Account(self._tape)
         self._tape = account.tape = tape
         tape.run_all(self.chunk, logits=True)
@@ -334,13 +340,18 @@ class Session:
 
     def _new_tape(self) -> Tape:
         self.model.require_attached()
-        cache = self.model.attachment.new_cache(self._policy)
+        cache = self._new_cache(self._policy)
         tape = Tape(self.model, cache, self._system, self._surprisal)
         if self._seed is None:
             tape.generator.seed()
         else:
             tape.generator.manual_seed(self._seed)
         return tape
+
+    def _new_cache(self, policy: Policy | None) -> StreamCache:
+        cache = self.model.attachment.new_cache(policy)
+        cache.adapter = None if self.memories is None else self.memories.adapter
+        return cache
 
     def save(self, path: str | Path) -> None:
         """Write the session to a file, from which ``llm.restore(path)`` goes on bit by bit.
@@ -357,12 +368,20 @@ class Session:
             "chunk": self.chunk,
             "surprisal": self._surprisal,
             "seed": self._seed,
+            "memories": None if self.memories is None else asdict(self.memories),
         }
         write_state(path, self.model, tensors, {"options": options, "tape": tape})
 
     @classmethod
-    def restore(cls, model: AttachedModel, path: str | Path) -> Self:
+    def restore(
+        cls,
+        model: AttachedModel,
+        path: str | Path,
+        recall: Callable[[Memories], Memories] | None = None,
+    ) -> Self:
         """Rebuild a session from a file that :meth:`save` wrote; ``llm.restore(path)`` for the user.
+
+        `recall` loads the memories that the session had.
 
         Raises
         ------
@@ -377,8 +396,10 @@ class Session:
             options: dict[str, Any] = saved["options"]
             policy = None if options["policy"] is None else make_policy(*options["policy"])
             rest = {name: options[name] for name in ("system", "chunk", "surprisal", "seed")}
-            session = cls(model, policy=policy, **rest)
+            memories = recalled(options.get("memories"), recall)
+            session = cls(model, policy=policy, memories=memories, **rest)
             session._tape = Tape.restored(model, tensors, saved["tape"])
+            session._tape.driver.cache.adapter = None if memories is None else memories.adapter
         except KeyError as error:
             raise StateError(
                 f"{path} is not complete: {error} is missing; restore an earlier copy"

@@ -1,0 +1,70 @@
+"""Memories of a store on a model: checked, combined, and put in as one adapter."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+from everlong.errors import ConfigurationError
+from everlong.memory.adapter import Adapter
+from everlong.memory.combine import combine
+from everlong.memory.compatible import WEIGHTS_FILE
+from everlong.memory.folder import Memory
+from everlong.memory.store import MemoryStore
+from everlong.models.files import sha256_of
+from everlong.reading.attached import AttachedModel
+from everlong.reading.memories import Memories
+
+
+def recall_memories(
+    model: AttachedModel,
+    memories: Sequence[str | Memory],
+    weights: Sequence[float] | None,
+    store: MemoryStore,
+) -> Memories:
+    """Put memories on a model, for sessions to use.
+
+    Parameters
+    ----------
+    model : AttachedModel
+        The model they were learned by.
+    memories : sequence of str or Memory
+        At least one; names are looked up in `store`.
+    weights : sequence of float, optional
+        By how much each counts; 1 by default. Several are combined exactly up to rank 128.
+    store : MemoryStore
+        Where names are looked up.
+
+    Raises
+    ------
+    UnknownNameError
+        There is no memory of that name.
+    ConfigurationError
+        A memory is of another base model, or of a kind that cannot be used so.
+    """
+    if isinstance(memories, str) or not memories:
+        raise ConfigurationError("memories is a list of at least one name, such as ['handbook']")
+    found = [store.get(memory) if isinstance(memory, str) else memory for memory in memories]
+    shares = [1.0] * len(found) if weights is None else [float(weight) for weight in weights]
+    if len(shares) != len(found):
+        raise ConfigurationError(f"{len(found)} memories need as many weights, not {len(shares)}")
+    base = model.weights_hash
+    for memory in found:
+        if memory.record.base_hash != base:
+            raise ConfigurationError(
+                f"memory {memory.name!r} was learned by {memory.record.base_model!r}, with other weights "
+                f"than those of {model.name!r} here: load that model, or learn the text again"
+            )
+        if memory.record.kind != "lora":
+            raise ConfigurationError(
+                f"memory {memory.name!r} is a {memory.record.kind}: sessions take LoRA memories"
+            )
+    adapters = [memory.adapter() for memory in found]
+    together: Adapter = adapters[0]
+    if len(found) > 1 or shares != [1.0]:
+        together = combine(adapters, shares).adapter
+    key = hashlib.sha256(
+        repr([(sha256_of(m.path / WEIGHTS_FILE), w) for m, w in zip(found, shares, strict=True)]).encode()
+    ).hexdigest()[:16]
+    model.attachment.adapters.load(f"memory-{key}", together.config, together.tensors)
+    return Memories(tuple(memory.name for memory in found), tuple(shares), f"memory-{key}")
