@@ -29,7 +29,19 @@ FAILED, REFUSED, INTERRUPTED = 1, 2, 130
 SPIN_COUNT = 5000
 """Turns of a waiting loop before a thread goes to sleep; see benchmarks/results/writing.md."""
 
-_ORDER = ("demo", "read", "chat", "generate", "compare", "models", "pull", "remove")
+_ORDER = (
+    "demo",
+    "read",
+    "chat",
+    "ask",
+    "generate",
+    "memorize",
+    "memory",
+    "compare",
+    "models",
+    "pull",
+    "remove",
+)
 
 
 def _print_version(wanted: bool) -> None:

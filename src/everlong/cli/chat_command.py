@@ -14,6 +14,7 @@ from rich.console import Console
 
 from everlong.cli.grouping import grouped
 from everlong.cli.options import (
+    MemoryOption,
     MethodOptions,
     ModelOptions,
     OutputOptions,
@@ -54,6 +55,7 @@ def chat(
         ),
     ] = None,
     system: System = None,
+    memory: MemoryOption = None,
     weights: WeightsOption = "auto",
 ) -> None:
     """Talk with a model, one message a line, for as long as you like.
@@ -66,7 +68,7 @@ def chat(
     check_state(state)
     with open_llm(model, method, weights=weights, quiet=output_options.quiet) as llm:
         is_restored = state is not None and state.exists()
-        session = open_session(llm, method, system=system, state=state, seed=writing.seed)
+        session = open_session(llm, method, system=system, state=state, seed=writing.seed, memories=memory)
         console.print(
             f"{llm.name}, {session.policy}, weights={llm.weights!r}",
             style="dim",

@@ -9,6 +9,7 @@ import typer
 
 from everlong.cli.grouping import grouped
 from everlong.cli.options import (
+    MemoryOption,
     MethodOptions,
     ModelOptions,
     OutputOptions,
@@ -35,6 +36,7 @@ def generate(
         str, typer.Argument(metavar="[TEXT]", help="The text to go on from; - for standard input.")
     ] = "-",
     system: System = None,
+    memory: MemoryOption = None,
     weights: WeightsOption = "auto",
 ) -> None:
     """Go on writing from a text of any length, printing it as it comes."""
@@ -42,7 +44,7 @@ def generate(
         raise InputError("the prompt is empty: give a text to go on from, or - for standard input")
     arguments = writing.arguments()
     with open_llm(model, method, weights=weights, quiet=output_options.quiet) as llm:
-        session = open_session(llm, method, system=system, seed=writing.seed)
+        session = open_session(llm, method, system=system, seed=writing.seed, memories=memory)
         session.read(sys.stdin.buffer if prompt == "-" else prompt)
         result = print_as_written(session.stream(**arguments), silent=output_options.as_json)
     if output_options.as_json:

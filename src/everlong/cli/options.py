@@ -38,6 +38,15 @@ Quiet = Annotated[
 ]
 
 
+MemoryOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--memory",
+        metavar="NAME",
+        help="What the model knows by heart; see `everlong memory list`. May be given several times.",
+        rich_help_panel=_MODEL,
+    ),
+]
 WeightsOption = Annotated[
     str,
     typer.Option(

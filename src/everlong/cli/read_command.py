@@ -14,6 +14,7 @@ from rich.console import Console
 
 from everlong.cli.grouping import grouped
 from everlong.cli.options import (
+    MemoryOption,
     MethodOptions,
     ModelOptions,
     OutputOptions,
@@ -62,6 +63,7 @@ def read(
         typer.Option("--state", metavar="FILE", help="Go on from this file if it is there, and save to it."),
     ] = None,
     system: System = None,
+    memory: MemoryOption = None,
     weights: WeightsOption = "auto",
     surprisal: Annotated[
         bool, typer.Option("--surprisal", help="Report perplexity too; it takes the model's head.")
@@ -84,7 +86,13 @@ def read(
             _estimate(llm, files, surprisal=surprisal, as_json=output_options.as_json)
             return
         session = open_session(
-            llm, method, system=system, state=state, surprisal=surprisal, seed=writing.seed
+            llm,
+            method,
+            system=system,
+            state=state,
+            surprisal=surprisal,
+            seed=writing.seed,
+            memories=memory,
         )
         _read(session, files, state, console)
         answers = _answers(llm, session, ask or [], arguments, console, silent=output_options.as_json)

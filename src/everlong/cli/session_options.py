@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -41,6 +41,7 @@ def open_session(
     state: Path | None = None,
     surprisal: bool = False,
     seed: int | None = None,
+    memories: Sequence[str] | None = None,
 ) -> Session:
     """Restore the session saved in `state` if there is one, else begin one with `system` pinned.
 
@@ -56,6 +57,7 @@ def open_session(
             "--system": system is not None,
             "--surprisal": surprisal,
             "--seed": seed is not None,
+            "--memory": bool(memories),
         }
         given = [name for name, is_given in settled.items() if is_given]
         if given:
@@ -63,7 +65,7 @@ def open_session(
                 f"{state} goes on as it was begun: leave out {', '.join(given)}, or begin another state file"
             )
         return llm.restore(state)
-    session = llm.session(surprisal=surprisal, seed=seed)
+    session = llm.session(surprisal=surprisal, seed=seed, memories=memories or ())
     if system is not None:
         session.pin(system)
     return session

@@ -168,4 +168,21 @@ def make_recipe(recipe: Recipe | str | None = None, **changes: Any) -> Recipe:
     for name in changes:
         if name not in settings:
             raise unknown_name("setting of a recipe", name, settings)
-    return replace(known, **changes)
+    return replace(known, **{name: _typed(name, value) for name, value in changes.items()})
+
+
+def _typed(name: str, value: Any) -> Any:
+    """Return a setting's value, from text if need be: ``"4"``, ``"none"``, ``"cloze,questions"``."""
+    default = getattr(Recipe, name, None)
+    if name == "generators":
+        return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else tuple(value)
+    if not isinstance(value, str) or isinstance(default, str):
+        return value
+    if value.lower() == "none":
+        return None
+    for kind in (int, float):
+        try:
+            return kind(value)
+        except ValueError:
+            continue
+    raise ConfigurationError(f"{name}={value!r} must be a number")

@@ -1,0 +1,154 @@
+"""``everlong memorize``: turn files into a memory."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from everlong.cli.grouping import grouped
+from everlong.cli.options import ModelOptions, OutputOptions, parse_settings
+from everlong.cli.terminal import notes, output, print_json, pull_progress
+from everlong.errors import ConfigurationError
+from everlong.models.files import human_bytes
+
+if TYPE_CHECKING:
+    from everlong.memory.folder import Memory
+    from everlong.memory.progress import LearnProgress
+
+_STANDARD_INPUT = "-"
+_RECIPE = "Recipe"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `app`."""
+    app.command("memorize")(grouped(memorize))
+
+
+def memorize(
+    files: Annotated[list[str], typer.Argument(metavar="FILE", help="Text files; - for standard input.")],
+    name: Annotated[str, typer.Option("--name", "-n", metavar="NAME", help="What the memory is called.")],
+    model: ModelOptions,
+    output_options: OutputOptions,
+    recipe: Annotated[
+        str,
+        typer.Option(
+            "--recipe",
+            help="infinite-icl, context-distillation, lift, temp-lora.",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = "infinite-icl",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="A setting of the recipe, such as passes=4 or generators=cloze. May be given several times.",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of what is drawn.", rich_help_panel=_RECIPE)] = 0,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace a memory of that name.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Go on where the text is worth nothing to the model.")
+    ] = False,
+) -> None:
+    """Turn files into a memory: a small adapter with which the model answers without the text.
+
+    Segment by segment, the model is asked about the text, answers reading it, and learns to answer without.
+    Ctrl-C ends it; the same command goes on from the last whole segment. Where reading the text does not help
+    the model, it stops and says so. Use the memory with `everlong chat --memory NAME`.
+    """
+    import everlong
+    from everlong.memory.recipes import make_recipe
+
+    checked = make_recipe(recipe, **parse_settings(settings))
+    sources = _sources(files)
+    console = notes(quiet=output_options.quiet)
+    with pull_progress(quiet=output_options.quiet) as pulling:
+        llm = everlong.load(model.model, **model.loading(pulling))
+    with llm, _bars(console) as report:
+        memory = llm.memorize(
+            _joined(sources),
+            name,
+            checked,
+            recipe_name=recipe,
+            seed=seed,
+            replace=replace,
+            force=force,
+            progress=report,
+        )
+    if output_options.as_json:
+        import dataclasses
+
+        print_json(
+            {**dataclasses.asdict(memory.record), "path": str(memory.path), "pairs": len(memory.pairs())}
+        )
+    else:
+        output().print(_in_words(memory), markup=False, soft_wrap=True)
+
+
+def _sources(files: Sequence[str]) -> list[Path | Any]:
+    from everlong.reading.source import open_source
+
+    if list(files).count(_STANDARD_INPUT) > 1:
+        raise ConfigurationError("standard input (-) can be read once")
+    for file in files:
+        if file != _STANDARD_INPUT and not Path(file).is_fifo():
+            open_source(Path(file), 0).close()
+    return [sys.stdin.buffer if file == _STANDARD_INPUT else Path(file) for file in files]
+
+
+def _joined(sources: Sequence[Any]) -> Iterator[str]:
+    """Yield the texts of all sources, a blank line between them."""
+    from everlong.reading.source import open_source
+
+    for number, source in enumerate(sources):
+        if number:
+            yield "\n\n"
+        for piece in open_source(source, 0):
+            assert isinstance(piece, str)
+            yield piece
+
+
+@contextmanager
+def _bars(console: Console) -> Iterator[Any]:
+    """Show how far learning has come; yields what ``memorize`` takes as ``progress=``."""
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (
+        *(TextColumn("{task.description}"), BarColumn(bar_width=24), TaskProgressColumn()),
+        *(TextColumn("{task.fields[note]}"), TimeRemainingColumn()),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        task = bars.add_task("learning", total=1.0, note="")
+        shown: tuple[Any, ...] = ()
+
+        def report(at: LearnProgress) -> None:
+            nonlocal shown
+            dropped = ", ".join(f"{count} {reason}" for reason, count in at.dropped.items())
+            loss = "" if at.loss is None else f", loss {at.loss:.3f}"
+            words = {"elicit": "asking", "teach": "answering", "learn": "learning", "done": "learned"}
+            title = f"segment {at.segment + 1} of {at.segments}: {words[at.stage]}"
+            note = f"{at.kept} of {at.pairs} pairs{f' ({dropped})' if dropped else ''}{loss}"
+            bars.update(task, completed=at.fraction, description=title, note=note)
+            if not console.is_terminal and (at.segment, at.stage) != shown:
+                shown = (at.segment, at.stage)
+                console.print(f"{title}; {note}, {at.tokens_per_second:.1f} tokens/s", soft_wrap=True)
+
+        yield report
+
+
+def _in_words(memory: Memory) -> str:
+    record = memory.record
+    return (
+        f"{memory.name}: {record.source.tokens:,} tokens of {record.base_model} learned in "
+        f"{record.segments} segment{'s' if record.segments != 1 else ''}, {len(memory.pairs()):,} pairs, "
+        f"{record.seconds:,.0f} s; {human_bytes(memory.bytes)} in {memory.path}\n"
+        f"everlong chat --model {record.base_model} --memory {memory.name}"
+    )
