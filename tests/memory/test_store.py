@@ -457,6 +457,14 @@ def test_a_folder_that_cannot_be_made_or_read_is_our_error(tmp_path):
         MemoryStore(tmp_path / "file" / "memories").add(record(), lora())
 
 
+def test_a_place_to_export_to_that_cannot_be_made_is_our_error(kept, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        MemoryStoreError, match="cannot export memory.*Not a directory; choose another folder$"
+    ):
+        kept.export("handbook", tmp_path / "file" / "copy")
+
+
 def test_a_replacement_that_cannot_be_moved_in_puts_the_old_one_back(kept, monkeypatch):
     before, replace = content(kept.folder), os.replace
 

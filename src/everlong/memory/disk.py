@@ -13,21 +13,24 @@ from everlong.errors import MemoryStoreError, ModelFileError
 
 
 @contextmanager
-def explained(folder: Path, task: str) -> Iterator[None]:
+def explained(
+    folder: Path, task: str, remedy: str = "choose another folder (EVERLONG_HOME)"
+) -> Iterator[None]:
     """Turn the operating system's errors inside the block into ours, with a remedy."""
     try:
         yield
     except MemoryStoreError:
         raise
-    except ModelFileError as error:
-        raise MemoryStoreError(f"cannot {task}: {error}") from error
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        cause = error
+        if isinstance(error, ModelFileError) and isinstance(error.__cause__, OSError):
+            cause = error.__cause__
+        if cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise MemoryStoreError(
                 f"no room to {task} in {folder}: free some space, delete a memory "
-                f"(everlong memory delete NAME) or set EVERLONG_HOME to another disk"
+                f"(everlong memory delete NAME) or {remedy}"
             ) from error
-        raise MemoryStoreError(f"cannot {task} in {folder}: {error.strerror or error}") from error
+        raise MemoryStoreError(f"cannot {task} in {folder}: {cause.strerror or cause}; {remedy}") from error
 
 
 def erase(path: Path) -> None:

@@ -111,7 +111,17 @@ class MemoryStore:
         MemoryStoreError
             If its files are damaged.
         """
-        return read_memory(self._existing(name))
+        return read_memory(self.path(name))
+
+    def path(self, name: str) -> Path:
+        """Return the folder of a memory, sound or broken."""
+        # Only names of folders that are there become paths.
+        known = [path.name for path in memories_in(self.folder)]
+        if name in known:
+            return self.folder / name
+        if known:
+            raise unknown_name("memory", name, known)
+        raise UnknownNameError(f"unknown memory {name!r}; there are none in {self.folder}")
 
     def list(self) -> tuple[Memory, ...]:
         """Open all memories that are sound, by name."""
@@ -175,7 +185,7 @@ class MemoryStore:
         with self._writing(f"rename memory {old!r}"):
             self._require_free(new, replace=False)
             path = self.folder / new
-            os.rename(self._existing(old), path)
+            os.rename(self.path(old), path)
             memory = read_memory(path)
             write_record(path, memory.record)
         return memory
@@ -225,7 +235,10 @@ class MemoryStore:
         memory, target = self.get(name), Path(path).expanduser()
         if os.path.lexists(target):
             raise ConfigurationError(f"{target} exists: name a folder that does not")
-        with explained(target.parent, f"export memory {name!r}"), scratch_folder(target.parent) as scratch:
+        with (
+            explained(target.parent, f"export memory {name!r}", "choose another folder"),
+            scratch_folder(target.parent) as scratch,
+        ):
             copy = make_folder(scratch / "copy")
             for file in filter(Path.is_file, memory.path.iterdir()):
                 shutil.copyfile(file, copy / file.name)
@@ -234,9 +247,9 @@ class MemoryStore:
 
     def delete(self, name: str) -> int:
         """Delete a memory, sound or broken, and return the bytes that freed."""
-        self._existing(name)
+        self.path(name)
         with self._writing(f"delete memory {name!r}"):
-            path = self._existing(name)
+            path = self.path(name)
             freed = 0 if path.is_symlink() else bytes_under(path)
             # Renamed first: whoever looks in the middle sees no memory rather than half of one.
             with scratch_folder(self.folder) as scratch:
@@ -257,15 +270,6 @@ class MemoryStore:
                 yield read_memory(path)
             except MemoryStoreError as error:
                 yield BrokenMemory(path, str(error))
-
-    def _existing(self, name: str) -> Path:
-        """Return the folder of a memory. Only names of folders that are there become paths."""
-        known = [path.name for path in memories_in(self.folder)]
-        if name in known:
-            return self.folder / name
-        if known:
-            raise unknown_name("memory", name, known)
-        raise UnknownNameError(f"unknown memory {name!r}; there are none in {self.folder}")
 
     def _require_free(self, name: str, replace: bool) -> None:
         check_name(name)
