@@ -201,7 +201,7 @@ def test_a_folder_of_something_else_is_neither_listed_nor_replaced_nor_deleted(k
     "adapter, reason",
     [
         (lora(r=4), "rank is 4, not one of 8, 16, 32, 64, 128"),
-        (lora(use_dora=True), "it uses use_dora"),
+        (lora(use_dora=True), "it sets use_dora"),
         (lora(bias="all"), "biases"),
         (lora(rank_pattern={"v_proj": 16}), "rank_pattern"),
     ],
@@ -392,8 +392,11 @@ def test_deleting_that_fails_says_so(kept, monkeypatch):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     monkeypatch.setattr(store_module, "erase", fail)
-    with pytest.raises(MemoryStoreError, match="cannot delete memory 'handbook'.*Permission denied"):
+    with pytest.raises(MemoryStoreError, match="cannot delete memory 'handbook'.*Permission denied.*by hand"):
         kept.delete("handbook")
+    monkeypatch.undo()
+    kept.add(record("other"), lora())
+    assert {name.split("/")[0] for name in content(kept.folder)} == {"other"}
 
 
 def test_reset_deletes_all(kept):
@@ -448,6 +451,7 @@ def test_a_full_disk_leaves_what_was_there(kept, little_room, tmp_path, size):
     with pytest.raises(MemoryStoreError, match="no room to export"):
         kept.export("handbook", tmp_path / "copy")
     assert content(kept.folder) == before and not (tmp_path / "copy").exists()
+    assert kept.delete("handbook") > 0
     assert not list(kept.folder.glob("*.scratch")) and not list(tmp_path.glob("*.scratch"))
 
 

@@ -102,7 +102,9 @@ def show(name: Name, as_json: Json = False, quiet: Quiet = False) -> None:
         "recall": _recall(memory) or "not measured",
         "learned in": f"{record.seconds:,.0f} s, {record.created}",
         "files": f"{memory.path} ({human_bytes(memory.bytes)})",
-        "vLLM": "not as it is: " + "; ".join(problems) if problems else "serves it as it is",
+        "vLLM": "not as it is: " + "; ".join(problems)
+        if problems
+        else f"serves it as it is, started with the model {record.base_model}",
     }
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(style="bold", no_wrap=True)

@@ -11,11 +11,12 @@ from pathlib import Path
 
 from everlong.errors import MemoryStoreError, ModelFileError
 
+ANOTHER_FOLDER = "choose another folder (EVERLONG_HOME)"
+"""The remedy where a store's folder cannot be used."""
+
 
 @contextmanager
-def explained(
-    folder: Path, task: str, remedy: str = "choose another folder (EVERLONG_HOME)"
-) -> Iterator[None]:
+def explained(folder: Path, task: str, remedy: str = ANOTHER_FOLDER) -> Iterator[None]:
     """Turn the operating system's errors inside the block into ours, with a remedy."""
     try:
         yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ from filelock import FileLock
 
 from everlong.errors import ConfigurationError, MemoryStoreError, UnknownNameError
 from everlong.memory.adapter import Adapter
-from everlong.memory.disk import erase, explained
+from everlong.memory.disk import ANOTHER_FOLDER, erase, explained
 from everlong.memory.folder import (
     PAIRS_FILE,
     BrokenMemory,
@@ -25,7 +26,7 @@ from everlong.memory.folder import (
 from everlong.memory.lexical import LexicalIndex
 from everlong.memory.pairs import Pair, write_pairs
 from everlong.memory.record import MemoryRecord, check_name, write_record
-from everlong.models.files import bytes_under, make_folder, scratch_folder, sweep
+from everlong.models.files import SCRATCH_SUFFIX, bytes_under, make_folder, scratch_folder, sweep
 from everlong.models.store import default_home
 from everlong.registry import unknown_name
 
@@ -99,8 +100,6 @@ class MemoryStore:
                     if replaced:
                         os.replace(old, path)
                     raise
-                if replaced:
-                    erase(old)
         return Memory(path, record)
 
     def get(self, name: str) -> Memory:
@@ -248,13 +247,14 @@ class MemoryStore:
     def delete(self, name: str) -> int:
         """Delete a memory, sound or broken, and return the bytes that freed."""
         self.path(name)
-        with self._writing(f"delete memory {name!r}"):
+        with self._writing(f"delete memory {name!r}", "delete what is left of it by hand"):
             path = self.path(name)
             freed = 0 if path.is_symlink() else bytes_under(path)
-            # Renamed first: whoever looks in the middle sees no memory rather than half of one.
-            with scratch_folder(self.folder) as scratch:
-                os.replace(path, scratch / "old")
-                erase(scratch / "old")
+            # Renamed first: whoever looks in the middle sees no memory rather than half of one. A new folder
+            # to move it into would need room, and this is done where there is none.
+            left = self.folder / f"{uuid.uuid4().hex[:12]}{SCRATCH_SUFFIX}"
+            os.replace(path, left)
+            erase(left)
         return freed
 
     def reset(self) -> int:
@@ -292,8 +292,8 @@ class MemoryStore:
         )
 
     @contextmanager
-    def _writing(self, task: str) -> Iterator[None]:
+    def _writing(self, task: str, remedy: str = ANOTHER_FOLDER) -> Iterator[None]:
         """Hold the store's lock, with what a killed process left half-done out of the way."""
-        with explained(self.folder, task), FileLock(make_folder(self.folder) / ".lock"):
+        with explained(self.folder, task, remedy), FileLock(make_folder(self.folder) / ".lock"):
             sweep(self.folder)
             yield
