@@ -6,6 +6,8 @@ import json
 import os
 import pickle
 import resource
+import subprocess
+import sys
 import threading
 
 import peft
@@ -473,7 +475,7 @@ def test_a_replacement_that_cannot_be_moved_in_puts_the_old_one_back(kept, monke
     before, replace = content(kept.folder), os.replace
 
     def fail(source, target):
-        if str(target) == str(kept.folder / "handbook") and "old" not in str(source):
+        if str(target) == str(kept.folder / "handbook") and "replaced" not in str(source):
             raise OSError(errno.EIO, "Input/output error")
         replace(source, target)
 
@@ -482,6 +484,39 @@ def test_a_replacement_that_cannot_be_moved_in_puts_the_old_one_back(kept, monke
         kept.add(record(), lora(1), replace=True)
     monkeypatch.undo()
     assert content(kept.folder) == before
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_a_process_that_is_killed_while_it_replaces_leaves_the_old_or_the_new(kept, at):
+    """It dies before its nth rename or deletion; the next writer finds one memory or the other, whole."""
+    script = f"""
+import os, shutil
+from everlong.memory import disk
+from everlong.memory.store import MemoryStore
+store = MemoryStore({str(kept.folder)!r})
+adapter, record = store.get("new").adapter(), store.get("handbook").record
+steps = []
+def dying(real):
+    def step(*arguments):
+        if "handbook" in str(arguments) and str(arguments[0]).count("memory.json") == 0:
+            steps.append(real)
+            if len(steps) > {at}:
+                os._exit(9)
+        return real(*arguments)
+    return step
+os.replace, disk.erase = dying(os.replace), dying(disk.erase)
+store.add(record, adapter, replace=True)
+"""
+    kept.add(record("new"), lora(1))
+    before = {name: data for name, data in content(kept.folder).items() if name.startswith("handbook")}
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 9
+    kept.add(record("other"), lora())
+    assert [memory.name for memory in kept.list()] == ["handbook", "new", "other"] and not kept.broken()
+    after = {name: data for name, data in content(kept.folder).items() if name.startswith("handbook")}
+    assert (after == before) == (at < 2)
+    assert not [
+        path for path in kept.folder.iterdir() if path.name not in (".lock", *("handbook", "new", "other"))
+    ]
 
 
 def test_what_a_killed_process_left_is_swept_away(kept):

@@ -14,6 +14,9 @@ from everlong.errors import MemoryStoreError, ModelFileError
 ANOTHER_FOLDER = "choose another folder (EVERLONG_HOME)"
 """The remedy where a store's folder cannot be used."""
 
+REPLACED_SUFFIX = ".replaced"
+"""What a folder that is being replaced ends in, for an instant."""
+
 
 @contextmanager
 def explained(folder: Path, task: str, remedy: str = ANOTHER_FOLDER) -> Iterator[None]:
@@ -46,3 +49,35 @@ def erase(path: Path) -> None:
         os.unlink(path)
     else:
         shutil.rmtree(path)
+
+
+def put_in_place(draft: Path, path: Path) -> None:
+    """Move a folder to `path`; one that is there is deleted once the new one stands in its place.
+
+    Raises
+    ------
+    OSError
+        If it cannot be moved; then the old one stands there as before.
+    """
+    old = path.with_name(f".{path.name}{REPLACED_SUFFIX}")
+    replaces = path.exists()
+    if replaces:
+        os.replace(path, old)
+    try:
+        os.replace(draft, path)
+    except OSError:
+        if replaces:
+            os.replace(old, path)
+        raise
+    if replaces:
+        erase(old)
+
+
+def put_back(folder: Path) -> None:
+    """Finish, or undo, what a process that was killed in :func:`put_in_place` began."""
+    for old in folder.glob(f".*{REPLACED_SUFFIX}"):
+        path = old.with_name(old.name[1 : -len(REPLACED_SUFFIX)])
+        if path.exists():
+            erase(old)
+        else:
+            os.replace(old, path)

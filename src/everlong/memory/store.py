@@ -13,7 +13,7 @@ from filelock import FileLock
 
 from everlong.errors import ConfigurationError, MemoryStoreError, UnknownNameError
 from everlong.memory.adapter import Adapter
-from everlong.memory.disk import ANOTHER_FOLDER, erase, explained
+from everlong.memory.disk import ANOTHER_FOLDER, erase, explained, put_back, put_in_place
 from everlong.memory.folder import (
     PAIRS_FILE,
     BrokenMemory,
@@ -89,17 +89,10 @@ class MemoryStore:
         with self._writing(f"keep memory {record.name!r}"):
             self._require_free(record.name, replace)
             with scratch_folder(self.folder) as scratch:
-                draft, old, path = scratch / record.name, scratch / "old", self.folder / record.name
-                write_memory(make_folder(draft), record, adapter, pairs)
-                replaced = path.exists()
-                if replaced:
-                    os.replace(path, old)
-                try:
-                    os.replace(draft, path)
-                except OSError:
-                    if replaced:
-                        os.replace(old, path)
-                    raise
+                draft = make_folder(scratch / record.name)
+                write_memory(draft, record, adapter, pairs)
+                path = self.folder / record.name
+                put_in_place(draft, path)
         return Memory(path, record)
 
     def get(self, name: str) -> Memory:
@@ -293,7 +286,8 @@ class MemoryStore:
 
     @contextmanager
     def _writing(self, task: str, remedy: str = ANOTHER_FOLDER) -> Iterator[None]:
-        """Hold the store's lock, with what a killed process left half-done out of the way."""
+        """Hold the store's lock, with what a killed process left half-done put right."""
         with explained(self.folder, task, remedy), FileLock(make_folder(self.folder) / ".lock"):
+            put_back(self.folder)
             sweep(self.folder)
             yield
