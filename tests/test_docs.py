@@ -245,7 +245,7 @@ def test_the_api_page_names_everything_public():
     assert public | errors <= words
 
 
-@pytest.mark.parametrize("kind", ["Session", "LLM", "StreamCache", "Attachment"])
+@pytest.mark.parametrize("kind", ["Session", "LLM", "StreamCache", "Attachment", "MemoryStore", "Memory"])
 def test_the_api_page_names_every_public_method(kind):
     found = getattr(everlong, kind)
     text = PAGES["docs/api.md"].read_text()

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
         make_policy,
     )
     from everlong.llm import LLM, load
+    from everlong.memory.folder import Memory
+    from everlong.memory.record import MemoryRecord
+    from everlong.memory.store import MemoryStore
     from everlong.models.catalogue import CATALOGUE
     from everlong.reading import Sampling, Session
 
@@ -32,6 +35,9 @@ _HOMES = {
         *("attach", "make_policy"),
     ),
     "everlong.llm": ("LLM", "load"),
+    "everlong.memory.folder": ("Memory",),
+    "everlong.memory.record": ("MemoryRecord",),
+    "everlong.memory.store": ("MemoryStore",),
     "everlong.models.catalogue": ("CATALOGUE",),
     "everlong.reading": ("Sampling", "Session"),
 }
@@ -44,6 +50,9 @@ __all__ = [
     "Attachment",
     "FullAttention",
     "LMInfinite",
+    "Memory",
+    "MemoryRecord",
+    "MemoryStore",
     "Policy",
     "Sampling",
     "Session",

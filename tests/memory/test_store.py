@@ -6,6 +6,8 @@ import json
 import os
 import pickle
 import resource
+import subprocess
+import sys
 import threading
 
 import peft
@@ -201,7 +203,7 @@ def test_a_folder_of_something_else_is_neither_listed_nor_replaced_nor_deleted(k
     "adapter, reason",
     [
         (lora(r=4), "rank is 4, not one of 8, 16, 32, 64, 128"),
-        (lora(use_dora=True), "it uses use_dora"),
+        (lora(use_dora=True), "it sets use_dora"),
         (lora(bias="all"), "biases"),
         (lora(rank_pattern={"v_proj": 16}), "rank_pattern"),
     ],
@@ -392,8 +394,11 @@ def test_deleting_that_fails_says_so(kept, monkeypatch):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     monkeypatch.setattr(store_module, "erase", fail)
-    with pytest.raises(MemoryStoreError, match="cannot delete memory 'handbook'.*Permission denied"):
+    with pytest.raises(MemoryStoreError, match="cannot delete memory 'handbook'.*Permission denied.*by hand"):
         kept.delete("handbook")
+    monkeypatch.undo()
+    kept.add(record("other"), lora())
+    assert {name.split("/")[0] for name in content(kept.folder)} == {"other"}
 
 
 def test_reset_deletes_all(kept):
@@ -448,6 +453,7 @@ def test_a_full_disk_leaves_what_was_there(kept, little_room, tmp_path, size):
     with pytest.raises(MemoryStoreError, match="no room to export"):
         kept.export("handbook", tmp_path / "copy")
     assert content(kept.folder) == before and not (tmp_path / "copy").exists()
+    assert kept.delete("handbook") > 0
     assert not list(kept.folder.glob("*.scratch")) and not list(tmp_path.glob("*.scratch"))
 
 
@@ -457,11 +463,19 @@ def test_a_folder_that_cannot_be_made_or_read_is_our_error(tmp_path):
         MemoryStore(tmp_path / "file" / "memories").add(record(), lora())
 
 
+def test_a_place_to_export_to_that_cannot_be_made_is_our_error(kept, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        MemoryStoreError, match="cannot export memory.*Not a directory; choose another folder$"
+    ):
+        kept.export("handbook", tmp_path / "file" / "copy")
+
+
 def test_a_replacement_that_cannot_be_moved_in_puts_the_old_one_back(kept, monkeypatch):
     before, replace = content(kept.folder), os.replace
 
     def fail(source, target):
-        if str(target) == str(kept.folder / "handbook") and "old" not in str(source):
+        if str(target) == str(kept.folder / "handbook") and "replaced" not in str(source):
             raise OSError(errno.EIO, "Input/output error")
         replace(source, target)
 
@@ -470,6 +484,39 @@ def test_a_replacement_that_cannot_be_moved_in_puts_the_old_one_back(kept, monke
         kept.add(record(), lora(1), replace=True)
     monkeypatch.undo()
     assert content(kept.folder) == before
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_a_process_that_is_killed_while_it_replaces_leaves_the_old_or_the_new(kept, at):
+    """It dies before its nth rename or deletion; the next writer finds one memory or the other, whole."""
+    script = f"""
+import os, shutil
+from everlong.memory import disk
+from everlong.memory.store import MemoryStore
+store = MemoryStore({str(kept.folder)!r})
+adapter, record = store.get("new").adapter(), store.get("handbook").record
+steps = []
+def dying(real):
+    def step(*arguments):
+        if "handbook" in str(arguments) and str(arguments[0]).count("memory.json") == 0:
+            steps.append(real)
+            if len(steps) > {at}:
+                os._exit(9)
+        return real(*arguments)
+    return step
+os.replace, disk.erase = dying(os.replace), dying(disk.erase)
+store.add(record, adapter, replace=True)
+"""
+    kept.add(record("new"), lora(1))
+    before = {name: data for name, data in content(kept.folder).items() if name.startswith("handbook")}
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 9
+    kept.add(record("other"), lora())
+    assert [memory.name for memory in kept.list()] == ["handbook", "new", "other"] and not kept.broken()
+    after = {name: data for name, data in content(kept.folder).items() if name.startswith("handbook")}
+    assert (after == before) == (at < 2)
+    assert not [
+        path for path in kept.folder.iterdir() if path.name not in (".lock", *("handbook", "new", "other"))
+    ]
 
 
 def test_what_a_killed_process_left_is_swept_away(kept):

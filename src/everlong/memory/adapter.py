@@ -53,7 +53,9 @@ class Adapter:
             if not tensor.isfinite().all()
         ][:1]
         if problems:
-            raise InputError(f"this adapter cannot be kept as a {kind}: {'; '.join(problems)}")
+            raise InputError(
+                f"this adapter is not a {kind} that servers load as it is: {'; '.join(problems)}"
+            )
 
     def save(self, folder: Path, base_model: str) -> None:
         """Write PEFT's two files into a folder.

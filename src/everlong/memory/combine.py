@@ -148,7 +148,7 @@ def _targets(adapters: Sequence[Adapter], modules: list[str]) -> dict[str, Any]:
     configs: list[Any] = [adapter.config for adapter in adapters]
     narrowed = ("exclude_modules", "layers_to_transform", "layers_pattern")
     everywhere = not any(getattr(config, option) for config in configs for option in narrowed)
-    if everywhere and not any(isinstance(config.target_modules, str) for config in configs):
+    if everywhere and all(isinstance(config.target_modules, (list, set)) for config in configs):
         chosen: Any = set().union(*(config.target_modules for config in configs))
     else:
         chosen = set(modules)

@@ -65,7 +65,7 @@ def lora_problems(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]
         problems.append(f"its rank is {rank}, not one of {', '.join(map(str, RANKS))}")
     if config.get("bias", "none") != "none":
         problems.append(f"it trains biases (bias={config['bias']!r}, not 'none')")
-    problems += [f"it uses {option}" for option in _EXTRAS if config.get(option)]
+    problems += [f"it sets {option}" for option in _EXTRAS if config.get(option)]
     start = str(config.get("init_lora_weights", True)).lower()
     if start.startswith(_CHANGING_STARTS):
         problems.append(f"its initialisation {start!r} changes the base model's weights; convert it first")
@@ -100,8 +100,8 @@ def check_vllm(folder: str | Path, base: str, model: nn.Module | None = None) ->
     folder : str or Path
         A folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
     base : str
-        Name of the model that vLLM serves. Its filesystem resolver compares it, letter by letter, with the
-        adapter's ``base_model_name_or_path``.
+        The model that vLLM is started with, as it is named there. Its filesystem resolver compares it, letter
+        by letter, with the adapter's ``base_model_name_or_path``.
     model : nn.Module, optional
         The base model: it is then also checked that each adapted module is one of its linear layers, of that
         shape.

@@ -92,7 +92,7 @@ class MemoryRecord:
     name : str
         The memory's name, and that of its folder.
     base_model : str
-        What the base model was loaded as. vLLM compares it with the name of the model it serves.
+        What the base model was loaded as. vLLM compares it with the model it was started with.
     base_hash : str
         Fingerprint of the base model's weights (:func:`everlong.models.fingerprint.weights_hash`).
     source : Source

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ from filelock import FileLock
 
 from everlong.errors import ConfigurationError, MemoryStoreError, UnknownNameError
 from everlong.memory.adapter import Adapter
-from everlong.memory.disk import erase, explained
+from everlong.memory.disk import ANOTHER_FOLDER, erase, explained, put_back, put_in_place
 from everlong.memory.folder import (
     PAIRS_FILE,
     BrokenMemory,
@@ -25,7 +26,7 @@ from everlong.memory.folder import (
 from everlong.memory.lexical import LexicalIndex
 from everlong.memory.pairs import Pair, write_pairs
 from everlong.memory.record import MemoryRecord, check_name, write_record
-from everlong.models.files import bytes_under, make_folder, scratch_folder, sweep
+from everlong.models.files import SCRATCH_SUFFIX, bytes_under, make_folder, scratch_folder, sweep
 from everlong.models.store import default_home
 from everlong.registry import unknown_name
 
@@ -88,19 +89,10 @@ class MemoryStore:
         with self._writing(f"keep memory {record.name!r}"):
             self.require_free(record.name, replace)
             with scratch_folder(self.folder) as scratch:
-                draft, old, path = scratch / record.name, scratch / "old", self.folder / record.name
-                write_memory(make_folder(draft), record, adapter, pairs)
-                replaced = path.exists()
-                if replaced:
-                    os.replace(path, old)
-                try:
-                    os.replace(draft, path)
-                except OSError:
-                    if replaced:
-                        os.replace(old, path)
-                    raise
-                if replaced:
-                    erase(old)
+                draft = make_folder(scratch / record.name)
+                write_memory(draft, record, adapter, pairs)
+                path = self.folder / record.name
+                put_in_place(draft, path)
         return Memory(path, record)
 
     def get(self, name: str) -> Memory:
@@ -111,7 +103,17 @@ class MemoryStore:
         MemoryStoreError
             If its files are damaged.
         """
-        return read_memory(self._existing(name))
+        return read_memory(self.path(name))
+
+    def path(self, name: str) -> Path:
+        """Return the folder of a memory, sound or broken."""
+        # Only names of folders that are there become paths.
+        known = [path.name for path in memories_in(self.folder)]
+        if name in known:
+            return self.folder / name
+        if known:
+            raise unknown_name("memory", name, known)
+        raise UnknownNameError(f"unknown memory {name!r}; there are none in {self.folder}")
 
     def list(self) -> tuple[Memory, ...]:
         """Open all memories that are sound, by name."""
@@ -175,7 +177,7 @@ class MemoryStore:
         with self._writing(f"rename memory {old!r}"):
             self.require_free(new, replace=False)
             path = self.folder / new
-            os.rename(self._existing(old), path)
+            os.rename(self.path(old), path)
             memory = read_memory(path)
             write_record(path, memory.record)
         return memory
@@ -225,7 +227,10 @@ class MemoryStore:
         memory, target = self.get(name), Path(path).expanduser()
         if os.path.lexists(target):
             raise ConfigurationError(f"{target} exists: name a folder that does not")
-        with explained(target.parent, f"export memory {name!r}"), scratch_folder(target.parent) as scratch:
+        with (
+            explained(target.parent, f"export memory {name!r}", "choose another folder"),
+            scratch_folder(target.parent) as scratch,
+        ):
             copy = make_folder(scratch / "copy")
             for file in filter(Path.is_file, memory.path.iterdir()):
                 shutil.copyfile(file, copy / file.name)
@@ -234,14 +239,15 @@ class MemoryStore:
 
     def delete(self, name: str) -> int:
         """Delete a memory, sound or broken, and return the bytes that freed."""
-        self._existing(name)
-        with self._writing(f"delete memory {name!r}"):
-            path = self._existing(name)
+        self.path(name)
+        with self._writing(f"delete memory {name!r}", "delete what is left of it by hand"):
+            path = self.path(name)
             freed = 0 if path.is_symlink() else bytes_under(path)
-            # Renamed first: whoever looks in the middle sees no memory rather than half of one.
-            with scratch_folder(self.folder) as scratch:
-                os.replace(path, scratch / "old")
-                erase(scratch / "old")
+            # Renamed first: whoever looks in the middle sees no memory rather than half of one. A new folder
+            # to move it into would need room, and this is done where there is none.
+            left = self.folder / f"{uuid.uuid4().hex[:12]}{SCRATCH_SUFFIX}"
+            os.replace(path, left)
+            erase(left)
         return freed
 
     def reset(self) -> int:
@@ -257,15 +263,6 @@ class MemoryStore:
                 yield read_memory(path)
             except MemoryStoreError as error:
                 yield BrokenMemory(path, str(error))
-
-    def _existing(self, name: str) -> Path:
-        """Return the folder of a memory. Only names of folders that are there become paths."""
-        known = [path.name for path in memories_in(self.folder)]
-        if name in known:
-            return self.folder / name
-        if known:
-            raise unknown_name("memory", name, known)
-        raise UnknownNameError(f"unknown memory {name!r}; there are none in {self.folder}")
 
     def require_free(self, name: str, replace: bool) -> None:
         """Raise unless a memory may be kept under that name: it is new, or `replace` it."""
@@ -289,8 +286,9 @@ class MemoryStore:
         )
 
     @contextmanager
-    def _writing(self, task: str) -> Iterator[None]:
-        """Hold the store's lock, with what a killed process left half-done out of the way."""
-        with explained(self.folder, task), FileLock(make_folder(self.folder) / ".lock"):
+    def _writing(self, task: str, remedy: str = ANOTHER_FOLDER) -> Iterator[None]:
+        """Hold the store's lock, with what a killed process left half-done put right."""
+        with explained(self.folder, task, remedy), FileLock(make_folder(self.folder) / ".lock"):
+            put_back(self.folder)
             sweep(self.folder)
             yield
