@@ -9,8 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
-import torch
-
 from everlong.attention import Policy, StreamCache, make_policy, policy_options, with_sinks
 from everlong.errors import ConfigurationError, InputError, StateError
 from everlong.reading.account import Account
@@ -19,8 +17,9 @@ from everlong.reading.detokenize import checked_stop
 from everlong.reading.interrupt import deferred_interrupt
 from everlong.reading.memories import Memories, recalled
 from everlong.reading.prompts import pinned_text
-from everlong.reading.reports import Generation, Progress, ReadReport, Score, Stats, perplexity
+from everlong.reading.reports import Generation, Progress, ReadReport, Score, Stats
 from everlong.reading.sampling import GREEDY, Sampling
+from everlong.reading.scoring import score
 from everlong.reading.source import Source, open_source
 from everlong.reading.state import read_state, write_state
 from everlong.reading.tape import Tape
@@ -162,26 +161,7 @@ class Session:
             Tokenised by itself, after everything read.
         """
         self.model.require_attached()
-        if not text:
-            raise InputError("the text to score is empty")
-        tape = self._tape.fork()
-        if tape.place != "start" or self._system is not None or self.model.coder.bos:
-            tape.begin_writing()
-        tape.run_all(self.chunk, logits=True)
-        known = tape.driver.logits is not None
-        tape.driver.surprisal = True
-        tape.accept(tape.text.feed(text))
-        tape.finish()
-        parts = []
-        while tape.queue:
-            parts.append(tape.run_chunk(self.chunk, logits=True))
-        surprisal = torch.cat([part for part in parts if part is not None])[0 if known else 1 :].cpu()
-        if not len(surprisal):
-            raise InputError(
-                "the text is a single token and nothing comes before it: there is nothing to score"
-            )
-        nll = float(surprisal.double().mean())
-        return Score(len(surprisal), nll, perplexity(nll, 1) or 0.0, surprisal)
+        return score(self._tape.fork(), text, self.chunk, begins=self._system is not None)
 
     # --- writing -----------------------------------------------------------------------------------
 
@@ -379,9 +359,7 @@ class Session:
         path: str | Path,
         recall: Callable[[Memories], Memories] | None = None,
     ) -> Self:
-        """Rebuild a session from a file that :meth:`save` wrote; ``llm.restore(path)`` for the user.
-
-        `recall` loads the memories that the session had.
+        """Rebuild a session that :meth:`save` wrote, `recall` loading its memories; see ``llm.restore``.
 
         Raises
         ------
@@ -396,7 +374,7 @@ class Session:
             options: dict[str, Any] = saved["options"]
             policy = None if options["policy"] is None else make_policy(*options["policy"])
             rest = {name: options[name] for name in ("system", "chunk", "surprisal", "seed")}
-            memories = recalled(options.get("memories"), recall)
+            memories = recalled(options["memories"], recall)
             session = cls(model, policy=policy, memories=memories, **rest)
             session._tape = Tape.restored(model, tensors, saved["tape"])
             session._tape.driver.cache.adapter = None if memories is None else memories.adapter
