@@ -138,7 +138,6 @@ class LLM:
         teacher: LLM | None = None,
         store: MemoryStore | None = None,
         progress: Callable[[LearnProgress], None] | None = None,
-        recipe_name: str = "custom",
         **settings: Any,
     ) -> Memory:
         """Turn a text into a memory: a LoRA adapter, with which the model answers without the text.
@@ -166,8 +165,6 @@ class LLM:
             Where it is kept, by default that of ``EVERLONG_HOME``.
         progress : callable, optional
             Called now and then.
-        recipe_name : str
-            What is written down as the name of a recipe that is given as such.
         **settings
             Changes to the recipe, such as ``passes=4``.
 
@@ -191,7 +188,7 @@ class LLM:
             name,
             store=store or MemoryStore(),
             recipe=make_recipe(recipe, **settings),
-            recipe_name=recipe if isinstance(recipe, str) else recipe_name,
+            recipe_name=recipe if isinstance(recipe, str) else "custom",
             seed=seed,
             replace_existing=replace,
             teacher=None if teacher is None else teacher._attached,

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -67,7 +67,8 @@ def memorize(
     import everlong
     from everlong.memory.recipes import make_recipe
 
-    checked = make_recipe(recipe, **parse_settings(settings))
+    changes = parse_settings(settings)
+    make_recipe(recipe, **changes)  # checks them, before a model is loaded
     sources = _sources(files)
     console = notes(quiet=output_options.quiet)
     with pull_progress(quiet=output_options.quiet) as pulling:
@@ -76,12 +77,12 @@ def memorize(
         memory = llm.memorize(
             _joined(sources),
             name,
-            checked,
-            recipe_name=recipe,
+            recipe,
             seed=seed,
             replace=replace,
             force=force,
             progress=report,
+            **cast(dict[str, Any], changes),
         )
     if output_options.as_json:
         import dataclasses
