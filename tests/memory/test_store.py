@@ -82,6 +82,11 @@ def test_its_folder_is_what_vllms_filesystem_resolver_looks_for(kept):
     ]
 
 
+def test_a_record_is_the_same_after_it_was_read(store):
+    made = record(recipe=Recipe("x", {"rates": (1, 2)}), recall={"all": 1})
+    assert store.add(made, lora()).record == store.get("handbook").record == made
+
+
 def test_the_adapter_that_was_given_stays_as_it_was(store):
     adapter = lora()
     store.add(record(), adapter)
