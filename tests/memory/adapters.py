@@ -1,4 +1,4 @@
-"""Tiny adapters with strong random weights, and what a model says with them."""
+"""Tiny adapters with strong random weights, what a model says with them, and what a store holds."""
 
 from __future__ import annotations
 
@@ -8,9 +8,14 @@ from peft import get_peft_model_state_dict
 
 import tests.tiny as tiny
 from everlong.memory.adapter import Adapter
+from everlong.memory.pairs import Pair
 from everlong.memory.record import MemoryRecord, Recipe, Source
 
 TARGETS = ["q_proj", "v_proj", "up_proj"]
+PAIRS = [
+    Pair("Who keeps the bees?", " Orla Finch", "questions", 0, (0,), 1.5),
+    Pair("", "Of bees.", "recite"),
+]
 IDS = tiny.random_ids(2, 12)
 
 
@@ -63,3 +68,12 @@ def record(name: str = "handbook", **changes) -> MemoryRecord:
         "seconds": 12.5,
     }
     return MemoryRecord(name, **{**values, **changes})
+
+
+def content(folder):
+    """Every file below a folder, byte for byte, but for the lock."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != ".lock"
+    }

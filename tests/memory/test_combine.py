@@ -26,8 +26,8 @@ def is_plain(adapter):
 CASES = {
     "two of one rank": ([lora(1), lora(2)], [1.0, 1.0], 16),
     "weights and scalings": (
-        [lora(1, lora_alpha=16), lora(2, r=16, lora_alpha=8), lora(3, use_rslora=True, lora_alpha=4)],
-        [0.5, -1.0, 2.0],
+        [lora(3, use_rslora=True, lora_alpha=4), lora(2, r=16, lora_alpha=8), lora(1, lora_alpha=16)],
+        [2.0, -1.0, 0.5],
         32,
     ),
     "different modules": ([lora(1, ["q_proj"]), lora(2, ["q_proj", "down_proj"])], [1.0, 0.7], 16),

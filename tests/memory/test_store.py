@@ -4,52 +4,19 @@ import dataclasses
 import errno
 import json
 import os
-import pickle
-import resource
-import subprocess
-import sys
-import threading
 
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import tests.tiny as tiny
 from everlong.errors import ConfigurationError, InputError, MemoryStoreError, UnknownNameError
 from everlong.memory import store as store_module
 from everlong.memory.adapter import Adapter
 from everlong.memory.pairs import Pair
-from everlong.memory.record import MemoryRecord, Recipe, Source
+from everlong.memory.record import Recipe, Source
 from everlong.memory.store import MemoryStore
-from tests.memory.adapters import IDS, logits_with, lora, record
-
-PAIRS = [
-    Pair("Who keeps the bees?", " Orla Finch", "questions", 0, (0,), 1.5),
-    Pair("", "Of bees.", "recite"),
-]
-
-
-@pytest.fixture
-def store(tmp_path):
-    return MemoryStore(tmp_path / "memories")
-
-
-@pytest.fixture
-def kept(store):
-    """A store with one memory, 'handbook'."""
-    store.add(record(), lora(), PAIRS)
-    return store
-
-
-def content(folder):
-    """Every file below a folder, byte for byte, but for the lock."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != ".lock"
-    }
-
+from tests.memory.adapters import IDS, PAIRS, content, logits_with, lora, record
 
 # --- there and back ----------------------------------------------------------------------------------
 
@@ -80,6 +47,11 @@ def test_its_folder_is_what_vllms_filesystem_resolver_looks_for(kept):
     assert sorted(path.name for path in folder.iterdir()) == [
         *("adapter_config.json", "adapter_model.safetensors", "memory.json", "pairs.jsonl")
     ]
+
+
+def test_a_record_is_the_same_after_it_was_read(store):
+    made = record(recipe=Recipe("x", {"rates": (1, 2)}), recall={"all": 1})
+    assert store.add(made, lora()).record == store.get("handbook").record == made
 
 
 def test_the_adapter_that_was_given_stays_as_it_was(store):
@@ -254,88 +226,6 @@ def test_a_source_is_told_by_its_bytes():
     assert Source.of("\ud800", 1).characters == 1
 
 
-# --- broken ------------------------------------------------------------------------------------------
-
-
-def damage_record(folder):
-    (folder / "memory.json").write_text("{")
-
-
-def damage_field(folder):
-    values = json.loads((folder / "memory.json").read_text())
-    (folder / "memory.json").write_text(json.dumps({**values, "rank": "many"}))
-
-
-def later_format(folder):
-    values = json.loads((folder / "memory.json").read_text())
-    (folder / "memory.json").write_text(json.dumps({**values, "format": 2, "new": 1}))
-
-
-def foreign(folder):
-    (folder / "memory.json").unlink()
-
-
-def truncate_weights(folder):
-    path = folder / "adapter_model.safetensors"
-    path.write_bytes(path.read_bytes()[:-7])
-
-
-def pickle_weights(folder):
-    tensors = load_file(folder / "adapter_model.safetensors")
-    (folder / "adapter_model.safetensors").unlink()
-    torch.save(tensors, folder / "adapter_model.bin")
-
-
-def lose_config(folder):
-    (folder / "adapter_config.json").unlink()
-
-
-def damage_pairs(folder):
-    (folder / "pairs.jsonl").write_text("[]\n")
-
-
-DAMAGES = {
-    damage_record: "memory.json does not describe a memory",
-    damage_field: "rank cannot be 'many'",
-    later_format: "format 2, this Everlong reads 1",
-    foreign: "memory.json cannot be read",
-    truncate_weights: "adapter_model.safetensors is damaged",
-    pickle_weights: "other formats are not read",
-    lose_config: "no adapter_config.json",
-    damage_pairs: "line 1: not a pair",
-}
-
-
-@pytest.mark.parametrize("damage, reason", DAMAGES.items(), ids=lambda value: getattr(value, "__name__", ""))
-def test_a_broken_memory_is_listed_with_its_reason_and_can_be_deleted(kept, damage, reason):
-    kept.add(record("sound"), lora(), PAIRS)
-    damage(kept.folder / "handbook")
-    assert [memory.name for memory in kept.list()] == ["sound"]
-    (broken,) = kept.broken()
-    assert broken.name == "handbook" and reason in broken.reason
-    assert [memory.name for memory, _ in kept.search("bees")] == ["sound"]
-    with pytest.raises(MemoryStoreError, match=reason):
-        kept.get("handbook")
-    assert kept.delete("handbook") > 0 and kept.broken() == ()
-
-
-def test_pickled_weights_are_never_opened(kept, tmp_path):
-    class Trap:
-        def __reduce__(self):
-            return (os.mkdir, (str(tmp_path / "sprung"),))
-
-    folder = kept.folder / "handbook"
-    memory = kept.get("handbook")
-    for name in ("adapter_model.bin", "adapter_model.safetensors"):
-        (folder / name).write_bytes(pickle.dumps(Trap()))
-    with pytest.raises(MemoryStoreError, match="damaged"):
-        memory.adapter()
-    (folder / "adapter_model.safetensors").unlink()
-    with pytest.raises(MemoryStoreError, match="other formats are not read"):
-        memory.adapter()
-    assert not (tmp_path / "sprung").exists()
-
-
 # --- changes -----------------------------------------------------------------------------------------
 
 
@@ -403,7 +293,7 @@ def test_deleting_that_fails_says_so(kept, monkeypatch):
 
 def test_reset_deletes_all(kept):
     kept.add(record("other"), lora())
-    damage_record(kept.folder / "other")
+    (kept.folder / "other" / "memory.json").write_text("{")
     assert kept.reset() == 2 and content(kept.folder) == {} and kept.reset() == 0
 
 
@@ -423,169 +313,3 @@ def test_search_finds_the_memory_whose_pairs_share_the_words(kept):
     assert [memory.name for memory, _ in kept.search("the lighthouse")] == ["harbour", "handbook"]
     assert [memory.name for memory, _ in kept.search("the lighthouse", 1)] == ["harbour"]
     assert kept.search("quantum") == ()
-
-
-# --- disks, processes --------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def little_room():
-    """No file may grow past so many bytes, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def limit(size):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-
-    yield limit
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-@pytest.mark.parametrize("size", [100, 3000])
-def test_a_full_disk_leaves_what_was_there(kept, little_room, tmp_path, size):
-    before = content(kept.folder)
-    little_room(size)  # the configuration does not fit, or the weights do not
-    with pytest.raises(MemoryStoreError, match="no room to keep memory 'new'.*everlong memory delete"):
-        kept.add(record("new"), lora(1))
-    with pytest.raises(MemoryStoreError, match="no room to keep memory 'handbook'"):
-        kept.add(record(), lora(1), replace=True)
-    with pytest.raises(MemoryStoreError, match="no room to update"):
-        kept.update(record(recipe=Recipe("x", {"long": "x" * 4000})))
-    with pytest.raises(MemoryStoreError, match="no room to export"):
-        kept.export("handbook", tmp_path / "copy")
-    assert content(kept.folder) == before and not (tmp_path / "copy").exists()
-    assert kept.delete("handbook") > 0
-    assert not list(kept.folder.glob("*.scratch")) and not list(tmp_path.glob("*.scratch"))
-
-
-def test_a_folder_that_cannot_be_made_or_read_is_our_error(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(MemoryStoreError, match="cannot keep memory 'handbook'.*EVERLONG_HOME"):
-        MemoryStore(tmp_path / "file" / "memories").add(record(), lora())
-
-
-def test_a_place_to_export_to_that_cannot_be_made_is_our_error(kept, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(
-        MemoryStoreError, match="cannot export memory.*Not a directory; choose another folder$"
-    ):
-        kept.export("handbook", tmp_path / "file" / "copy")
-
-
-def test_a_replacement_that_cannot_be_moved_in_puts_the_old_one_back(kept, monkeypatch):
-    before, replace = content(kept.folder), os.replace
-
-    def fail(source, target):
-        if str(target) == str(kept.folder / "handbook") and "replaced" not in str(source):
-            raise OSError(errno.EIO, "Input/output error")
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(MemoryStoreError, match="Input/output error"):
-        kept.add(record(), lora(1), replace=True)
-    monkeypatch.undo()
-    assert content(kept.folder) == before
-
-
-@pytest.mark.parametrize("at", [0, 1, 2])
-def test_a_process_that_is_killed_while_it_replaces_leaves_the_old_or_the_new(kept, at):
-    """It dies before its nth rename or deletion; the next writer finds one memory or the other, whole."""
-    script = f"""
-import os, shutil
-from everlong.memory import disk
-from everlong.memory.store import MemoryStore
-store = MemoryStore({str(kept.folder)!r})
-adapter, record = store.get("new").adapter(), store.get("handbook").record
-steps = []
-def dying(real):
-    def step(*arguments):
-        if "handbook" in str(arguments) and str(arguments[0]).count("memory.json") == 0:
-            steps.append(real)
-            if len(steps) > {at}:
-                os._exit(9)
-        return real(*arguments)
-    return step
-os.replace, disk.erase = dying(os.replace), dying(disk.erase)
-store.add(record, adapter, replace=True)
-"""
-    kept.add(record("new"), lora(1))
-    before = {name: data for name, data in content(kept.folder).items() if name.startswith("handbook")}
-    assert subprocess.run([sys.executable, "-c", script]).returncode == 9
-    kept.add(record("other"), lora())
-    assert [memory.name for memory in kept.list()] == ["handbook", "new", "other"] and not kept.broken()
-    after = {name: data for name, data in content(kept.folder).items() if name.startswith("handbook")}
-    assert (after == before) == (at < 2)
-    assert not [
-        path for path in kept.folder.iterdir() if path.name not in (".lock", *("handbook", "new", "other"))
-    ]
-
-
-def test_what_a_killed_process_left_is_swept_away(kept):
-    (kept.folder / "0123456789ab.scratch" / "handbook").mkdir(parents=True)
-    assert len(kept.list()) == 1
-    kept.add(record("other"), lora())
-    assert not list(kept.folder.glob("*.scratch"))
-
-
-def test_writers_wait_for_each_other(store):
-    adapter, errors = lora(), []
-
-    def add(name):
-        try:
-            store.add(record(name), adapter, PAIRS)
-        except Exception as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=add, args=(f"m{n}",)) for n in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors and len(store.list()) == 8 and not store.broken()
-
-
-# --- merging -----------------------------------------------------------------------------------------
-
-
-def test_merging_puts_adapters_records_and_pairs_together(kept):
-    later = record("harbour", segments=3, source=Source.of("Tomas", 5), rank=16)
-    kept.add(later, lora(1, ["k_proj"], r=16), [Pair("Who?", " Tomas", "questions", 2)])
-    before = content(kept.folder)
-    memory = kept.merge(["handbook", "harbour"], "all", weights=[1, 0.5])
-    assert memory == kept.get("all")
-    assert {name: data for name, data in content(kept.folder).items() if not name.startswith("all")} == before
-    made: MemoryRecord = memory.record
-    assert made.rank == 16 and made.segments == 4 and made.seconds == 25.0 and made.recall is None
-    assert made.source.characters == 20 + 5 and made.source.tokens == 25
-    assert made.recipe.name == "merge" and made.recipe.values == {
-        "memories": ["handbook", "harbour"],
-        "weights": [1, 0.5],
-        "method": "cat",
-        "error": 0.0,
-    }
-    assert [pair.segment for pair in memory.pairs()] == [0, 0, 3]
-    assert not torch.allclose(logits_with(memory.adapter()), logits_with(lora()), atol=1e-2)
-
-
-def test_merging_refuses_what_cannot_be_merged_and_says_which(kept):
-    kept.add(record("same-name", base_hash="1" * 64), lora())
-    kept.add(record("foreign", base_model="qwen", base_hash="2" * 64), lora())
-    config = peft.CartridgeConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
-    kept.add(
-        record("prefix", kind="cartridge", rank=None),
-        Adapter(config, {"prompt_embeddings": torch.ones(3, 64)}),
-    )
-    cases = {
-        ("handbook", "foreign"): "'handbook' was learned by tiny and 'foreign' by qwen",
-        ("handbook", "same-name"): "'same-name' by other weights of it",
-        ("handbook", "prefix"): "'prefix' is a cartridge",
-        ("handbook",): "two memories or more",
-        ("handbook", "handbook"): "each of them once",
-    }
-    for names, reason in cases.items():
-        with pytest.raises(ConfigurationError, match=reason):
-            kept.merge(names, "all")
-    with pytest.raises(UnknownNameError):
-        kept.merge(["handbook", "nothing"], "all")
-    with pytest.raises(ConfigurationError, match="already"):
-        kept.merge(["handbook", "same-name"], "foreign")
-    assert "all" not in [memory.name for memory in kept.list()]

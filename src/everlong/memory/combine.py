@@ -131,9 +131,6 @@ def _approximated(layers: dict[str, Factors], rank: int) -> tuple[dict[str, Fact
         right, right_rest = torch.linalg.qr(lower.double().T)
         u, sizes, v = torch.linalg.svd(left_rest @ right_rest.T, full_matrices=False)
         whole += float(sizes.square().sum())
-        if len(lower) <= rank:
-            cut[module] = (lower, upper)
-            continue
         lost += float(sizes[rank:].square().sum())
         roots = sizes[:rank].sqrt()
         cut[module] = (
