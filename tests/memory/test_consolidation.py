@@ -31,9 +31,7 @@ HARD = [
     lesson("W", "x"),
 ]
 TEXT = "Orla keeps bees. She sells honey.\n\n"
-SCHEDULE = Schedule(
-    passes=6, batch_tokens=40, learning_rate=1e-2, patience=None, hidden_weight=0.0, seed=0
-)
+SCHEDULE = Schedule(passes=6, batch_tokens=40, learning_rate=1e-2, patience=None, hidden_weight=0.0, seed=0)
 
 
 @pytest.fixture
@@ -46,7 +44,9 @@ def config(**changes: Any) -> Any:
     from peft import LoraConfig
 
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    return LoraConfig(**{"r": 8, "lora_alpha": 8, "target_modules": targets, "task_type": "CAUSAL_LM", **changes})
+    return LoraConfig(
+        **{"r": 8, "lora_alpha": 8, "target_modules": targets, "task_type": "CAUSAL_LM", **changes}
+    )
 
 
 def trained_parts(adapted: Any) -> list[torch.nn.Parameter]:
@@ -122,7 +122,10 @@ def test_the_mean_loss_is_that_of_all_tokens_however_they_are_batched(model: Att
 def test_lessons_of_different_width_are_learned_together(model: AttachedModel) -> None:
     head = Head(model.attachment.model)
     mixed = [*soft(model), *HARD[:2]]
-    parts = [loss_of(model, head, some, 1000) * sum(len(x.response) for x in some) for some in (mixed[:3], HARD[:2])]
+    parts = [
+        loss_of(model, head, some, 1000) * sum(len(x.response) for x in some)
+        for some in (mixed[:3], HARD[:2])
+    ]
     assert loss_of(model, head, mixed, 1000) == pytest.approx(
         sum(parts) / sum(len(x.response) for x in mixed), rel=1e-5
     )

@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -122,8 +122,9 @@ def consolidate(
             if not (math.isfinite(loss) and math.isfinite(length)):
                 _restore(parameters, good)
                 raise NumericalError(
-                    f"the loss or gradient of step {number + 1} is not finite: the adapter is kept as it last "
-                    f"was good; use a learning rate below {schedule.learning_rate:g}, or a dtype of 'float32'"
+                    f"the loss or gradient of step {number + 1} is not finite: the adapter is kept "
+                    f"as it last was good; use a learning rate below {schedule.learning_rate:g}, "
+                    "or a dtype of 'float32'"
                 )
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -237,6 +238,7 @@ def student(model: AttachedModel, config: Any, name: str = "memory") -> Iterator
     from peft import get_peft_model
 
     base: Any = model.attachment.model
+    config = replace(config, base_model_name_or_path=None)  # else PEFT warns that it is none it knows
     wanted = {parameter: parameter.requires_grad for parameter in base.parameters()}
     adapted = get_peft_model(base, config, adapter_name=name)
     adapted.eval()
