@@ -60,7 +60,7 @@ class Questions(Generator):
         prompts = [f"Text: {passage}\nQuestion: {question}\nAnswer:" for _, passage, question in ordered]
         answers = writer.write(beginning, prompts, 16, stop=("\n",))
         seen: set[tuple[str, str]] = set()
-        for (number, passage, question), prompt, answer in zip(ordered, prompts, answers, strict=True):
+        for (number, _, question), prompt, answer in zip(ordered, prompts, answers, strict=True):
             answer = answer.strip().rstrip(".")
             about = _sentence_with(answer, segment, number)
             key = (plain(question), plain(answer))

@@ -116,7 +116,8 @@ class Recipe:
             raise ConfigurationError(f"held_out={self.held_out!r} must lie between 0 and 0.5")
         if not (0 <= self.replay < math.inf and 0 <= self.hidden_weight < math.inf):
             raise ConfigurationError(
-                f"replay={self.replay!r} and hidden_weight={self.hidden_weight!r} must not be negative, but finite"
+                f"replay={self.replay!r} and hidden_weight={self.hidden_weight!r} must be finite "
+                "and not negative"
             )
         if math.isnan(self.least_gain):
             raise ConfigurationError(f"least_gain={self.least_gain!r} must be a number")
