@@ -94,10 +94,20 @@ class Teacher:
         Of how many next tokens probabilities are kept.
     hidden : bool
         Whether hidden states are kept.
+    student : AttachedModel, optional
+        Who is to learn, without the text, with the same tokens; None: the model itself.
     """
 
-    def __init__(self, model: AttachedModel, *, top_k: int = 64, hidden: bool = False) -> None:
+    def __init__(
+        self,
+        model: AttachedModel,
+        *,
+        top_k: int = 64,
+        hidden: bool = False,
+        student: AttachedModel | None = None,
+    ) -> None:
         self.model = model
+        self.student = student or model
         self.head = Head(model.attachment.model)
         self.top_k = min(top_k, model.vocabulary)
         self.keeps_hidden = hidden
@@ -111,7 +121,7 @@ class Teacher:
         """
         lessons: dict[int, Lesson] = {}
         beginnings: dict[str, list[int]] = {}
-        encoded = [_encoded(self.model, item) for item in elicited]
+        encoded = [_encoded(self.student, item) for item in elicited]
         for number, item in enumerate(elicited):
             if encoded[number].words:
                 beginnings.setdefault(item.beginning, []).append(number)
@@ -121,7 +131,7 @@ class Teacher:
             past, last = read_past(self.model, ids[:-1]), ids[-1:]  # what it expects next, each text tells
             found = [encoded[number] for number in numbers]
             texts = [
-                [*last, *_asked(self.model, elicited[number], lesson), *lesson.response]
+                [*last, *self._asked(elicited[number], lesson), *lesson.response]
                 for number, lesson in zip(numbers, found, strict=True)
             ]
             for batch in in_batches([len(text) for text in texts], _BATCH):
@@ -138,20 +148,28 @@ class Teacher:
 
     @torch.inference_mode()
     def log_likelihood(self, lessons: Sequence[Lesson]) -> list[float]:
-        """Mean log-likelihood of each response's tokens behind its query alone, in nats."""
-        past = read_past(self.model, [])
+        """Mean log-likelihood, to the student, of each response's tokens behind its query alone, in nats."""
+        past = read_past(self.student, [])
+        head = self.head if self.student is self.model else Head(self.student.attachment.model)
         found: list[float] = []
         for batch in in_batches([len(lesson) for lesson in lessons], _BATCH):
             some = [lessons[i] for i in batch]
-            hidden = run_forest(self.model, past, [[*lesson.query, *lesson.response] for lesson in some])
+            hidden = run_forest(self.student, past, [[*lesson.query, *lesson.response] for lesson in some])
             sizes = [(len(lesson), len(lesson.response)) for lesson in some]
             targets = torch.tensor(
                 [token for lesson in some for token in lesson.response], device=hidden.device
             )
-            surprisal = self.head.surprisal(hidden[_response_rows(sizes)], targets)
+            surprisal = head.surprisal(hidden[_response_rows(sizes)], targets)
             parts = torch.split(surprisal, [n for _, n in sizes])
             found += [-float(part[: lesson.words].mean()) for part, lesson in zip(parts, some, strict=True)]
         return found
+
+    def _asked(self, item: Elicited, lesson: Lesson) -> list[int]:
+        """Return what is read between the beginning and the response."""
+        coder = self.model.coder
+        asked = coder.encode_after(item.question) if item.beginning else coder.encode(item.question)
+        is_begun = not (item.pair.query or item.is_answer or self.student.coder.bos)
+        return [*asked, *lesson.query] if is_begun else asked
 
     def _taught(self, lessons: Sequence[Lesson], hidden: Tensor) -> Iterator[Lesson]:
         """Fill in what the teacher expects, and (for now) the likelihood with the text as the gain."""
@@ -200,14 +218,6 @@ def _encoded(model: AttachedModel, item: Elicited) -> Lesson:
         query, response = response[:1], response[1:]
     nothing = torch.empty(0)
     return Lesson(item.pair, query, [*response, *end], nothing, nothing, ends=bool(end))
-
-
-def _asked(model: AttachedModel, item: Elicited, lesson: Lesson) -> list[int]:
-    """Return what the teacher reads between the beginning and the response."""
-    coder = model.coder
-    asked = coder.encode_after(item.question) if item.beginning else coder.encode(item.question)
-    is_begun = not (item.pair.query or item.is_answer or coder.bos)
-    return [*asked, *lesson.query] if is_begun else asked
 
 
 def _question(model: AttachedModel, question: str) -> list[int]:
