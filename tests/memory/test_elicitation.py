@@ -1,4 +1,4 @@
-"""What is asked about a segment: every sentence, nothing that cannot be checked, nothing that gives it away."""
+"""What is asked about a segment: all of it, nothing that cannot be checked, nothing that gives it away."""
 
 from __future__ import annotations
 

@@ -36,11 +36,11 @@ from everlong.memory.recipes import RECIPES, Recipe, make_recipe
         ({"learning_rate": float("nan")}, "learning_rate=nan"),
         ({"held_out": 0.6}, "held_out=0.6 .*between 0 and 0.5"),
         ({"held_out": -0.1}, "held_out=-0.1"),
-        ({"replay": -1.0}, "replay.*not be negative"),
-        ({"hidden_weight": -0.5}, "hidden_weight.*not be negative"),
-        ({"replay": float("nan")}, "replay"),
-        ({"hidden_weight": float("inf")}, "hidden_weight"),
-        ({"least_gain": float("nan")}, "least_gain"),
+        ({"replay": -1.0}, "replay=-1.0.*not negative"),
+        ({"hidden_weight": -0.5}, "hidden_weight=-0.5.*not negative"),
+        ({"replay": float("nan")}, "replay=nan"),
+        ({"hidden_weight": float("inf")}, "hidden_weight=inf"),
+        ({"least_gain": float("nan")}, "least_gain=nan"),
     ],
 )
 def test_what_cannot_work_is_refused(settings: dict[str, Any], message: str) -> None:

@@ -15,9 +15,9 @@ from tests.tiny import byte_tokenizer
 
 NASTY = {
     "prose": "Orla Finch keeps bees. She sells honey! Does she? “Yes,” she said… Then it rained.",
-    "abbreviations": "Mr. Finch met Dr. A. B. Stone on St. Ann's Rd. at No. 5, e.g. by day. It rained, cf. Fig. 2.",
+    "abbreviations": "Mr. Finch met Dr. A. B. Stone at No. 5, e.g. by day. It rained, cf. Fig. 2.",
     "quotes": '"Is it?" he asked. "It is." (So it was.) [Truly.] Then he left.\' "Bye."',
-    "list": "Shopping:\n- honey\n- bread, etc.\n* milk\n1. first\n2. second\n\n# Notes\n| a | b |\n|---|---|\nEnd.",
+    "list": "Buy:\n- honey\n- bread, etc.\n* milk\n1. first\n2. second\n\n# Notes\n| a | b |\n|--|--|\nEnd.",
     "code": "def f(x):\n    return {\n        'a': 1,\n    }\n\n\nfor (;;) {\n  x++;\n}\nprint(3.14)\n",
     "CJK": "奥拉养蜂。她卖蜂蜜！是吗？是的。\n\n然后下雨了。最后她回家",
     "no punctuation": "orla keeps bees and sells honey and it rains " * 6,

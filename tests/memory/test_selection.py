@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -15,7 +16,9 @@ from tests.memory.students import lesson
 def of(sentence: int, gain: float, words: str = "", length: int = 4) -> Lesson:
     """A lesson about a sentence, alike to no other."""
     unique = words or f"w{sentence}x{gain}".replace(".", "").replace("-", "m")
-    return lesson(unique, f" {unique} r{unique}"[:length].ljust(length, "z"), sentences=(sentence,), gain=gain)
+    return lesson(
+        unique, f" {unique} r{unique}"[:length].ljust(length, "z"), sentences=(sentence,), gain=gain
+    )
 
 
 def chosen(selected: Selected) -> list[float | None]:
@@ -79,8 +82,6 @@ def test_a_random_choice_has_as_many_tokens_and_depends_on_the_seed_alone() -> N
 
 
 def test_the_end_of_an_answer_does_not_count_for_the_budget() -> None:
-    from dataclasses import replace
-
     answers = [replace(of(0, gain, length=5), ends=True) for gain in (0.9, 0.8, 0.7)]
     assert chosen(select(answers, Recipe(budget=8), sentences=1, seed=0)) == [0.9, 0.8]
 
