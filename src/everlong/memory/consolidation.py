@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -97,7 +97,7 @@ def consolidate(
     Raises
     ------
     NumericalError
-        The loss is not finite; the parameters are those before that step.
+        The loss of a step, or its gradient, is not finite; the parameters are the latest with a finite loss.
     """
     shuffled = random.Random(schedule.seed)
     head = Head(model.attachment.model)
@@ -106,6 +106,7 @@ def consolidate(
     steps = schedule.passes * len(in_batches(lengths, schedule.batch_tokens))
     optimizer = torch.optim.AdamW(parameters, lr=schedule.learning_rate, weight_decay=0.0)
     best, best_loss, since, number, latest = _copies(parameters), math.inf, 0, 0, math.inf
+    good = best  # the latest that gave a finite loss
     for _ in range(schedule.passes):
         order = list(range(len(lessons)))
         shuffled.shuffle(order)
@@ -115,12 +116,16 @@ def consolidate(
             for group in optimizer.param_groups:
                 group["lr"] = schedule.learning_rate * _pace(number, steps)
             loss = learn_from(model, head, some, schedule.hidden_weight)
-            if not math.isfinite(loss):
+            length = float(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
+            if math.isfinite(loss):
+                good = _copies(parameters)
+            if not (math.isfinite(loss) and math.isfinite(length)):
+                _restore(parameters, good)
                 raise NumericalError(
-                    f"the loss of step {number + 1} is not finite: the adapter is kept as it was before; "
-                    f"use a learning rate below {schedule.learning_rate:g}, or a dtype of 'float32'"
+                    f"the loss or gradient of step {number + 1} is not finite: the adapter is kept "
+                    f"as it last was good; use a learning rate below {schedule.learning_rate:g}, "
+                    "or a dtype of 'float32'"
                 )
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             number += 1
@@ -138,9 +143,7 @@ def consolidate(
             if schedule.patience is not None and since >= schedule.patience:
                 break
     if held_out and best_loss < math.inf:
-        with torch.no_grad():
-            for parameter, kept in zip(parameters, best, strict=True):
-                parameter.copy_(kept)
+        _restore(parameters, best)
         return best_loss
     return latest
 
@@ -220,6 +223,12 @@ def _copies(parameters: Sequence[torch.nn.Parameter]) -> list[Tensor]:
     return [parameter.detach().clone() for parameter in parameters]
 
 
+@torch.no_grad()
+def _restore(parameters: Sequence[torch.nn.Parameter], values: Sequence[Tensor]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)
+
+
 @contextmanager
 def student(model: AttachedModel, config: Any, name: str = "memory") -> Iterator[Any]:
     """Give the model an adapter to be trained, as PEFT makes it, for the block; yield PEFT's model.
@@ -229,6 +238,7 @@ def student(model: AttachedModel, config: Any, name: str = "memory") -> Iterator
     from peft import get_peft_model
 
     base: Any = model.attachment.model
+    config = replace(config, base_model_name_or_path=None)  # else PEFT warns that it is none it knows
     wanted = {parameter: parameter.requires_grad for parameter in base.parameters()}
     adapted = get_peft_model(base, config, adapter_name=name)
     adapted.eval()

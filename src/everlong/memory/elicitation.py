@@ -17,7 +17,9 @@ from everlong.registry import Registry
 GENERATORS: Registry[type[Generator]] = Registry("generator of pairs")
 """All generators, by name."""
 
-_WORD = re.compile(r"\s*\S+")
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+"""Letters of scripts that put no blanks between words: three of them count as one."""
+_WORD = re.compile(rf"\s*(?:[{_UNSPACED}]{{1,3}}|[^\s{_UNSPACED}]+)")
 _LETTERS = re.compile(r"[^\W_]+")
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -116,12 +115,13 @@ class InfiniteICL:
         Raises
         ------
         MemoryGateError
-            The model does not use the text: what it would teach is no better than what it knows.
+            The model does not use the text: what it would teach is no better than what it knows. Or nothing
+            can be asked about it.
         NumericalError
             The loss is not finite. `on_segment` has seen the last good adapter.
         """
         parts = list(segments([text], self.model.coder, self.recipe.segment_tokens))
-        state = start or Progress()
+        state = Progress() if start is None else start.copy()
         report = Reporter(on_progress, parts, state)
         with self._seeded(), student(self.model, self.config()) as adapted:
             parameters = [p for p in adapted.parameters() if p.requires_grad]
@@ -137,14 +137,20 @@ class InfiniteICL:
                 own: AbstractContextManager[Any] = nullcontext() if carried else adapted.disable_adapter()
                 with own:
                     lessons = self._lessons(segment, state, report)
-                self._train(parameters, [*lessons, *anchors], segment, state, report)
-                saved = _state(adapted)
-                state.adapters = [*state.adapters, saved] if self.recipe.carry == "separate" else [saved]
-                state.pool = self._pooled(state.pool, lessons, segment.number)
-                state.pairs += [lesson.pair for lesson in lessons]
+                if lessons:  # a title, or a list of numbers, may have none
+                    self._train(parameters, [*lessons, *anchors], segment, state, report)
+                    saved = _state(adapted)
+                    state.adapters = [*state.adapters, saved] if self.recipe.carry == "separate" else [saved]
+                    state.pool = self._pooled(state.pool, lessons, segment.number)
+                    state.pairs += [lesson.pair for lesson in lessons]
                 state.segment = segment.number + 1
                 if on_segment is not None:
-                    on_segment(state)
+                    on_segment(state.copy())
+        if not state.pairs:
+            raise MemoryGateError(
+                f"there is nothing to learn: of {state.account.elicited} pairs about the text, it makes none "
+                "likelier. Use a larger model, teacher=, or generators=('cloze',)"
+            )
         report("done", max(0, len(parts) - 1), 1.0)
         return state
 
@@ -161,8 +167,7 @@ class InfiniteICL:
                 report("elicit", segment.number, 0.1)
         report("teach", segment.number, 0.3)
         with account.timed("teach"):
-            teacher = Teacher(self.model, top_k=self.recipe.top_k, hidden=self.recipe.hidden_weight > 0)
-            lessons = teacher.teach(elicited)
+            lessons = self._taught_by(self.teacher).teach(elicited)
         gains = [lesson.pair.gain or 0.0 for lesson in lessons]
         self._require_gain(lessons, segment)
         selected = select(lessons, self.recipe, len(segment.sentences), self.seed + segment.number)
@@ -179,17 +184,14 @@ class InfiniteICL:
 
     def _require_gain(self, lessons: list[Lesson], segment: Segment) -> None:
         """Raise where the text is worth nothing to the model that reads it."""
-        if self.force or self.recipe.selection == "all":
+        if self.force or self.recipe.selection == "all" or not lessons:
             return
-        gains = [lesson.pair.gain or 0.0 for lesson in lessons]
-        mean = sum(gains) / len(gains) if gains else 0.0
+        mean = sum(lesson.pair.gain or 0.0 for lesson in lessons) / len(lessons)
         if mean < _LEAST_GAIN:
-            found = (
-                f"adds {mean:.2f} nats per token to {len(gains)} pairs" if gains else "gave no pair at all"
-            )
             raise MemoryGateError(
-                f"segment {segment.number + 1}: reading the text {found}: this model does not use it well "
-                "enough to teach itself. Use a larger model, teacher=, or generators=('cloze',); or force it"
+                f"segment {segment.number + 1}: reading the text adds {mean:.2f} nats per token to "
+                f"{len(lessons)} pairs: this model does not use it well enough to teach itself. "
+                "Use a larger model, teacher=, or generators=('cloze',); or force it"
             )
 
     def _train(
@@ -244,8 +246,14 @@ class InfiniteICL:
             for opening, text in zip(openings, texts, strict=True)
             if text.strip()
         ]
-        lessons = Teacher(self.model, top_k=self.recipe.top_k).teach(elicited)
-        return [replace(lesson, hidden=None) for lesson in lessons]
+        return self._taught_by(self.model).teach(elicited)
+
+    def _taught_by(self, teacher: AttachedModel | None) -> Teacher:
+        """Return a model as teacher, if its tokens are the student's; else the student itself."""
+        if teacher is None or teacher.tokenizer_hash != self.model.tokenizer_hash:
+            teacher = self.model
+        keeps_hidden = self.recipe.hidden_weight > 0 and teacher is self.model
+        return Teacher(teacher, top_k=self.recipe.top_k, hidden=keeps_hidden, student=self.model)
 
     def _pooled(self, pool: list[Lesson], lessons: list[Lesson], segment: int) -> list[Lesson]:
         """Return the lessons to rehearse from now on: of all so far, each as likely as any other."""

@@ -13,6 +13,7 @@ from everlong.memory.forest import in_batches, read_past, run_forest
 from everlong.memory.pairs import Pair
 from everlong.models.head import Head
 from everlong.reading.attached import AttachedModel
+from everlong.reading.tokens import TokenStream
 
 _BATCH = 768  # tokens a forward
 
@@ -93,27 +94,44 @@ class Teacher:
         Of how many next tokens probabilities are kept.
     hidden : bool
         Whether hidden states are kept.
+    student : AttachedModel, optional
+        Who is to learn, without the text, with the same tokens; None: the model itself.
     """
 
-    def __init__(self, model: AttachedModel, *, top_k: int = 64, hidden: bool = False) -> None:
+    def __init__(
+        self,
+        model: AttachedModel,
+        *,
+        top_k: int = 64,
+        hidden: bool = False,
+        student: AttachedModel | None = None,
+    ) -> None:
         self.model = model
+        self.student = student or model
         self.head = Head(model.attachment.model)
         self.top_k = min(top_k, model.vocabulary)
         self.keeps_hidden = hidden
 
     @torch.inference_mode()
     def teach(self, elicited: Sequence[Elicited]) -> list[Lesson]:
-        """Turn pairs into lessons; a pair's gain is measured on the way."""
+        """Turn pairs into lessons; a pair's gain is measured on the way.
+
+        A pair whose response has no token to predict is left out: an empty one, or (the query empty, the
+        model without a start token) one of a single token.
+        """
         lessons: dict[int, Lesson] = {}
         beginnings: dict[str, list[int]] = {}
+        encoded = [_encoded(self.student, item) for item in elicited]
         for number, item in enumerate(elicited):
-            beginnings.setdefault(item.beginning, []).append(number)
+            if encoded[number].words:
+                beginnings.setdefault(item.beginning, []).append(number)
         for beginning, numbers in beginnings.items():
             coder = self.model.coder
-            past = read_past(self.model, [*coder.bos, *(coder.encode_after(beginning) if beginning else [])])
-            found = [_encoded(self.model, elicited[number]) for number in numbers]
+            ids = [*coder.bos, *(coder.encode(beginning) if beginning else [])]
+            past, last = read_past(self.model, ids[:-1]), ids[-1:]  # what it expects next, each text tells
+            found = [encoded[number] for number in numbers]
             texts = [
-                [*coder.encode_after(elicited[number].question), *lesson.response]
+                [*last, *self._asked(elicited[number], lesson), *lesson.response]
                 for number, lesson in zip(numbers, found, strict=True)
             ]
             for batch in in_batches([len(text) for text in texts], _BATCH):
@@ -121,7 +139,7 @@ class Teacher:
                 rows = _response_rows([(len(texts[i]), len(found[i].response)) for i in batch])
                 taught = self._taught([found[i] for i in batch], hidden[rows])
                 lessons.update(zip([numbers[i] for i in batch], taught, strict=True))
-        ordered = [lessons[number] for number in range(len(elicited))]
+        ordered = [lessons[number] for number in sorted(lessons)]
         without = self.log_likelihood(ordered)
         return [
             replace(lesson, pair=replace(lesson.pair, gain=float(lesson.pair.gain or 0.0) - alone))
@@ -130,20 +148,28 @@ class Teacher:
 
     @torch.inference_mode()
     def log_likelihood(self, lessons: Sequence[Lesson]) -> list[float]:
-        """Mean log-likelihood of each response's tokens behind its query alone, in nats."""
-        past = read_past(self.model, [])
+        """Mean log-likelihood, to the student, of each response's tokens behind its query alone, in nats."""
+        past = read_past(self.student, [])
+        head = self.head if self.student is self.model else Head(self.student.attachment.model)
         found: list[float] = []
         for batch in in_batches([len(lesson) for lesson in lessons], _BATCH):
             some = [lessons[i] for i in batch]
-            hidden = run_forest(self.model, past, [[*lesson.query, *lesson.response] for lesson in some])
+            hidden = run_forest(self.student, past, [[*lesson.query, *lesson.response] for lesson in some])
             sizes = [(len(lesson), len(lesson.response)) for lesson in some]
             targets = torch.tensor(
                 [token for lesson in some for token in lesson.response], device=hidden.device
             )
-            surprisal = self.head.surprisal(hidden[_response_rows(sizes)], targets)
+            surprisal = head.surprisal(hidden[_response_rows(sizes)], targets)
             parts = torch.split(surprisal, [n for _, n in sizes])
             found += [-float(part[: lesson.words].mean()) for part, lesson in zip(parts, some, strict=True)]
         return found
+
+    def _asked(self, item: Elicited, lesson: Lesson) -> list[int]:
+        """Return what is read between the beginning and the response."""
+        coder = self.model.coder
+        asked = coder.encode_after(item.question) if item.beginning else coder.encode(item.question)
+        is_begun = not (item.pair.query or item.is_answer or self.student.coder.bos)
+        return [*asked, *lesson.query] if is_begun else asked
 
     def _taught(self, lessons: Sequence[Lesson], hidden: Tensor) -> Iterator[Lesson]:
         """Fill in what the teacher expects, and (for now) the likelihood with the text as the gain."""
@@ -173,6 +199,7 @@ def response_rows(lessons: Sequence[Lesson]) -> Tensor:
 def _response_rows(sizes: Iterable[tuple[int, int]]) -> Tensor:
     rows, stop = [], 0
     for length, response in sizes:
+        assert length > response, "something stands before the first token to predict"
         stop += length
         rows.append(torch.arange(stop - response - 1, stop - 1))
     return torch.cat(rows)
@@ -180,32 +207,29 @@ def _response_rows(sizes: Iterable[tuple[int, int]]) -> Tensor:
 
 def _encoded(model: AttachedModel, item: Elicited) -> Lesson:
     """Return a pair as tokens, nothing known of the teacher yet."""
-    coder, form = model.coder, model.form(with_system=False)
-    query = list(coder.bos)
-    response = coder.encode_after(item.pair.response)
+    coder = model.coder
+    query, response = list(coder.bos), coder.encode_after(item.pair.response)
+    end: list[int] = []
     if item.is_answer:
-        asked = form.question(item.pair.query, after_text=False)
-        if form.is_chat:
-            query = [*_markup(model, form.before_system), *coder.encode(asked)]
-            query += _markup(model, form.to_assistant)
-        else:
-            query += coder.encode_after(asked)
-        response += _end(model)
+        query, end = _question(model, item.pair.query), _end(model)
     elif item.pair.query:
-        query += coder.encode_after(item.pair.query) if query else coder.encode(item.pair.query)
+        query += coder.encode(item.pair.query)
     elif not query:  # no start token: the first of the text stands for it
         query, response = response[:1], response[1:]
     nothing = torch.empty(0)
-    return Lesson(item.pair, query, response, nothing, nothing, ends=item.is_answer)
+    return Lesson(item.pair, query, [*response, *end], nothing, nothing, ends=bool(end))
 
 
-def _markup(model: AttachedModel, rendered: str) -> list[int]:
-    ids: list[int] = []
-    for piece in model.coder.split_markup(rendered):
-        ids += [piece] if isinstance(piece, int) else model.coder.encode_after(piece)
-    return ids
+def _question(model: AttachedModel, question: str) -> list[int]:
+    """Return a question as a session asks it that has read nothing."""
+    form, stream = model.form(with_system=False), TokenStream(model.coder)
+    ids = stream.markup(form.before_system) if form.is_chat else list(model.coder.bos)
+    ids += stream.feed(form.question(question, after_text=False))
+    return [*ids, *stream.markup(form.to_assistant), *stream.finish()]
 
 
 def _end(model: AttachedModel) -> list[int]:
-    """Return the token that ends an answer."""
-    return _markup(model, model.form(with_system=False).to_user)[:1]
+    """Return the token that ends an answer: of what follows one, the end of a turn, or else the first."""
+    stream = TokenStream(model.coder, fresh=False)
+    after = [*stream.markup(model.form(with_system=False).to_user), *stream.finish()]
+    return ([token for token in after if token in model.end_tokens] or after)[:1]

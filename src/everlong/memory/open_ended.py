@@ -50,7 +50,8 @@ class Summary(_Written):
 
     def queries(self, segment: Segment) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Yield one query."""
-        begin = " ".join(segment.text.split()[:12])
+        words = segment.text.split()
+        begin = " ".join(words[: min(12, len(words) // 2)])  # of a short one, not all
         yield f'Summary of the text that begins "{begin} …":', tuple(range(len(segment.sentences)))
 
 

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from torch import Tensor
@@ -116,6 +116,17 @@ class Progress:
     pool: list[Lesson] = field(default_factory=list)
     pairs: list[Pair] = field(default_factory=list)
     account: Account = field(default_factory=Account)
+
+    def copy(self) -> Progress:
+        """Return a copy that stays as it is when learning goes on."""
+        account = self.account
+        return Progress(
+            self.segment,
+            list(self.adapters),
+            list(self.pool),
+            list(self.pairs),
+            replace(account, dropped=Counter(account.dropped), seconds=dict(account.seconds)),
+        )
 
 
 class Reporter:

@@ -60,11 +60,11 @@ class Questions(Generator):
         prompts = [f"Text: {passage}\nQuestion: {question}\nAnswer:" for _, passage, question in ordered]
         answers = writer.write(beginning, prompts, 16, stop=("\n",))
         seen: set[tuple[str, str]] = set()
-        for (_, passage, question), prompt, answer in zip(ordered, prompts, answers, strict=True):
+        for (number, _, question), prompt, answer in zip(ordered, prompts, answers, strict=True):
             answer = answer.strip().rstrip(".")
-            about = _sentence_with(answer, segment)
+            about = _sentence_with(answer, segment, number)
             key = (plain(question), plain(answer))
-            if about is None or key[1] in key[0] or key in seen or plain(answer) not in plain(passage):
+            if about is None or key[1] in key[0] or key in seen:
                 continue
             seen.add(key)
             pair = Pair(question, f" {answer}", self.name, segment.number, (about,))
@@ -81,9 +81,10 @@ def _passages(segment: Segment) -> Iterator[tuple[int, str]]:
         previous = sentence
 
 
-def _sentence_with(answer: str, segment: Segment) -> int | None:
-    """Return the sentence in which an answer stands; None: in none."""
+def _sentence_with(answer: str, segment: Segment, number: int) -> int | None:
+    """Return in which of a passage's two sentences, the second of that number, an answer stands."""
     words = plain(answer)
     if not words:
         return None
-    return next((i for i, sentence in enumerate(segment.sentences) if words in plain(sentence)), None)
+    both = (number, number - 1) if number else (number,)
+    return next((i for i in both if words in plain(segment.sentences[i])), None)

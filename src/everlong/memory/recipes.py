@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -32,7 +33,7 @@ class Recipe:
     budget : int or None
         Tokens of responses learned per segment at most; None: no limit.
     coverage : int
-        Pairs that each sentence keeps if it has as many, whatever their gain.
+        Pairs that each sentence keeps if it has as many with a gain above zero, however small.
     targets : {"soft", "hard"}
         Whether the teacher's distribution is learned, or the response as it stands.
     top_k : int
@@ -111,8 +112,13 @@ class Recipe:
             raise ConfigurationError(f"learning_rate={self.learning_rate!r} must lie between 0 and 1")
         if not 0 <= self.held_out <= 0.5:
             raise ConfigurationError(f"held_out={self.held_out!r} must lie between 0 and 0.5")
-        if self.replay < 0 or self.hidden_weight < 0:
-            raise ConfigurationError("replay and hidden_weight must not be negative")
+        if not (0 <= self.replay < math.inf and 0 <= self.hidden_weight < math.inf):
+            raise ConfigurationError(
+                f"replay={self.replay!r} and hidden_weight={self.hidden_weight!r} must be finite "
+                "and not negative"
+            )
+        if math.isnan(self.least_gain):
+            raise ConfigurationError(f"least_gain={self.least_gain!r} must be a number")
 
     def values(self) -> dict[str, Any]:
         """Return the settings, as JSON takes them."""

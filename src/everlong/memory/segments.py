@@ -72,7 +72,7 @@ def segments(pieces: Iterable[str], coder: TextCoder, most: int) -> Iterator[Seg
     coder : TextCoder
         Counts tokens.
     most : int
-        Tokens of a segment. A sentence that is longer is cut between words.
+        Tokens of a segment at most. A sentence that is longer is cut between words, a longer word anywhere.
 
     Raises
     ------
@@ -84,8 +84,10 @@ def segments(pieces: Iterable[str], coder: TextCoder, most: int) -> Iterator[Seg
     for sentence, count in _counted(pieces, coder, most):
         characters, tokens = characters + len(sentence), tokens + count
         if held and sum(n for _, n in held) + count > most:
-            yield _segment(number, held)
-            number, held = number + 1, []
+            if not _is_blank(held):
+                yield _segment(number, held)
+                number += 1
+            held = []
         held.append((sentence, count))
         if tokens >= 256 and tokens > _SHATTERED * characters:
             raise InputError(
@@ -94,8 +96,13 @@ def segments(pieces: Iterable[str], coder: TextCoder, most: int) -> Iterator[Seg
             )
     if tokens < _FEWEST:
         raise InputError(f"the text has {tokens} tokens: there is nothing in it to remember")
-    if held:
+    if held and not _is_blank(held):
         yield _segment(number, held)
+
+
+def _is_blank(held: list[tuple[str, int]]) -> bool:
+    """Whether there is nothing but white space, as much of it as a segment has tokens."""
+    return not any(sentence.strip() for sentence, _ in held)
 
 
 def _segment(number: int, held: list[tuple[str, int]]) -> Segment:
@@ -105,16 +112,20 @@ def _segment(number: int, held: list[tuple[str, int]]) -> Segment:
 def _counted(pieces: Iterable[str], coder: TextCoder, most: int) -> Iterator[tuple[str, int]]:
     """Yield sentences with their numbers of tokens, none longer than `most`."""
     for sentence in _sentences(pieces):
-        count = len(coder.encode_after(sentence))
-        if count <= most:
-            yield sentence, count
-            continue
-        words = re.findall(r"\s*\S+\s*?|\s+$", sentence)
-        parts = -(-count // most) + 1
-        size = max(1, -(-len(words) // parts))
-        for start in range(0, len(words), size):
-            part = "".join(words[start : start + size])
-            yield part, len(coder.encode_after(part))
+        yield from _cut(sentence, coder, most)
+
+
+def _cut(text: str, coder: TextCoder, most: int) -> Iterator[tuple[str, int]]:
+    """Yield a text in parts of at most `most` tokens, cut between words, or inside of one that is longer."""
+    count = len(coder.encode_after(text))
+    if count <= most or len(text) == 1:
+        yield text, count
+        return
+    words = re.findall(r"\s*\S+|\s+$", text)
+    units = words if len(words) > 1 else list(text)
+    size = -(-len(units) // (-(-count // most) + 1))
+    for start in range(0, len(units), size):
+        yield from _cut("".join(units[start : start + size]), coder, most)
 
 
 def _sentences(pieces: Iterable[str]) -> Iterator[str]:

@@ -55,7 +55,7 @@ class Writer:
             tapes = []
             for prompt in prompts[start : start + self.rows]:
                 tape = trunk.fork()
-                tape.accept(coder.encode_after(prompt) if beginning or tape.queue else coder.encode(prompt))
+                tape.accept(coder.encode_after(prompt) if beginning else coder.encode(prompt))
                 tapes.append(tape)
             written = drained(
                 write_tapes(
@@ -77,10 +77,6 @@ class Writer:
         tape.place = "raw"
         tape.accept(list(self.model.coder.bos))
         if beginning:
-            tape.accept(
-                self.model.coder.encode_after(beginning)
-                if self.model.coder.bos
-                else self.model.coder.encode(beginning)
-            )
+            tape.accept(self.model.coder.encode(beginning))
             tape.run_all(_CHUNK, logits=False)
         return tape
