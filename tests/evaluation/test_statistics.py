@@ -8,7 +8,14 @@ from statistics import fmean, stdev
 
 import pytest
 
-from everlong.evaluation.statistics import BLOCK, Interval, mean_interval, stream_interval
+from everlong.evaluation.statistics import (
+    BLOCK,
+    Interval,
+    mean_interval,
+    paired_share_interval,
+    share_interval,
+    stream_interval,
+)
 
 
 def quantile(found: Interval, values: list[float]) -> float:
@@ -78,3 +85,46 @@ def test_neighbours_that_are_alike_widen_a_streams_interval_until_it_covers_the_
         covered += found.low <= 0 <= found.high
         naive += ignorant.low <= 0 <= ignorant.high
     assert covered >= 265 and naive <= 225  # 285 of 300 would be 95 %
+
+
+# --- shares -------------------------------------------------------------------------------------------
+
+
+def test_wilsons_interval_is_the_textbooks_and_solves_its_equation() -> None:
+    found = share_interval(0, 30)
+    assert (found.mean, found.low, found.high) == (0, 0, pytest.approx(0.1135, abs=1e-4))
+    for hits, samples in ((1, 10), (20, 30), (67, 100), (240, 240)):
+        found = share_interval(hits, samples)
+        assert found.mean == hits / samples and found.samples == samples
+        for bound in {found.low, found.high} - {0.0, 1.0}:
+            assert abs(bound - found.mean) == pytest.approx(
+                1.959964 * math.sqrt(bound * (1 - bound) / samples)
+            )
+    assert share_interval(240, 240).high == 1.0
+    assert share_interval(0, 0).samples == 0 and math.isnan(share_interval(0, 0).mean)
+
+
+def test_a_paired_difference_is_as_wide_as_what_changed_and_never_of_no_width() -> None:
+    before, after = [False] * 20 + [True] * 10, [True] * 30
+    found = paired_share_interval(before, after)
+    assert found.mean == pytest.approx(2 / 3) and found.low < 2 / 3 < found.high <= 1
+    assert paired_share_interval(after, before).mean == pytest.approx(-2 / 3)
+    same = paired_share_interval(after, after)
+    assert same.mean == 0 and same.low == pytest.approx(-same.high) and 0.05 < same.high < 0.1
+    n, d, changed = 32, 20, 21  # half a sample more in each cell
+    half = 1.959964 / n * math.sqrt(changed - d * d / n)
+    assert (found.low, found.high) == pytest.approx((d / n - half, d / n + half))
+    with pytest.raises(ValueError):
+        paired_share_interval([True], [True, False])
+
+
+def test_pairs_cover_the_difference_of_correlated_answers() -> None:
+    draw = random.Random(2)
+    covered = 0
+    for _ in range(400):
+        luck = [draw.random() for _ in range(60)]
+        before = [each < 0.3 for each in luck]
+        after = [each < 0.3 or draw.random() < 0.2 for each in luck]
+        found = paired_share_interval(before, after)
+        covered += found.low <= 0.14 <= found.high
+    assert 365 <= covered <= 398  # 380 of 400 would be 95 %

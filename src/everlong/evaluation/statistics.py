@@ -1,4 +1,4 @@
-"""Means with their 95 % intervals."""
+"""Means, shares and differences with their 95 % intervals."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from statistics import NormalDist, fmean, stdev
 
 BLOCK = 32
 """Consecutive tokens that make one sample: surprisals of neighbours are correlated, their means hardly."""
+
+_Z = NormalDist().inv_cdf(0.975)
 
 
 @dataclass(frozen=True)
@@ -54,12 +56,51 @@ def stream_interval(values: Sequence[float]) -> Interval:
     return Interval(mean, mean - (spread.mean - spread.low), mean + (spread.high - spread.mean), len(blocks))
 
 
+def share_interval(hits: int, samples: int) -> Interval:
+    """Return a share with Wilson's score interval (Wilson 1927), good for few samples and near 0 and 1.
+
+    Parameters
+    ----------
+    hits, samples : int
+        Samples that count, of how many independent ones.
+    """
+    if not samples:
+        return Interval(math.nan, 0.0, 1.0, 0)
+    p, z2 = hits / samples, _Z**2
+    middle = (p + z2 / (2 * samples)) / (1 + z2 / samples)
+    half = _Z / (1 + z2 / samples) * math.sqrt(p * (1 - p) / samples + z2 / (4 * samples**2))
+    low = 0.0 if hits == 0 else middle - half
+    return Interval(p, low, 1.0 if hits == samples else middle + half, samples)
+
+
+def paired_share_interval(first: Sequence[bool], second: Sequence[bool]) -> Interval:
+    """Return by how much the share of `second` is above that of `first`, over the same samples.
+
+    The interval is Agresti and Min's (2005): Wald's with half a sample added to each cell of the table, so
+    that it does not vanish where all samples agree.
+
+    Parameters
+    ----------
+    first, second : sequence of bool
+        Whether each sample counted, in the same order.
+    """
+    gained = sum(b and not a for a, b in zip(first, second, strict=True))
+    lost = sum(a and not b for a, b in zip(first, second, strict=True))
+    samples = len(first)
+    if not samples:
+        return Interval(math.nan, -1.0, 1.0, 0)
+    n, difference, changed = samples + 2, gained - lost, gained + lost + 1
+    half = _Z / n * math.sqrt(changed - difference**2 / n)
+    middle = difference / n
+    return Interval(difference / samples, max(-1.0, middle - half), min(1.0, middle + half), samples)
+
+
 def _student(freedom: int) -> float:
     """Return the 97.5 % quantile of Student's t."""
     exact = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764, 5: 2.5706, 6: 2.4469, 7: 2.3646, 8: 2.3060}
     if freedom in exact:
         return exact[freedom]
-    z = NormalDist().inv_cdf(0.975)  # Cornish and Fisher's expansion, exact to 1e-3 from here on
+    z = _Z  # Cornish and Fisher's expansion, exact to 1e-3 from here on
     return (
         z
         + (z**3 + z) / (4 * freedom)
