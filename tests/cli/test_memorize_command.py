@@ -1,0 +1,87 @@
+import json
+
+import pytest
+
+from everlong.memory.store import MemoryStore
+
+TEXT = "Orla Finch keeps bees in Sligo. She sells honey to Bennet. Her brother paints boats."
+FAST = ("--set", "generators=text", "--set", "selection=all", "--set", "passes=1", "--set", "rank=8")
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("EVERLONG_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def handbook(tmp_path):
+    path = tmp_path / "handbook.md"
+    path.write_text(TEXT)
+    return path
+
+
+def test_files_become_a_memory_that_the_other_commands_use(everlong, home, handbook):
+    done = everlong("memorize", handbook, "--name", "handbook", *FAST)
+    assert done.code == 0, done.err
+    assert "learned in 1 segment, 1 pairs" in done.out and "--memory handbook" in done.out
+    assert "segment 1 of 1: learning" in done.err
+    assert [memory.name for memory in MemoryStore().list()] == ["handbook"]
+    words = ["--memory", "handbook", "--max-new-tokens", "4"]
+    for command in (["ask", "Who?"], ["read", handbook, "--ask", "Who?"], ["generate", "Orla"]):
+        result = everlong(command[0], *command[1:], *words)
+        assert result.code == 0, result.err
+    assert everlong("chat", *words, stdin="Who?\n").code == 0
+
+
+def test_json_is_the_record(everlong, home, handbook):
+    done = everlong("memorize", handbook, "-", "-n", "both", "--json", "-q", *FAST, stdin="More.")
+    record = json.loads(done.out)
+    assert record["name"] == "both" and record["source"]["characters"] == len(TEXT + "\n\nMore.")
+    assert record["recipe"]["values"]["passes"] == 1 and record["pairs"] == 1
+    assert not done.err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--recipe", "infinite"], "unknown recipe"),
+        (["--set", "pases=1"], "did you mean 'passes'"),
+        (["--set", "rank=7"], "would not load everywhere"),
+        (["--name", "../x"], "cannot name a memory"),
+    ],
+)
+def test_bad_options_are_one_line_with_the_remedy(everlong, home, handbook, words, message):
+    result = everlong("memorize", handbook, "--name", "handbook", *words)
+    assert result.code == 2 and message in result.err and result.err.count("\n") == 1
+
+
+def test_a_name_that_exists_is_refused_unless_replaced(everlong, home, handbook):
+    assert everlong("memorize", handbook, "-n", "a", *FAST).code == 0
+    refused = everlong("memorize", handbook, "-n", "a", *FAST)
+    assert refused.code == 2 and "there is a memory 'a' already" in refused.err
+    assert everlong("memorize", handbook, "-n", "a", "--replace", *FAST).code == 0
+
+
+def test_a_model_that_does_not_use_the_text_is_told_so(everlong, home, handbook):
+    result = everlong("memorize", handbook, "-n", "a", "--set", "generators=cloze", "--set", "passes=1")
+    assert result.code == 2 and "nats per token" in result.err and "force" in result.err
+    assert not MemoryStore().list()
+
+
+def test_memories_of_a_state_are_settled(everlong, home, handbook, tmp_path):
+    assert everlong("memorize", handbook, "-n", "a", *FAST).code == 0
+    state = tmp_path / "talk.state"
+    assert (
+        everlong("chat", "--memory", "a", "--state", state, "--max-new-tokens", "2", stdin="Hi\n").code == 0
+    )
+    again = everlong("chat", "--memory", "a", "--state", state, stdin="Hi\n")
+    assert again.code == 2 and "leave out --memory" in again.err
+    assert everlong("chat", "--state", state, "--max-new-tokens", "2", stdin="Hi\n").code == 0
+
+
+def test_questions_are_answered_as_json(everlong, home):
+    result = everlong("ask", "Who?", "Where?", "--json", "-q", "--max-new-tokens", "3")
+    answers = json.loads(result.out)["answers"]
+    assert [answer["question"] for answer in answers] == ["Who?", "Where?"]
+    assert everlong("ask", "Who?", "--memory", "none").code == 2
