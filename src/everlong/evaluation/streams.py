@@ -117,7 +117,17 @@ class PolicyStream(Stream):
 
     def __init__(self, attachment: Attachment) -> None:
         super().__init__(attachment.decoder)
+        self._attachment = attachment
         self._cache = attachment.new_cache()
+
+    @torch.inference_mode()
+    def read(self, ids: Tensor) -> Tensor:
+        """Read `ids`; a single token as a session does that writes."""
+        return (
+            self._attachment.step(self._cache, ids[None], hidden=True)[0]
+            if len(ids) == 1
+            else super().read(ids)
+        )
 
     @property
     def cache(self) -> Any:
