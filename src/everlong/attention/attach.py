@@ -91,7 +91,7 @@ class Attachment:
         self.is_attached = True
         device: torch.device = decoder.get_input_embeddings().weight.device  # type: ignore[operator]
         watch = ModelWatch(model, is_own=lambda hook: getattr(hook, "__self__", None) is self)
-        self.steps = StepRecorder(recorder_for(device), watch, self._layers)
+        self.steps = StepRecorder(recorder_for(device), watch, self._layers, self.owner)
 
     # --- opening and closing -----------------------------------------------------------------------
 

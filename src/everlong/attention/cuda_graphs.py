@@ -6,12 +6,14 @@ step before it is used, so that a device on which this does not work costs one a
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 _WARM_UP = 3  # runs before the capture, during which libraries may still allocate and choose
+_one_at_a_time = threading.Lock()  # captures share a stream
 
 
 class CudaGraphs:
@@ -28,7 +30,7 @@ class CudaGraphs:
 
     def record(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         """Warm `run` up on a stream of its own, and capture it; see :class:`Recorder`."""
-        with torch.cuda.device(self._device):
+        with _one_at_a_time, torch.cuda.device(self._device):
             current, side = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
             side.wait_stream(current)
             with torch.cuda.stream(side):

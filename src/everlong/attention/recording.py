@@ -93,10 +93,13 @@ class StepRecorder:
         Of the model.
     layers : Layers
         The model's.
+    owner : str
+        The attachment.
     """
 
-    def __init__(self, recorder: Recorder | None, watch: ModelWatch, layers: Layers) -> None:
+    def __init__(self, recorder: Recorder | None, watch: ModelWatch, layers: Layers, owner: str) -> None:
         self.recorder = recorder
+        self._owner = owner
         self._watch = watch
         self._layers = layers
 
@@ -142,7 +145,7 @@ class StepRecorder:
 
     def _aims(self, cache: StreamCache, ids: Tensor) -> list[Aim] | None:
         """Return where a static step would put the tokens; None: it runs eagerly, or is refused there."""
-        if cache.is_half_done or ids.shape != (cache.rows, 1):
+        if cache.owner != self._owner or cache.is_half_done or ids.shape != (cache.rows, 1):
             return None
         if torch.is_autocast_enabled(ids.device.type):
             return None
@@ -196,7 +199,8 @@ class StepRecorder:
         if recorded.replay is None:
             self.recorder = cache.recorded = None
             warnings.warn(
-                f"a step of writing was recorded in vain, steps go on one by one: {reason}", stacklevel=2
+                f"a recorded step of writing was dropped, and each step runs by itself: {reason}",
+                stacklevel=2,
             )
         return expected
 

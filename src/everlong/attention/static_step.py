@@ -272,4 +272,4 @@ def _pair(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> tu
 def _copy(into: Angles, angles: Angles) -> None:
     if into is not None and angles is not None:
         for ours, theirs in zip(into, angles, strict=True):
-            ours.copy_(theirs)
+            ours.copy_(theirs, non_blocking=True)

@@ -74,11 +74,11 @@ class _Snapshot:
             vars(module) for module in self._modules if type(module).__module__.split(".")[0] not in _KNOWN
         )
         self._switches = [_switches(attributes) for attributes in foreign]
-        self._is_training = self._trains()
+        self._training = self._training_flags()
         self._addresses = self._tensor_addresses()
         self.can_be_recorded = (
             all(map(is_own, hooks))
-            and not self._is_training
+            and not model.training
             and self._addresses is not None
             and len({tensor.device for tensor in self._tensors}) == 1
             and not any("_hf_hook" in attributes for attributes in self._attributes)
@@ -93,7 +93,7 @@ class _Snapshot:
             and self._tensor_addresses() == self._addresses
             and _are_the_same(map(type, self._modules), self._classes)
             and _are_the_same(self._own_forwards(), self._forwards)
-            and self._trains() == self._is_training
+            and self._training_flags() == self._training
             and all(look(attributes) == values for look, attributes, values in self._switches)
         )
 
@@ -111,8 +111,8 @@ class _Snapshot:
     def _own_forwards(self) -> list[Any]:
         return [attributes.get("forward") for attributes in self._attributes]
 
-    def _trains(self) -> bool:
-        return any(map(_is_training, self._attributes))
+    def _training_flags(self) -> list[bool]:
+        return list(map(_is_training, self._attributes))
 
 
 def _are_the_same(ours: Iterable[Any], theirs: list[Any]) -> bool:
