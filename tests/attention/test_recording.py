@@ -12,9 +12,10 @@ import torch
 
 import tests.tiny as tiny
 from everlong.attention import FullAttention, LMInfinite, StreamingLLM, attach, layer_memory, recording
+from everlong.attention.aim import aims
 from everlong.attention.cuda_graphs import CudaGraphs, recorder_for
 from everlong.attention.layer_memory import LayerMemory
-from everlong.attention.static_step import StaticStep, aims
+from everlong.attention.static_step import StaticStep
 from everlong.errors import StateError
 from everlong.models import lean_layers
 from tests.attention.trace_recorder import TraceRecorder

@@ -15,10 +15,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from everlong.attention.aim import Aim, aims, one_further
 from everlong.attention.cache import StreamCache
 from everlong.attention.cache_interface import PolicyCache
 from everlong.attention.forward import Layers
-from everlong.attention.static_step import Aim, StaticStep, aims, one_further
+from everlong.attention.static_step import StaticStep
 from everlong.models.watch import ModelWatch
 
 EAGER_STEPS = 4

@@ -13,89 +13,16 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
+from everlong.attention.aim import Aim
 from everlong.attention.cache import StreamCache
 from everlong.attention.cache_interface import PolicyCache
 from everlong.attention.forward import Layers, Underway
 from everlong.attention.inputs import Inputs
 from everlong.attention.layer_memory import LayerMemory
 from everlong.attention.parts import Logits
-from everlong.attention.policy import Policy
-from everlong.attention.positions import Angles, Rotation, working_dtype
-from everlong.attention.token_step import Place, TokenStep, rotated_sinks, takes_tokens, token_place
+from everlong.attention.positions import Angles, working_dtype
+from everlong.attention.token_step import TokenStep, rotated_sinks
 from everlong.errors import InputError, UnsupportedUseError
-
-
-@dataclass(frozen=True, eq=False)
-class Aim:
-    """Where the next token goes in layers that are alike.
-
-    Attributes
-    ----------
-    policy : Policy
-        Theirs.
-    rotation : Rotation
-        Theirs, at present.
-    memories : dict of int to LayerMemory
-        By the layer's number.
-    place : Place
-        The same in each.
-    """
-
-    policy: Policy
-    rotation: Rotation
-    memories: dict[int, LayerMemory]
-    place: Place
-
-
-def aims(cache: StreamCache, layers: Layers) -> list[Aim] | None:
-    """Return where the next token of each row goes, kind of layer by kind; None: the step is not static.
-
-    Stored keys are brought to the frame that the token needs.
-    """
-    span = cache.policy.span
-    if torch.is_grad_enabled() or not cache.is_settled or layers.share_keys or span is None:
-        return None
-    if cache.seen - max(cache.pads or (0,)) < span:
-        return None
-    found, memo = [], {}  # type: ignore[var-annotated]
-    for kind in layers.kinds:
-        policy = layers.policy(kind[0], cache.policy)
-        length = cache.seen + 1 if policy.span is None else min(cache.seen + 1, policy.span)
-        memories = {layer.index: cache.memories[layer.index] for layer in kind}
-        first = memories[kind[0].index]
-        if not all(takes_tokens(memory) and _is_full(memory) for memory in memories.values()):
-            return None
-        rotation = layers.rotation(kind[0], length, memo)
-        for memory in memories.values():
-            memory.follow(rotation, 1)
-        if any((m.seen, m.origin) != (first.seen, first.origin) for m in memories.values()):
-            return None
-        place = token_place(policy, first, cache.pads)
-        if place is None:
-            return None
-        found.append(Aim(policy, rotation, memories, place))
-    return found
-
-
-def one_further(aim: Aim) -> Aim:
-    """Return the aim of the token after this one, in the same frame; called once this one was put in."""
-    memory = next(iter(aim.memories.values()))
-    sinks = aim.place.sinks
-    if sinks is not None:
-        sinks = range(sinks.start + 1, sinks.stop + 1) if isinstance(sinks, range) else sinks + 1
-    place = aim.place._replace(at=aim.place.at + 1, slot=memory.slot(memory.seen), sinks=sinks)
-    return Aim(aim.policy, aim.rotation, aim.memories, place)
-
-
-def _is_full(memory: LayerMemory) -> bool:
-    window = memory.window
-    return (
-        window is not None
-        and memory.seen >= window
-        and memory.pending is None
-        and memory.keys is not None
-        and memory.keys.shape[2] == window
-    )
 
 
 class _Kind:
@@ -112,7 +39,8 @@ class _Kind:
         device, dtype = first.keys.device, working_dtype(first.keys)
         self._slot = torch.zeros(1, dtype=torch.long, device=device)
         here = aim.rotation.angles(aim.place.at, self._like)
-        self._here = self._sinks = None  # type: Angles
+        self._here: Angles = None
+        self._sinks: Angles = None
         self._has_sinks = aim.place.sinks is not None
         if here is not None:
             width = here[0].shape[-1]
@@ -151,20 +79,18 @@ class StaticStep(PolicyCache):
     cache : StreamCache
         Whose windows they are.
     found : list of Aim
-        From :func:`aims`.
+        From :func:`~everlong.attention.aim.aims`.
 
     Attributes
     ----------
     ids : Tensor (rows, 1)
         The tokens to run, written by :meth:`aim_at`.
-    buffers : list of Tensor
-        What a step writes to: the keys and values of all layers.
     """
 
     def __init__(self, cache: StreamCache, found: list[Aim]) -> None:
         super().__init__(cache.owner)
         assert cache.rows is not None and cache.policy.span is not None
-        self.pads = cache.pads if cache.pads and any(cache.pads) else None
+        self.pads = _real(cache.pads)
         self._memories = list(cache.memories.values())
         self._held = self._tensors()
         with torch.inference_mode(False):  # later steps, in whatever mode, write into them
@@ -175,14 +101,14 @@ class StaticStep(PolicyCache):
 
     @property
     def buffers(self) -> list[Tensor]:
-        """Keys and values of all layers."""
+        """What a step writes to: keys and values of all layers."""
         return [x for memory in self._memories for x in (memory.keys, memory.values) if x is not None]
 
     def is_of(self, cache: StreamCache, found: list[Aim], ids: Tensor) -> bool:
         """Whether the next step of `cache` is this one, with other numbers in its tensors."""
         return (
             ids.shape == self.ids.shape
-            and (cache.pads if cache.pads and any(cache.pads) else None) == self.pads
+            and _real(cache.pads) == self.pads
             and all(ours is theirs for ours, theirs in zip(self._held, self._tensors(), strict=True))
             and all(kind.is_of(aim) for kind, aim in zip(self._kinds, found, strict=True))
         )
@@ -265,8 +191,14 @@ class StaticForward:
             raise UnsupportedUseError(f"{self._attended} of {len(self.steps)} layers attended")
 
 
+def _real(pads: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    """Return the rows' padding; None: there is none."""
+    return pads if pads and any(pads) else None
+
+
 def _pair(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    return tuple(torch.zeros(rows, width, dtype=dtype, device=device) for _ in range(2))  # type: ignore[return-value]
+    cos, sin = torch.zeros(2, rows, width, dtype=dtype, device=device)
+    return cos, sin
 
 
 def _copy(into: Angles, angles: Angles) -> None:
