@@ -25,7 +25,7 @@ class TraceRecorder:
         self.replayed = 0
 
     def record(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        with _Trace() as trace:
+        with Trace() as trace:
             result = run()
         self.recorded += 1
 
@@ -36,7 +36,9 @@ class TraceRecorder:
         return replay, result
 
 
-class _Trace(TorchDispatchMode):
+class Trace(TorchDispatchMode):
+    """What is done while it is open."""
+
     def __init__(self) -> None:
         super().__init__()
         self._calls: list[tuple[Any, Any, Any, list[Tensor]]] = []

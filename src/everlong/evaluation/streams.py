@@ -123,11 +123,9 @@ class PolicyStream(Stream):
     @torch.inference_mode()
     def read(self, ids: Tensor) -> Tensor:
         """Read `ids`; a single token as a session does that writes."""
-        return (
-            self._attachment.step(self._cache, ids[None], hidden=True)[0]
-            if len(ids) == 1
-            else super().read(ids)
-        )
+        if len(ids) > 1:
+            return super().read(ids)
+        return self._attachment.step(self._cache, ids[None], hidden=True)[0]
 
     @property
     def cache(self) -> Any:
