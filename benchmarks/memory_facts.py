@@ -1,4 +1,4 @@
-"""What a memory recalls of invented facts, beside what the text itself, a part of it, or other training gives.
+"""What a memory recalls of invented facts, beside the text itself, a part of it, and other training.
 
     python benchmarks/memory_facts.py                      # 3 documents
     python benchmarks/memory_facts.py --documents 20       # the whole: some hours
@@ -149,9 +149,9 @@ def page(options: Any, rows: dict[str, Any]) -> list[str]:
         for way in WAYS
     ]
     return [
-        f"{options.model}; {len(read)} documents of about 240 tokens, {len(learned)} times learned; greedy, an "
-        f"answer is right if its first words are. A segment is learned from at most {options.budget} tokens of "
-        "responses wherever pairs are chosen. Without the text, no examples are shown.",
+        f"{options.model}; {len(read)} documents of about 240 tokens, {len(learned)} times learned; greedy; an "
+        f"answer is right if its first words are. Where pairs are chosen, they have {options.budget} tokens of "
+        "responses at most. Without the text, no examples are shown. Percent, 95 % intervals.",
         "",
         *table(["what the model has", *FORMS, "mean"], cells),
         "",

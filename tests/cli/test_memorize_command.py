@@ -63,7 +63,8 @@ def test_a_name_that_exists_is_refused_unless_replaced(everlong, home, handbook)
     assert everlong("memorize", handbook, "-n", "a", "--replace", *FAST).code == 0
 
 
-def test_a_model_that_does_not_use_the_text_is_told_so(everlong, home, handbook):
+def test_a_model_that_does_not_use_the_text_is_told_so(everlong, home, handbook, monkeypatch):
+    monkeypatch.setattr("everlong.memory.infinite_icl._LEAST_GAIN", 9.0)
     result = everlong("memorize", handbook, "-n", "a", "--set", "generators=cloze", "--set", "passes=1")
     assert result.code == 2 and "nats per token" in result.err and "force" in result.err
     assert not MemoryStore().list()

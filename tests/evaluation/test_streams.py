@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from everlong.attention import FullAttention, LMInfinite, Policy, StreamingLLM
+from everlong.attention import FullAttention, LMInfinite, Policy, StreamingLLM, attach
 from everlong.evaluation.streams import PolicyStream, StockStream, Stream, open_stream
+from tests.attention.trace_recorder import TraceRecorder
 from tests.evaluation.expected import A_KEY, Listening, stock_logits
 from tests.reference.attention import ReferenceSpec
 from tests.reference.model import reference_logits
@@ -139,3 +140,15 @@ def test_a_stock_model_whose_layers_share_keys_is_read_too() -> None:
     stream.read(random_ids(1, 20)[0])
     assert set(stream.layers) == {0, 1}
     assert stream.bytes()["window"] == sum(k.nbytes + v.nbytes for k, v in stream.layers.values()) > 0
+
+
+def test_single_tokens_go_by_recorded_steps_where_a_session_would_write_so(model: Any, ids: Tensor) -> None:
+    with attach(model, LMInfinite(window=W, sinks=G)) as handle:
+        recorder = handle.steps.recorder = TraceRecorder()
+        recorded, plain = PolicyStream(handle), PolicyStream(handle)
+        found = read(recorded, ids, 1)
+        fork = recorded.fork()
+        handle.steps.recorder = None
+        assert torch.allclose(found, read(plain, ids, 1), atol=1e-5)
+        assert torch.allclose(fork.read(ids[:1]), plain.read(ids[:1]), atol=1e-5)
+    assert recorder.replayed > W

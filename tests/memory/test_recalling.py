@@ -190,6 +190,6 @@ def test_a_model_with_adapters_of_its_own_takes_no_memories(stocked):
     config = peft.LoraConfig(r=4, target_modules=["q_proj"])
     adapted = peft.get_peft_model(model, config).eval()
     with LLM(adapted, tokenizer, "tiny", FullAttention()) as llm:
-        stocked.update(record("bees", base_hash=llm._attached.weights_hash, rank=8))
+        stocked.add(record("own", base_hash=llm._attached.weights_hash), lora())
         with pytest.raises(UnsupportedUseError, match="adapters of PEFT's already"):
-            llm.session(memories=["bees"], store=stocked)
+            llm.session(memories=["own"], store=stocked)

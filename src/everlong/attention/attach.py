@@ -9,15 +9,20 @@ from contextvars import ContextVar
 from types import TracebackType
 from typing import Any
 
+import torch
 import transformers
 from torch import Tensor, nn
 
 from everlong.attention.batch import StreamBatch, why_apart
 from everlong.attention.cache import StreamCache
-from everlong.attention.forward import Forward, Layers
+from everlong.attention.cache_interface import PolicyCache
+from everlong.attention.cuda_graphs import recorder_for
+from everlong.attention.forward import Forward, Layers, Underway
 from everlong.attention.inputs import Inputs, clamped_positions, read_padding, refuse_foreign_cache
 from everlong.attention.policy import Policy, make_policy
-from everlong.attention.sequences import PackedForward, PackedSequences
+from everlong.attention.recording import StepRecorder
+from everlong.attention.sequences import PackedSequences
+from everlong.attention.static_step import StaticStep
 from everlong.errors import (
     ConfigurationError,
     StateError,
@@ -33,11 +38,12 @@ from everlong.models.packing import by_float_weights
 from everlong.models.rotary import IdentityRotary
 from everlong.models.seam import Seam
 from everlong.models.unrotated import unrotated
+from everlong.models.watch import ModelWatch
 
 _CHUNKS_CONTINUE = tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= (5, 21)
 
 
-_forward: ContextVar[Forward | PackedForward | None] = ContextVar("everlong_forward", default=None)
+_forward: ContextVar[Underway | None] = ContextVar("everlong_forward", default=None)
 
 
 class Attachment:
@@ -57,6 +63,9 @@ class Attachment:
         That streams may bring along: a cache's ``adapter`` names the one its forwards use.
     cache_argument : str
         What its forward calls the cache: ``"cache"``, or ``"past_key_values"`` before transformers 5.24.
+    steps : StepRecorder
+        What :meth:`step` goes through: records steps, to repeat them at once, where its ``recorder`` is not
+        None. It is one for CUDA graphs where the model is on such a device.
     """
 
     def __init__(self, model: nn.Module, policy: Policy) -> None:
@@ -81,9 +90,13 @@ class Attachment:
         self.owner = uuid.uuid4().hex
         self._generator = inner
         self.adapters = Adapters(inner)
+        self._with_adapter: set[int] = set()  # forwards that hold its lock
         self._layers = Layers(anatomy.layers)
         self._closing = self._open([layer.module for layer in anatomy.layers if anatomy.can_skip_rotation])
         self.is_attached = True
+        device: torch.device = decoder.get_input_embeddings().weight.device  # type: ignore[operator]
+        watch = ModelWatch(model, is_own=lambda hook: getattr(hook, "__self__", None) is self)
+        self.steps = StepRecorder(recorder_for(device), watch, self._layers, self.owner)
 
     # --- opening and closing -----------------------------------------------------------------------
 
@@ -114,6 +127,7 @@ class Attachment:
         self._end_forward()  # one that a KeyboardInterrupt ended is still open: no hook runs after it
         self.adapters.remove()
         self._closing.close()
+        self.steps.recorder = None
 
     def __enter__(self) -> Attachment:
         return self
@@ -187,6 +201,40 @@ class Attachment:
         }
         return StreamCache.from_state(tensors, meta, self._layers.kept, self.owner, rotations)
 
+    # --- writing -----------------------------------------------------------------------------------
+
+    def step(self, cache: StreamCache, ids: Tensor, *, hidden: bool = False) -> Tensor:
+        """Run one token a row, as writing does.
+
+        Parameters
+        ----------
+        cache : StreamCache
+            What they go on from.
+        ids : Tensor (rows, 1)
+            The tokens.
+        hidden : bool
+            Whether hidden states are wanted, without the head.
+
+        Returns
+        -------
+        Tensor (rows, 1, vocabulary or d)
+            Logits, or hidden states.
+        """
+        module: Any = self.decoder if hidden else self.model
+        output = "last_hidden_state" if hidden else "logits"
+
+        def run(cache: PolicyCache, ids: Tensor) -> Tensor:
+            found: Tensor = getattr(
+                module(input_ids=ids, use_cache=True, **{self.cache_argument: cache}), output
+            )
+            return found
+
+        if len(self.adapters):  # a recording knows of one adapter, or none
+            return run(cache, ids)
+        return self.steps.run(cache, ids, run, output)
+
+    # --- generate() --------------------------------------------------------------------------------
+
     def _prepare_cache(
         self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, *_: Any, **__: Any
     ) -> None:
@@ -238,7 +286,7 @@ class Attachment:
             refuse_foreign_cache(given, self.owner)
         cache = self._implicit_cache() if given is None else given
         is_kept = given is not None or bool(use_cache)
-        if isinstance(cache, PackedSequences):
+        if isinstance(cache, (PackedSequences, StaticStep)):
             positions = cache.positions(inputs.device)
             _forward.set(cache.begin(inputs, self._layers, self._end_forward()))
         else:
@@ -250,9 +298,7 @@ class Attachment:
             _forward.set(Forward(self.owner, self._layers, cache, inputs.tokens, is_kept, outer))
         if len(self.adapters):
             self.adapters.begin(cache.adapter)
-            forward = _forward.get()
-            assert forward is not None
-            forward.adapters = self.adapters
+            self._with_adapter.add(id(_forward.get()))
         inputs.arguments.update(use_cache=is_kept, attention_mask=None, position_ids=positions)
         inputs.arguments[self.cache_argument] = cache if is_kept else None
         return (), inputs.arguments
@@ -265,15 +311,16 @@ class Attachment:
             return
         forward.finish()
 
-    def _end_forward(self) -> Forward | PackedForward | None:
+    def _end_forward(self) -> Underway | None:
         """Close this attachment's forward if one is open in this thread; return the one around it."""
         forward = _forward.get()
         if forward is None or forward.owner != self.owner:
             return forward
         forward.cache.abandon()
         _forward.set(forward.outer)
-        if forward.adapters is not None:
-            forward.adapters.end()
+        if id(forward) in self._with_adapter:
+            self._with_adapter.remove(id(forward))
+            self.adapters.end()
         return forward.outer
 
     def _attention(

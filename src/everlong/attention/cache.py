@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from everlong.attention.policy import Policy, make_policy, policy_options
 from everlong.attention.positions import Rotation
 from everlong.attention.window import LocalWindow
 from everlong.errors import StateError, UnsupportedUseError
+
+if TYPE_CHECKING:
+    from everlong.attention.recording import Recorded
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,8 @@ class StreamCache(PolicyCache):
         self._provisional_seen = 0
         self.is_half_done = False
         """Whether a forward ended in an error, some layers ahead of others."""
+        self.recorded: Recorded | None = None
+        """A step of writing, recorded on the buffers of this very cache: never copied, never saved."""
 
     # --- accounts ----------------------------------------------------------------------------------
 
@@ -154,6 +159,11 @@ class StreamCache(PolicyCache):
         """Whether appended tokens are kept aside at present."""
         return self._is_provisional
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether all tokens seen are settled, and the next ones will be."""
+        return not (self._is_provisional or self._provisional_seen)
+
     def commit(self, which: list[int] | None = None) -> None:
         """Settle provisional tokens: all, or those numbered `which`, as if they had followed one another."""
         count = self._provisional_seen
@@ -230,7 +240,7 @@ class StreamCache(PolicyCache):
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         with torch.inference_mode(False):  # later forwards, in whatever mode, write into the copy
-            twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+            twin.__dict__.update(copy.deepcopy(self.__dict__ | {"recorded": None}, memo))
         return twin
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -311,6 +321,7 @@ class StreamCache(PolicyCache):
         if self.rows is None:
             return
         chosen = torch.arange(self.rows)[indices.cpu()]
+        self.recorded = None  # the buffers become others
         with torch.inference_mode(False):  # later forwards, in whatever mode, write into them
             for memory in self.memories.values():
                 memory.pick_rows(chosen)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Any, Protocol, Unpack
 
 import torch
 from torch import Tensor
 
 from everlong.attention.cache import KeptLayer, StreamCache
+from everlong.attention.cache_interface import PolicyCache
 from everlong.attention.parts import Logits, attend
 from everlong.attention.policy import Policy
 from everlong.attention.positions import Rotation
@@ -17,14 +18,34 @@ from everlong.attention.token_step import TokenStep, token_step
 from everlong.attention.view import LayerCall, LayerView
 from everlong.attention.window import LocalWindow
 from everlong.errors import UnsupportedUseError
-from everlong.models.adapters import Adapters
 from everlong.models.anatomy import LayerAnatomy
-
-if TYPE_CHECKING:
-    from everlong.attention.sequences import PackedForward
 
 GROUP = 256
 """Queries that are attended together in prefill."""
+
+
+class Underway(Protocol):
+    """A forward under way, of whatever kind; members as of :class:`Forward`."""
+
+    @property
+    def owner(self) -> str:
+        """The attachment it belongs to."""
+
+    @property
+    def cache(self) -> PolicyCache:
+        """What it goes on from."""
+
+    @property
+    def outer(self) -> Underway | None:
+        """The forward it was begun in."""
+
+    def attend(
+        self, number: int, query: Tensor, key: Tensor, value: Tensor, **logits: Unpack[Logits]
+    ) -> Tensor:
+        """Let layer `number` attend."""
+
+    def finish(self) -> None:
+        """Count the tokens."""
 
 
 class Layers:
@@ -34,6 +55,10 @@ class Layers:
     ----------
     kept : dict of int to KeptLayer
         By number, the layers that have keys of their own.
+    kinds : list of list of LayerAnatomy
+        All layers, those together that attend alike.
+    share_keys : bool
+        Whether some use the keys of others.
     """
 
     def __init__(self, anatomy: Sequence[LayerAnatomy]) -> None:
@@ -47,6 +72,14 @@ class Layers:
             for layer in anatomy
             if layer.donor is None
         }
+        self.share_keys = self._donors != {None}
+        self.kinds: list[list[LayerAnatomy]] = []
+        for layer in anatomy:
+            alike = next((kind for kind in self.kinds if kind[0].is_like(layer)), None)
+            if alike is None:
+                self.kinds.append([layer])
+            else:
+                alike.append(layer)
 
     @property
     def tables_change(self) -> bool:
@@ -108,10 +141,8 @@ class Forward:
         New tokens per row.
     is_kept : bool
         Whether the cache takes them in.
-    outer : Forward, PackedForward or None
+    outer : Underway or None
         The forward it was begun in, of another model.
-    adapters : Adapters or None
-        What it has told which adapter to use, and will tell that it is over.
     """
 
     owner: str
@@ -119,8 +150,7 @@ class Forward:
     cache: StreamCache
     tokens: int
     is_kept: bool
-    outer: Forward | PackedForward | None = None
-    adapters: Adapters | None = None
+    outer: Underway | None = None
     _attended: int = 0
     _given: dict[int, LayerView] = field(default_factory=dict)
     _memo: dict[Any, Any] = field(default_factory=dict)

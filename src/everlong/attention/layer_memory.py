@@ -151,6 +151,12 @@ class LayerMemory:
             self.raw.narrow(2, at, 1).copy_(raw_keys)
         self.seen += 1
 
+    def put_at(self, slot: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Write one token a row into the slot that a tensor of shape (1,) names; it is not counted."""
+        assert self.keys is not None and self.values is not None
+        self.keys.index_copy_(2, slot, keys.to(self.keys.dtype))
+        self.values.index_copy_(2, slot, values.to(self.values.dtype))
+
     def follow(self, rotation: Rotation, n: int) -> None:
         """Bring the stored keys to this forward's table and, when the frame is long, to a new origin."""
         old = Rotation(self.frequencies, self.layout)

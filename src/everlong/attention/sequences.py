@@ -15,11 +15,10 @@ from torch import Tensor
 
 from everlong.attention.cache import StreamCache
 from everlong.attention.cache_interface import PolicyCache
-from everlong.attention.forward import Forward, Layers
+from everlong.attention.forward import Forward, Layers, Underway
 from everlong.attention.inputs import Inputs
 from everlong.attention.parts import Logits
 from everlong.errors import InputError, StateError, UnsupportedUseError
-from everlong.models.adapters import Adapters
 
 
 class PackedSequences(PolicyCache):
@@ -50,7 +49,7 @@ class PackedSequences(PolicyCache):
         self.caches = list(caches)
         self.counts = list(counts)
 
-    def begin(self, inputs: Inputs, layers: Layers, outer: Forward | PackedForward | None) -> PackedForward:
+    def begin(self, inputs: Inputs, layers: Layers, outer: Underway | None) -> PackedForward:
         """Enter a forward of all streams."""
         if inputs.rows != 1 or inputs.tokens != sum(self.counts):
             raise InputError(
@@ -99,8 +98,7 @@ class PackedForward:
     owner: str
     cache: PackedSequences
     forwards: list[Forward]
-    outer: Forward | PackedForward | None = None
-    adapters: Adapters | None = None
+    outer: Underway | None = None
     _edges: list[tuple[int, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Unpack
+from typing import NamedTuple, Unpack
 
 import torch
 from torch import Tensor
@@ -17,11 +17,33 @@ from everlong.attention.layer_memory import LayerMemory
 from everlong.attention.parts import Logits, attend_all
 from everlong.attention.policy import Policy
 from everlong.attention.positions import Angles, Rotation
+from everlong.models.rotary import Positions
+
+
+class Place(NamedTuple):
+    """Where one token goes, and from where it sees; made by :func:`token_place`.
+
+    Attributes
+    ----------
+    at : int
+        The token's frame position.
+    slot : int
+        The slot it is put into.
+    slots : int
+        Slots that it sees, from the first on, its own included.
+    sinks : int, range, Tensor or None
+        Frame positions to which the sinks are rotated first; None: they stand right.
+    """
+
+    at: int
+    slot: int
+    slots: int
+    sinks: Positions | None
 
 
 @dataclass(frozen=True, eq=False)
 class TokenStep:
-    """One step of writing in the layers of one policy; made by :func:`token_step`.
+    """One step of writing in the layers of one policy; made by :func:`token_step`, or of static tensors.
 
     Attributes
     ----------
@@ -37,6 +59,8 @@ class TokenStep:
         The rotated sinks of each memory, by its id, where they keep their distance.
     pads : tuple of int or None
         The rows' padding.
+    slot : Tensor, optional
+        The slot to put the token into, shape (1,), in windows that are full; otherwise their memories say.
     """
 
     rotation: Rotation
@@ -46,22 +70,20 @@ class TokenStep:
     here: Angles
     sinks: dict[int, Tensor]
     pads: tuple[int, ...] | None
+    slot: Tensor | None = None
 
     def fits(self, memory: LayerMemory) -> bool:
         """Whether `memory` stands where the step was made for."""
-        return (
-            type(memory) is LayerMemory
-            and memory.tier is None
-            and not memory.keep_raw
-            and memory.seen == self.seen
-            and memory.origin == self.origin
-        )
+        return takes_tokens(memory) and memory.seen == self.seen and memory.origin == self.origin
 
     def attend(
         self, memory: LayerMemory, query: Tensor, key: Tensor, value: Tensor, **logits: Unpack[Logits]
     ) -> Tensor:
         """Put the token into a layer's memory, and attend; parameters as of :meth:`Forward.attend`."""
-        memory.put(self.rotation.turned(key, self.here), value, key, self.pads)
+        if self.slot is None:
+            memory.put(self.rotation.turned(key, self.here), value, key, self.pads)
+        else:
+            memory.put_at(self.slot, self.rotation.turned(key, self.here), value)
         keys, values = memory.keys, memory.values
         assert keys is not None and values is not None
         if self.sinks:
@@ -99,34 +121,55 @@ def token_step(
     if torch.is_grad_enabled():
         return None
     memory = memories[0]
+    place = token_place(policy, memory, pads)
+    if place is None:
+        return None
+    sinks = {}
+    if place.sinks is not None:
+        sinks = rotated_sinks(memories, rotation, rotation.angles(place.sinks, like))
+    return TokenStep(
+        rotation,
+        memory.seen,
+        memory.origin,
+        place.slots,
+        rotation.angles(place.at, like),
+        sinks,
+        pads if pads and any(pads) else None,
+    )
+
+
+def takes_tokens(memory: LayerMemory) -> bool:
+    """Whether a memory keeps nothing beside its window: then the shortest way may go through it."""
+    return type(memory) is LayerMemory and memory.tier is None and not memory.keep_raw
+
+
+def token_place(policy: Policy, memory: LayerMemory, pads: tuple[int, ...] | None) -> Place | None:
+    """Return where the next token goes in `memory`; None: what it sees needs a mask or a merge."""
     index = memory.seen
     distances = policy.in_place(index - max(pads or (0,)), index)
     is_full = memory.window is not None and index >= memory.window
     if distances is None or (pads and any(pads) and not is_full):
         return None
     at = memory.frame(index)
-    return TokenStep(
-        rotation,
-        index,
-        memory.origin,
+    return Place(
+        at,
+        memory.slot(index),
         memory.window if is_full and memory.window is not None else index + 1,
-        rotation.angles(at, like),
-        _rotated_sinks(memories, rotation, [at - distance for distance in distances]),
-        pads if pads and any(pads) else None,
+        _as_positions([at - distance for distance in distances]),
     )
 
 
-def _rotated_sinks(
-    memories: Sequence[LayerMemory], rotation: Rotation, positions: list[int]
-) -> dict[int, Tensor]:
-    """Return the sinks of each memory at `positions` of the frame, all rotated at once; none: no sinks."""
-    if not positions:
-        return {}
+def rotated_sinks(memories: Sequence[LayerMemory], rotation: Rotation, angles: Angles) -> dict[int, Tensor]:
+    """Return the sinks of each memory, by its id, rotated by `angles`, all at once."""
     keys = [memory.sink_keys for memory in memories if memory.sink_keys is not None]
-    together = torch.cat(keys)
-    run = range(positions[0], positions[0] + len(positions))
-    if len(set(positions)) == 1:
-        turned = rotation(together, positions[0])
-    else:
-        turned = rotation(together, run if positions == list(run) else torch.tensor(positions))
+    turned = rotation.turned(torch.cat(keys), angles)
     return dict(zip(map(id, memories), torch.split(turned, len(keys[0])), strict=True))
+
+
+def _as_positions(positions: list[int]) -> Positions | None:
+    if not positions:
+        return None
+    if len(set(positions)) == 1:
+        return positions[0]
+    run = range(positions[0], positions[0] + len(positions))
+    return run if positions == list(run) else torch.tensor(positions)

@@ -117,7 +117,15 @@ class PolicyStream(Stream):
 
     def __init__(self, attachment: Attachment) -> None:
         super().__init__(attachment.decoder)
+        self._attachment = attachment
         self._cache = attachment.new_cache()
+
+    @torch.inference_mode()
+    def read(self, ids: Tensor) -> Tensor:
+        """Read `ids`; a single token as a session does that writes."""
+        if len(ids) > 1:
+            return super().read(ids)
+        return self._attachment.step(self._cache, ids[None], hidden=True)[0]
 
     @property
     def cache(self) -> Any:

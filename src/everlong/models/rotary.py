@@ -173,6 +173,7 @@ class IdentityRotary(nn.Module):
         self.__dict__["original"] = original  # not a submodule: its buffers are not this module's
         self.__dict__["_copy"] = fresh_copy(original)  # calling the original could change its table
         self._widths: dict[Any, int] = {}
+        self.training = original.training
 
     def forward(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Return (cos, sin) of ones and zeros, shape (1, n, r) with the r of the original."""

@@ -71,7 +71,9 @@ class Driver:
             model: Any = self.attachment.model
             given, call = self._call(ids, self.cache)
             found = None
-            if self.surprisal:
+            if len(ids) == 1 and (self.surprisal or logits):
+                found = self.attachment.step(self.cache, given)[0]
+            elif self.surprisal:
                 found = model(**call).logits[0]
             elif logits:
                 found = model(**call, logits_to_keep=1).logits[0]

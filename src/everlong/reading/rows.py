@@ -132,12 +132,9 @@ class BatchRows:
     def step(self) -> None:
         """Run the token that waits on each tape."""
         started = time.perf_counter()
-        model: Any = self._attachment.model
         cache, drivers = self._batch.cache, [tape.driver for tape in self._tapes]
         ids = torch.tensor([tape.queue for tape in self._tapes], device=drivers[0].device)
-        logits: Tensor = model(
-            input_ids=ids, use_cache=True, **{self._attachment.cache_argument: cache}
-        ).logits
+        logits = self._attachment.step(cache, ids)
         for tape in self._tapes:
             tape.queue = []
         cache.after_forward(ids, None)

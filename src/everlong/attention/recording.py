@@ -1,0 +1,212 @@
+"""Records a step of writing once it is static, and repeats it without Python in between.
+
+A recording is believed only once it gives what an eager step gives: it is recorded at the place of the next
+token, with another token, and then held against the eager step at this one's, so that a number that was baked
+in shows. Whatever does not fit it, or fails, runs eagerly.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from everlong.attention.aim import Aim, aims, one_further
+from everlong.attention.cache import StreamCache
+from everlong.attention.cache_interface import PolicyCache
+from everlong.attention.forward import Layers
+from everlong.attention.static_step import StaticStep
+from everlong.models.watch import ModelWatch
+
+EAGER_STEPS = 4
+"""Static steps that run eagerly before one is recorded: few tokens are not worth a recording."""
+
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
+_ROUNDED = 2e-2  # of the largest number, in half precision
+
+Run = Callable[[PolicyCache, Tensor], Tensor]
+"""Runs ids, shape (rows, 1), through the model with a cache, and returns an output of the same rows."""
+
+
+class Recorder(Protocol):
+    """Records what a device is given to do, such as :class:`~everlong.attention.cuda_graphs.CudaGraphs`."""
+
+    def record(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        """Run something some times, and record it.
+
+        Parameters
+        ----------
+        run : callable
+            Works on tensors that stay where they are.
+
+        Returns
+        -------
+        tuple of callable and Tensor
+            What repeats it, and where its output will be then.
+
+        Raises
+        ------
+        Exception
+            It cannot be recorded.
+        """
+
+
+@dataclass(eq=False)
+class Recorded:
+    """What is known of the next steps of a cache.
+
+    Attributes
+    ----------
+    output : str
+        What the step returns.
+    model_state : int
+        The model's, as its watch numbers them.
+    step : StaticStep
+        The step.
+    eager : int
+        How many were run eagerly.
+    replay : callable or None
+        Repeats it; None: it is not recorded yet.
+    result : Tensor or None
+        Where its output is then.
+    """
+
+    output: str
+    model_state: int
+    step: StaticStep
+    eager: int = 0
+    replay: Callable[[], None] | None = None
+    result: Tensor | None = None
+
+
+class StepRecorder:
+    """Runs one token a row, of any cache of an attached model: repeated where it can be.
+
+    Parameters
+    ----------
+    recorder : Recorder or None
+        How steps are recorded; None: every step runs by itself.
+    watch : ModelWatch
+        Of the model.
+    layers : Layers
+        The model's.
+    owner : str
+        The attachment.
+    """
+
+    def __init__(self, recorder: Recorder | None, watch: ModelWatch, layers: Layers, owner: str) -> None:
+        self.recorder = recorder
+        self._owner = owner
+        self._watch = watch
+        self._layers = layers
+
+    def run(self, cache: StreamCache, ids: Tensor, run: Run, output: str) -> Tensor:
+        """Run `ids`, shape (rows, 1).
+
+        Parameters
+        ----------
+        cache : StreamCache
+            What they go on from.
+        ids : Tensor
+            The tokens.
+        run : callable
+            The eager step.
+        output : str
+            What it returns, by some name.
+
+        Returns
+        -------
+        Tensor
+            What `run` returns.
+        """
+        recorder = self.recorder
+        found = None if recorder is None else self._aims(cache, ids)
+        recorded = None if found is None else self._recorded(cache, ids, found, output)
+        if recorder is None or found is None or recorded is None:
+            return run(cache, ids)
+        if recorded.replay is None:
+            recorded.eager += 1
+            if recorded.eager <= EAGER_STEPS:
+                return run(cache, ids)
+            return self._record(cache, ids, run, recorded, found, recorder)
+        cache.begin(len(ids), cache.pads)
+        try:
+            recorded.step.aim_at(ids, found)
+            recorded.replay()
+        finally:
+            cache.abandon()
+        recorded.step.count()
+        cache.end(1)
+        assert recorded.result is not None
+        return recorded.result.clone()  # the next step writes over it
+
+    def _aims(self, cache: StreamCache, ids: Tensor) -> list[Aim] | None:
+        """Return where a static step would put the tokens; None: it runs eagerly, or is refused there."""
+        if cache.owner != self._owner or cache.is_half_done or ids.shape != (cache.rows, 1):
+            return None
+        if torch.is_autocast_enabled(ids.device.type):
+            return None
+        return aims(cache, self._layers)
+
+    def _recorded(self, cache: StreamCache, ids: Tensor, found: list[Aim], output: str) -> Recorded | None:
+        """Return what is known of this step, from now on if it is another one than before; None: nothing."""
+        state = self._watch.state()
+        known = cache.recorded
+        if state is None:
+            cache.recorded = None
+        elif (
+            known is None
+            or (known.output, known.model_state) != (output, state)
+            or not known.step.is_of(cache, found, ids)
+        ):
+            cache.recorded = Recorded(output, state, StaticStep(cache, found))
+        return cache.recorded
+
+    def _record(
+        self,
+        cache: StreamCache,
+        ids: Tensor,
+        run: Run,
+        recorded: Recorded,
+        found: list[Aim],
+        recorder: Recorder,
+    ) -> Tensor:
+        """Run eagerly, and record for the steps to come; the windows are held twice meanwhile."""
+        expected, step = run(cache, ids), recorded.step
+        after: list[Tensor] = []
+        reason = "it gave something else than the eager step"
+        cache.is_half_done = True
+        try:
+            after += [buffer.clone() for buffer in step.buffers]
+            step.aim_at(torch.zeros_like(ids), [one_further(aim) for aim in found])
+            replay, result = recorder.record(lambda: run(step, step.ids))
+            for buffer, kept in zip(step.buffers, after, strict=True):
+                buffer.copy_(kept)
+            step.blank(found)
+            step.aim_at(ids, found)
+            replay()
+            if _agree(result, expected) and all(map(_agree, step.buffers, after)):
+                recorded.replay, recorded.result = replay, result
+        except Exception as error:  # a device has many ways to refuse
+            reason = f"{type(error).__name__}: {error}"
+        finally:
+            for buffer, kept in zip(step.buffers, after, strict=False):
+                buffer.copy_(kept)
+            cache.is_half_done = False
+        if recorded.replay is None:
+            self.recorder = cache.recorded = None
+            warnings.warn(
+                f"a recorded step of writing was dropped, and each step runs by itself: {reason}",
+                stacklevel=2,
+            )
+        return expected
+
+
+def _agree(ours: Tensor, theirs: Tensor) -> bool:
+    tolerance = _TOLERANCE.get(theirs.dtype, _ROUNDED)
+    error, size = (ours.double() - theirs.double()).abs().max(), theirs.double().abs().max()
+    return bool(error <= tolerance * size)

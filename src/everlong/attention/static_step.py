@@ -1,0 +1,207 @@
+"""One step of writing as a function of tensors alone, so that a device may record it and repeat it.
+
+Once all windows are full, a step differs from the next in its tokens, in the slot these are put into and in a
+few angles. Here those stand in tensors that are written before a step. Everything else that the step reads or
+writes, the rings of the memories among it, stays where it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Unpack
+
+import torch
+from torch import Tensor
+
+from everlong.attention.aim import Aim
+from everlong.attention.cache import StreamCache
+from everlong.attention.cache_interface import PolicyCache
+from everlong.attention.forward import Layers, Underway
+from everlong.attention.inputs import Inputs
+from everlong.attention.layer_memory import LayerMemory
+from everlong.attention.parts import Logits
+from everlong.attention.positions import Angles, working_dtype
+from everlong.attention.token_step import TokenStep, rotated_sinks
+from everlong.errors import InputError, UnsupportedUseError
+
+
+class _Kind:
+    """Layers that are alike, and the tensors that say where their next token goes."""
+
+    def __init__(self, aim: Aim, pads: tuple[int, ...] | None) -> None:
+        self.memories = aim.memories
+        self._rotation = aim.rotation
+        self._window = aim.place.slots
+        self._pads = pads
+        first = next(iter(aim.memories.values()))
+        assert first.keys is not None
+        self._like = torch.empty(0, dtype=first.keys.dtype)  # angles are computed on the CPU
+        device, dtype = first.keys.device, working_dtype(first.keys)
+        self._slot = torch.zeros(1, dtype=torch.long, device=device)
+        here = aim.rotation.angles(aim.place.at, self._like)
+        self._here: Angles = None
+        self._sinks: Angles = None
+        self._has_sinks = aim.place.sinks is not None
+        if here is not None:
+            width = here[0].shape[-1]
+            self._here = _pair(1, width, dtype, device)
+            self._sinks = _pair(first.sinks, width, dtype, device) if self._has_sinks else None
+
+    def aim_at(self, aim: Aim) -> None:
+        """Write where the next token goes."""
+        self._slot.fill_(aim.place.slot)
+        _copy(self._here, aim.rotation.angles(aim.place.at, self._like))
+        if aim.place.sinks is not None:
+            _copy(self._sinks, aim.rotation.angles(aim.place.sinks, self._like))
+
+    def step(self) -> TokenStep:
+        """Return the step, the sinks rotated to where they are to stand."""
+        sinks = {}
+        if self._has_sinks:
+            sinks = rotated_sinks(list(self.memories.values()), self._rotation, self._sinks)
+        return TokenStep(self._rotation, 0, 0, self._window, self._here, sinks, self._pads, self._slot)
+
+    def is_of(self, aim: Aim) -> bool:
+        """Whether `aim` differs in nothing but numbers that are written before a step."""
+        return (
+            aim.place.slots == self._window
+            and (aim.place.sinks is not None) == self._has_sinks
+            and (aim.rotation.frequencies is None) == (self._here is None)
+            and aim.rotation.layout == self._rotation.layout
+        )
+
+
+class StaticStep(PolicyCache):
+    """What a forward is given as its cache when it runs one token a row in full windows, to be recorded.
+
+    Parameters
+    ----------
+    cache : StreamCache
+        Whose windows they are.
+    found : list of Aim
+        From :func:`~everlong.attention.aim.aims`.
+
+    Attributes
+    ----------
+    ids : Tensor (rows, 1)
+        The tokens to run, written by :meth:`aim_at`.
+    """
+
+    def __init__(self, cache: StreamCache, found: list[Aim]) -> None:
+        super().__init__(cache.owner)
+        assert cache.rows is not None and cache.policy.span is not None
+        self.pads = _real(cache.pads)
+        self._memories = list(cache.memories.values())
+        self._held = self._tensors()
+        with torch.inference_mode(False):  # later steps, in whatever mode, write into them
+            self._kinds = [_Kind(aim, self.pads) for aim in found]
+            device = self.buffers[0].device
+            self.ids = torch.zeros((cache.rows, 1), dtype=torch.long, device=device)
+            self._positions = torch.full((1, 1), cache.policy.span - 1, device=device)
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        """What a step writes to: keys and values of all layers."""
+        return [x for memory in self._memories for x in (memory.keys, memory.values) if x is not None]
+
+    def is_of(self, cache: StreamCache, found: list[Aim], ids: Tensor) -> bool:
+        """Whether the next step of `cache` is this one, with other numbers in its tensors."""
+        return (
+            ids.shape == self.ids.shape
+            and _real(cache.pads) == self.pads
+            and all(ours is theirs for ours, theirs in zip(self._held, self._tensors(), strict=True))
+            and all(kind.is_of(aim) for kind, aim in zip(self._kinds, found, strict=True))
+        )
+
+    def aim_at(self, ids: Tensor, found: list[Aim]) -> None:
+        """Write the tokens, and where they go."""
+        self.ids.copy_(ids)
+        for kind, aim in zip(self._kinds, found, strict=True):
+            kind.aim_at(aim)
+
+    def blank(self, found: list[Aim]) -> None:
+        """Blank what a step writes, so that it shows if one does not."""
+        for aim in found:
+            for memory in aim.memories.values():
+                assert memory.keys is not None and memory.values is not None
+                memory.keys[:, :, aim.place.slot] = 0
+                memory.values[:, :, aim.place.slot] = 0
+                if aim.place.sinks is not None:
+                    memory.keys[:, :, : memory.sinks] = 0
+
+    def count(self) -> None:
+        """Count the tokens that a step put in."""
+        for memory in self._memories:
+            memory.seen += 1
+
+    def _tensors(self) -> list[Tensor | None]:
+        """All tensors of the memories that a step reads or writes: a recording holds on to them."""
+        return [
+            tensor
+            for memory in self._memories
+            for tensor in (memory.keys, memory.values, memory.sink_keys, memory.sink_values)
+        ]
+
+    # --- one forward -------------------------------------------------------------------------------
+
+    def begin(self, inputs: Inputs, layers: Layers, outer: Underway | None) -> StaticForward:
+        """Enter a forward."""
+        if (inputs.rows, inputs.tokens) != tuple(self.ids.shape):
+            raise InputError(f"a static step takes {len(self.ids)} rows of one token")
+        self._in_forward = True
+        steps = {}
+        for kind in self._kinds:
+            step = kind.step()
+            steps.update({number: (step, memory) for number, memory in kind.memories.items()})
+        return StaticForward(self.owner, self, steps, outer)
+
+    def positions(self, device: torch.device) -> Tensor:
+        """Position ids, shape (1, 1): the end of the window, in every step."""
+        return self._positions
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Nothing that changes from step to step."""
+        return 0
+
+    def __len__(self) -> int:
+        return len(self._memories)
+
+
+@dataclass
+class StaticForward:
+    """One forward of a static step under way; attributes as of :class:`Forward`."""
+
+    owner: str
+    cache: StaticStep
+    steps: dict[int, tuple[TokenStep, LayerMemory]]
+    outer: Underway | None = None
+    _attended: int = 0
+
+    def attend(
+        self, number: int, query: Tensor, key: Tensor, value: Tensor, **logits: Unpack[Logits]
+    ) -> Tensor:
+        """Let layer `number` attend by the shortest way; parameters as of :meth:`Forward.attend`."""
+        step, memory = self.steps[number]
+        self._attended += 1
+        return step.attend(memory, query, key, value, **logits)
+
+    def finish(self) -> None:
+        """Make sure that all layers have attended; whoever repeats the step counts its tokens."""
+        if self._attended != len(self.steps):
+            raise UnsupportedUseError(f"{self._attended} of {len(self.steps)} layers attended")
+
+
+def _real(pads: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    """Return the rows' padding; None: there is none."""
+    return pads if pads and any(pads) else None
+
+
+def _pair(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    cos, sin = torch.zeros(2, rows, width, dtype=dtype, device=device)
+    return cos, sin
+
+
+def _copy(into: Angles, angles: Angles) -> None:
+    if into is not None and angles is not None:
+        for ours, theirs in zip(into, angles, strict=True):
+            ours.copy_(theirs, non_blocking=True)

@@ -1,0 +1,138 @@
+"""Tells whether a model still computes what it computed when a step of it was recorded.
+
+A recording reads the weights from where they lay and runs no Python. So whatever may make the next forward
+another one is looked at before a recording is used: the modules, where their tensors lie, their hooks and
+forwards, and what adapters keep in plain attributes, such as which of them is active.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from itertools import chain
+from operator import is_, itemgetter
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+_HOLDERS = itemgetter("_parameters", "_buffers", "_modules")
+_HOOKS = itemgetter("_forward_hooks", "_forward_pre_hooks")
+_GLOBAL_HOOKS = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
+_KNOWN = ("torch", "transformers", "everlong")
+"""Packages whose modules do not change what they compute by plain attributes."""
+_PLAIN = (bool, int, float, str, type(None))
+_OF_ALL = frozenset(vars(nn.Module()))
+_is_training = itemgetter("training")
+
+
+class ModelWatch:
+    """Watches one model.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model.
+    is_own : callable
+        Whether a hook is one that a recorded step may leave out.
+    """
+
+    def __init__(self, model: nn.Module, is_own: Callable[[Any], bool]) -> None:
+        self._model = model
+        self._is_own = is_own
+        self._number = 0
+        self._snapshot: _Snapshot | None = None
+
+    def state(self) -> int | None:
+        """Return a number that is another one whenever the model has changed; None: it cannot be recorded.
+
+        That is so with foreign hooks, in training, and where weights lie on several devices or elsewhere.
+        """
+        if self._snapshot is None or not self._snapshot.holds():
+            self._snapshot = _Snapshot(self._model, self._is_own)
+            self._number += 1
+        return self._number if self._snapshot.can_be_recorded else None
+
+
+class _Snapshot:
+    """What a model looks like at one moment."""
+
+    def __init__(self, model: nn.Module, is_own: Callable[[Any], bool]) -> None:
+        self._modules = list(model.modules())
+        self._classes = list(map(type, self._modules))
+        self._attributes = list(map(vars, self._modules))
+        self._forwards = self._own_forwards()
+        holders = list(chain.from_iterable(map(_HOLDERS, self._attributes)))
+        self._holders = list(filter(None, holders))
+        self._empty = [holder for holder in holders if not holder]
+        self._held = self._all_held()
+        self._tensors = [held for held in self._held if isinstance(held, Tensor)]
+        self._hooks = [*chain.from_iterable(map(_HOOKS, self._attributes)), *_GLOBAL_HOOKS]
+        hooks = [hook for those in self._hooks for hook in those.values()]
+        self._hook_count = len(hooks)
+        foreign = (
+            vars(module) for module in self._modules if type(module).__module__.split(".")[0] not in _KNOWN
+        )
+        self._switches = [_switches(attributes) for attributes in foreign]
+        self._training = self._training_flags()
+        self._addresses = self._tensor_addresses()
+        self.can_be_recorded = (
+            all(map(is_own, hooks))
+            and not model.training
+            and self._addresses is not None
+            and len({tensor.device for tensor in self._tensors}) == 1
+            and not any("_hf_hook" in attributes for attributes in self._attributes)
+        )
+
+    def holds(self) -> bool:
+        """Whether the model still looks like this. Runs before every step that is repeated."""
+        return (
+            not any(self._empty)
+            and sum(map(len, self._hooks)) == self._hook_count
+            and _are_the_same(self._all_held(), self._held)
+            and self._tensor_addresses() == self._addresses
+            and _are_the_same(map(type, self._modules), self._classes)
+            and _are_the_same(self._own_forwards(), self._forwards)
+            and self._training_flags() == self._training
+            and all(look(attributes) == values for look, attributes, values in self._switches)
+        )
+
+    def _all_held(self) -> list[Any]:
+        """All modules, parameters and buffers."""
+        return [held for holder in self._holders for held in holder.values()]
+
+    def _tensor_addresses(self) -> list[int] | None:
+        """Return where the tensors lie; None: some lie nowhere, being of a kind of their own."""
+        try:
+            return [tensor.data_ptr() for tensor in self._tensors]
+        except RuntimeError:
+            return None
+
+    def _own_forwards(self) -> list[Any]:
+        return [attributes.get("forward") for attributes in self._attributes]
+
+    def _training_flags(self) -> list[bool]:
+        return list(map(_is_training, self._attributes))
+
+
+def _are_the_same(ours: Iterable[Any], theirs: list[Any]) -> bool:
+    """Whether both hold the very same objects."""
+    return len(ours := list(ours)) == len(theirs) and all(map(is_, ours, theirs))
+
+
+def _switches(attributes: dict[str, Any]) -> tuple[Callable[[Any], list[Any]], dict[str, Any], list[Any]]:
+    """Return a module's plain attributes as they are: how to look at them, where, and what is found."""
+    names = [name for name, value in attributes.items() if name not in _OF_ALL and _is_plain(value)]
+
+    def look(attributes: dict[str, Any]) -> list[Any]:
+        return [attributes.get(name) for name in names]
+
+    return look, attributes, copy.deepcopy(look(attributes))
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(x, _PLAIN) for x in chain(value, value.values()))
+    if isinstance(value, (list, tuple, set)):
+        return all(isinstance(x, _PLAIN) for x in value)
+    return isinstance(value, _PLAIN)
