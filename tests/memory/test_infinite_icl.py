@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -33,6 +34,7 @@ SENTENCES = (
 )
 TEXT = "".join(SENTENCES)  # fewer than 256 bytes: beyond, the tokenizer would be said to shatter it
 CARRY = ("carried", "replay", "separate")
+_TEACH = Teacher.teach
 
 
 def recipe_of(**changes: Any) -> Recipe:
@@ -124,23 +126,47 @@ def test_soft_targets_of_what_stands_in_the_text_are_learned(model: AttachedMode
 
 
 @pytest.mark.parametrize("carry", CARRY)
-def test_it_goes_on_from_each_segment_as_if_it_had_not_stopped(model: AttachedModel, carry: str) -> None:
-    learner = learner_of(model, carry=carry, held_out=0.2, passes=2, generators=("cloze",), hidden_weight=0.1)
+def test_it_goes_on_from_each_segment_as_if_it_had_not_stopped(
+    model: AttachedModel, carry: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def taught(self: Any, elicited: Any) -> list[Lesson]:  # every third pair is worth nothing
+        found = _TEACH(self, elicited)
+        return [replace(one, pair=replace(one.pair, gain=float(i % 3))) for i, one in enumerate(found)]
+
+    monkeypatch.setattr(Teacher, "teach", taught)
+    settings = {"carry": carry, "held_out": 0.4, "passes": 2, "hidden_weight": 0.1}
+    recipe = recipe_of(generators=("cloze",), selection="gain", targets="soft", **settings)
     stops: list[Progress] = []
-    whole = learner.learn(TEXT, on_segment=stops.append)
+    whole = InfiniteICL(model, recipe, force=True).learn(TEXT, on_segment=stops.append)
     assert [stop.segment for stop in stops] == list(range(1, whole.segment + 1)) and len(stops) > 2
     assert same(stops[-1], whole) and not same(stops[0], whole)
+    assert sum(stops[0].account.dropped.values()) < sum(whole.account.dropped.values())
     for stop in stops:
-        before = (stop.segment, len(stop.adapters), len(stop.pool), len(stop.pairs), stop.account.tokens)
-        resumed = learner_of(
-            model, carry=carry, held_out=0.2, passes=2, generators=("cloze",), hidden_weight=0.1
-        ).learn(TEXT, start=stop)
+        before = copy.deepcopy(stop)
+        resumed = InfiniteICL(model, recipe, force=True).learn(TEXT, start=stop)
         assert same(resumed, whole)
         assert resumed.pairs == whole.pairs
         assert [one.pair for one in resumed.pool] == [one.pair for one in whole.pool]
         assert {**vars(resumed.account), "seconds": {}} == {**vars(whole.account), "seconds": {}}
-        after = (stop.segment, len(stop.adapters), len(stop.pool), len(stop.pairs), stop.account.tokens)
-        assert after == before, "where it stood is not lost by going on"
+        assert same(stop, before) and (stop.pairs, stop.account) == (before.pairs, before.account)
+        assert (stop.segment, len(stop.pool)) == (before.segment, len(before.pool)), "where it stood is kept"
+
+
+@pytest.mark.parametrize("carry", CARRY)
+def test_only_an_adapter_that_is_carried_along_teaches_what_follows(
+    model: AttachedModel, carry: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = [256, *TEXT.encode()]
+    base, differ = plain_logits(model, ids), []
+
+    def watched(self: Any, elicited: Any) -> list[Lesson]:
+        if elicited[0].pair.generator != "anchor":
+            differ.append(not torch.allclose(plain_logits(model, ids), base, atol=1e-4))
+        return _TEACH(self, elicited)
+
+    monkeypatch.setattr(Teacher, "teach", watched)
+    learner_of(model, carry=carry, passes=1).learn(TEXT)
+    assert differ == [False, *[carry == "carried"] * (len(differ) - 1)] and len(differ) > 2
 
 
 def test_the_same_seed_gives_the_same_adapter_and_leaves_draws_alone(model: AttachedModel) -> None:
@@ -168,8 +194,6 @@ def test_nothing_is_left_on_the_model(model: AttachedModel, carry: str) -> None:
 
 
 # --- the gate -----------------------------------------------------------------------------------------
-
-_TEACH = Teacher.teach
 
 
 def with_gains(monkeypatch: pytest.MonkeyPatch, *gains: float) -> None:
