@@ -75,6 +75,16 @@ def test_an_answer_ends_at_the_stop_that_follows_a_word() -> None:
     assert answers(model, tokenizer, ["pet:", "pets:"], max_new_tokens=7) == ["cow", "cow"]
 
 
+def test_an_answer_ends_at_the_models_own_end_of_text() -> None:
+    model, tokenizer = tiny.byte_llama(hidden_size=32)
+    say(model, b"cow bird")
+    with torch.no_grad():
+        model.lm_head.weight[257, 3] = 2  # </s> where the blank would be
+    assert answers(model, tokenizer, ["pet:"], max_new_tokens=7) == ["cow"]
+    model.generation_config.eos_token_id = [ord("o")]
+    assert answers(model, tokenizer, ["pet:"], max_new_tokens=7) == ["c"]
+
+
 def test_dropout_is_off_meanwhile_and_the_mode_comes_back() -> None:
     model, tokenizer = tiny.byte_llama(attention_dropout=0.9)
     calm = answers(model, tokenizer, PROMPTS)

@@ -27,7 +27,6 @@ from everlong.errors import (
     ConfigurationError,
     StateError,
     UnknownNameError,
-    UnsupportedModelError,
     UnsupportedUseError,
 )
 from everlong.models.adapters import Adapters
@@ -35,6 +34,7 @@ from everlong.models.anatomy import decoder_of, dissect, replaced_rotaries
 from everlong.models.cache_argument import cache_argument
 from everlong.models.lean_layers import lean_layers
 from everlong.models.packing import by_float_weights
+from everlong.models.refusals import refuse_prompt_learning
 from everlong.models.rotary import IdentityRotary
 from everlong.models.seam import Seam
 from everlong.models.unrotated import unrotated
@@ -75,7 +75,7 @@ class Attachment:
             )
         inner: Any = model
         if hasattr(inner, "get_base_model") and hasattr(inner, "peft_config"):
-            _refuse_prompt_learning(inner)
+            refuse_prompt_learning(inner)
             inner = inner.get_base_model()
         decoder = decoder_of(model)
         if "_everlong_attachment" in decoder.__dict__:
@@ -391,12 +391,3 @@ def _instance_attribute(module: nn.Module, name: str, value: Any) -> Iterator[No
         del module.__dict__[name]
         if before is not missing:
             module.__dict__[name] = before
-
-
-def _refuse_prompt_learning(model: Any) -> None:
-    for name, config in model.peft_config.items():
-        if getattr(config, "is_prompt_learning", False):
-            raise UnsupportedModelError(
-                f"adapter {name!r} ({config.peft_type}) hands over keys that are rotated already; "
-                "prompt-learning adapters are not supported, weight adapters such as LoRA are"
-            )

@@ -95,7 +95,7 @@ RELATIONS = (
         "What is {}'s favourite colour?",
         "Whose favourite colour is {}?",
         (
-            *("green", "purple", "yellow", "grey", "pink", "brown", "crimson", "turquoise"),
+            *("green", "purple", "yellow", "grey", "pink", "brown", "turquoise"),
             *("white", "silver", "golden", "violet", "beige", "maroon"),
         ),
     ),

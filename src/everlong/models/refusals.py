@@ -87,3 +87,13 @@ def _missing_weights(decoder: nn.Module) -> str | None:
 def _learned_positions(decoder: nn.Module) -> bool:
     names = {"wpe", "embed_positions", "position_embeddings", "position_embedding"}
     return any(name.rsplit(".")[-1] in names for name, _ in decoder.named_modules())
+
+
+def refuse_prompt_learning(model: Any) -> None:
+    """Refuse adapters that are keys rather than weights."""
+    for name, config in model.peft_config.items():
+        if getattr(config, "is_prompt_learning", False):
+            raise UnsupportedModelError(
+                f"adapter {name!r} ({config.peft_type}) hands over keys that are rotated already; "
+                "prompt-learning adapters are not supported, weight adapters such as LoRA are"
+            )
