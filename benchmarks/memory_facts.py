@@ -150,8 +150,8 @@ def page(options: Any, rows: dict[str, Any]) -> list[str]:
     ]
     return [
         f"{options.model}; {len(read)} documents of about 240 tokens, {len(learned)} times learned; greedy; an "
-        f"answer is right if its first words are. Where pairs are chosen, they have {options.budget} tokens of "
-        "responses at most. Without the text, no examples are shown. Percent, 95 % intervals.",
+        "answer is right if its first words are. Where pairs are chosen, their responses have "
+        f"{options.budget} tokens at most. Without the text, no examples are shown. Percent, 95 % intervals.",
         "",
         *table(["what the model has", *FORMS, "mean"], cells),
         "",

@@ -29,6 +29,8 @@ def read_past(model: AttachedModel, ids: Sequence[int]) -> StreamCache:
 def run_forest(model: AttachedModel, past: StreamCache, texts: Sequence[Sequence[int]]) -> Tensor:
     """Run each of `texts` as if it alone followed `past`, which stays as it is.
 
+    Where several begin alike, their beginning is run once.
+
     Gradients flow to whatever of the model wants them, if they are enabled; not into the past.
 
     Parameters
@@ -46,10 +48,19 @@ def run_forest(model: AttachedModel, past: StreamCache, texts: Sequence[Sequence
         The decoder's output for all tokens, one text after another.
     """
     parents: list[int] = []
+    tokens: list[int] = []
+    nodes: dict[tuple[int, int], int] = {}  # a token behind another
+    places: list[int] = []
     for text in texts:
-        begin = len(parents)
-        parents += [-1, *range(begin, begin + len(text) - 1)]
-    ids = torch.tensor([[token for text in texts for token in text]], device=model.device)
+        node = -1
+        for token in text:
+            behind = node
+            node = nodes.setdefault((behind, token), len(tokens))
+            if node == len(tokens):
+                tokens.append(token)
+                parents.append(behind)
+            places.append(node)
+    ids = torch.tensor([tokens], device=model.device)
     decoder: Any = model.attachment.decoder
     try:
         with past.provisional(Branches(parents)):
@@ -57,7 +68,7 @@ def run_forest(model: AttachedModel, past: StreamCache, texts: Sequence[Sequence
             hidden: Tensor = decoder(**call).last_hidden_state[0]
     finally:
         past.rollback()
-    return hidden
+    return hidden if len(places) == len(tokens) else hidden[torch.tensor(places, device=hidden.device)]
 
 
 def in_batches(lengths: Sequence[int], most: int) -> list[list[int]]:

@@ -15,7 +15,7 @@ from everlong.models.head import Head
 from everlong.reading.attached import AttachedModel
 from everlong.reading.tokens import TokenStream
 
-_BATCH = 768  # tokens a forward
+_BATCH = 512  # tokens a forward
 
 
 @dataclass(frozen=True)

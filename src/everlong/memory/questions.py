@@ -49,18 +49,26 @@ class Questions(Generator):
         asked: list[tuple[int, str, str]] = []  # sentence, passage, question so far
         for number, passage in _passages(segment):
             asked += [(number, passage, opening) for opening in self.openings]
-        prompts = [f"Text: {passage}\nQuestion: {opening}" for _, passage, opening in asked]
-        endings = writer.write(beginning, prompts, 24, stop=("\n", "?"))
+        endings = writer.write(
+            beginning,
+            [f"\nQuestion: {opening}" for _, _, opening in asked],
+            24,
+            stop=("\n", "?"),
+            passages=[f"Text: {passage}" for _, passage, _ in asked],
+        )
         questions = {
             (number, passage, f"{opening}{ending.rstrip()}?")
             for (number, passage, opening), ending in zip(asked, endings, strict=True)
             if ending.strip()
         }
         ordered = sorted(questions)
-        prompts = [f"Text: {passage}\nQuestion: {question}\nAnswer:" for _, passage, question in ordered]
-        answers = writer.write(beginning, prompts, 16, stop=("\n",))
+        prompts = [f"\nQuestion: {question}\nAnswer:" for _, _, question in ordered]
+        passages = [f"Text: {passage}" for _, passage, _ in ordered]
+        answers = writer.write(beginning, prompts, 16, passages=passages)
         seen: set[tuple[str, str]] = set()
-        for (number, _, question), prompt, answer in zip(ordered, prompts, answers, strict=True):
+        for (number, _, question), asks, answer in zip(
+            ordered, zip(passages, prompts, strict=True), answers, strict=True
+        ):
             answer = answer.strip().rstrip(".")
             about = _sentence_with(answer, segment, number)
             key = (plain(question), plain(answer))
@@ -68,7 +76,7 @@ class Questions(Generator):
                 continue
             seen.add(key)
             pair = Pair(question, f" {answer}", self.name, segment.number, (about,))
-            yield Elicited(pair, beginning, prompt, is_answer=True)
+            yield Elicited(pair, beginning, "".join(asks), is_answer=True)
 
 
 def _passages(segment: Segment) -> Iterator[tuple[int, str]]:

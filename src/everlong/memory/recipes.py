@@ -78,8 +78,8 @@ class Recipe:
     rank: int = 16
     alpha: int = 16
     learning_rate: float = 1e-3
-    passes: int = 8
-    batch_tokens: int = 512
+    passes: int = 5
+    batch_tokens: int = 256
     held_out: float = 0.0
     patience: int | None = None
 

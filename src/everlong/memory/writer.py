@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from everlong.attention import FullAttention
 from everlong.reading.attached import AttachedModel
+from everlong.reading.rows import read_all
 from everlong.reading.sampling import GREEDY
 from everlong.reading.tape import Tape
 from everlong.reading.together import write_tapes
@@ -33,7 +34,13 @@ class Writer:
         """Tokens written."""
 
     def write(
-        self, beginning: str, prompts: Sequence[str], max_new_tokens: int, stop: Sequence[str] = ("\n",)
+        self,
+        beginning: str,
+        prompts: Sequence[str],
+        max_new_tokens: int,
+        stop: Sequence[str] = ("\n",),
+        *,
+        passages: Sequence[str] | None = None,
     ) -> list[str]:
         """Return what the model writes after ``beginning + prompt``, for each prompt.
 
@@ -47,15 +54,20 @@ class Writer:
             Tokens that each may have.
         stop : sequence of str
             Where each ends; not part of what is returned.
+        passages : sequence of str, optional
+            What each prompt stands behind, after the beginning; the same for several, it is read once.
         """
         coder = self.model.coder
         trunk = self._trunk(beginning)
         texts: list[str] = []
         for start in range(0, len(prompts), self.rows):
             tapes = []
-            for prompt in prompts[start : start + self.rows]:
-                tape = trunk.fork()
-                tape.accept(coder.encode_after(prompt) if beginning else coder.encode(prompt))
+            some = slice(start, start + self.rows)
+            branches = {"": trunk} if passages is None else self._branches(trunk, beginning, passages[some])
+            for number, prompt in enumerate(prompts[some], start):
+                passage = "" if passages is None else passages[number]
+                tape = branches[passage].fork()
+                tape.accept(coder.encode_after(prompt) if beginning or passage else coder.encode(prompt))
                 tapes.append(tape)
             written = drained(
                 write_tapes(
@@ -70,6 +82,15 @@ class Writer:
             texts += [generation.text for generation in written]
             self.tokens += sum(generation.tokens for generation in written)
         return texts
+
+    def _branches(self, trunk: Tape, beginning: str, passages: Sequence[str]) -> dict[str, Tape]:
+        """Return a tape for each passage on which it has been read behind the beginning."""
+        branches = {passage: trunk.fork() for passage in passages}
+        for passage, tape in branches.items():
+            coder = self.model.coder
+            tape.accept(coder.encode_after(passage) if beginning else coder.encode(passage))
+        read_all(list(branches.values()), _CHUNK)
+        return branches
 
     def _trunk(self, beginning: str) -> Tape:
         """Return a tape on which the beginning has been read."""
