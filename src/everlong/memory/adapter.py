@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from everlong.errors import ConfigurationError, InputError, MemoryStoreError
+from everlong.errors import InputError, MemoryStoreError
 from everlong.memory.compatible import CONFIG_FILE, WEIGHTS_FILE, lora_problems
 
 if TYPE_CHECKING:
@@ -87,17 +87,10 @@ class Adapter:
 
         Raises
         ------
-        ConfigurationError
-            If PEFT is not installed.
         MemoryStoreError
             If the files cannot be read, or the weights are not safetensors.
         """
-        try:
-            from peft import PeftConfig
-        except ImportError as error:
-            raise ConfigurationError(
-                "memories are read with PEFT, which is not installed: pip install 'everlong[peft]'"
-            ) from error
+        from peft import PeftConfig
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 

@@ -85,6 +85,8 @@ class Adapters:
     def remove(self) -> None:
         """Take PEFT's layers out of the model."""
         with self._lock:
+            if not self._layers:
+                return
             for path, layer in list(self._model.named_modules()):
                 if layer in self._layers:
                     parent, _, child = path.rpartition(".")
