@@ -101,9 +101,7 @@ def consolidate(
     """
     shuffled = random.Random(schedule.seed)
     head = Head(model.attachment.model)
-    by_length = sorted(range(len(lessons)), key=lambda i: len(lessons[i]))
-    lengths = [len(lessons[i]) for i in by_length]
-    steps = schedule.passes * len(in_batches(lengths, schedule.batch_tokens))
+    steps = schedule.passes * len(in_batches([len(lesson) for lesson in lessons], schedule.batch_tokens))
     optimizer = torch.optim.AdamW(parameters, lr=schedule.learning_rate, weight_decay=0.0)
     best, best_loss, since, number, latest = _copies(parameters), math.inf, 0, 0, math.inf
     good = best  # the latest that gave a finite loss

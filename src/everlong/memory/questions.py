@@ -63,12 +63,11 @@ class Questions(Generator):
         }
         ordered = sorted(questions)
         prompts = [f"\nQuestion: {question}\nAnswer:" for _, _, question in ordered]
-        passages = [f"Text: {passage}" for _, passage, _ in ordered]
-        answers = writer.write(beginning, prompts, 16, passages=passages)
+        answers = writer.write(
+            beginning, prompts, 16, passages=[f"Text: {passage}" for _, passage, _ in ordered]
+        )
         seen: set[tuple[str, str]] = set()
-        for (number, _, question), asks, answer in zip(
-            ordered, zip(passages, prompts, strict=True), answers, strict=True
-        ):
+        for (number, passage, question), prompt, answer in zip(ordered, prompts, answers, strict=True):
             answer = answer.strip().rstrip(".")
             about = _sentence_with(answer, segment, number)
             key = (plain(question), plain(answer))
@@ -76,7 +75,7 @@ class Questions(Generator):
                 continue
             seen.add(key)
             pair = Pair(question, f" {answer}", self.name, segment.number, (about,))
-            yield Elicited(pair, beginning, "".join(asks), is_answer=True)
+            yield Elicited(pair, beginning, f"Text: {passage}{prompt}", is_answer=True)
 
 
 def _passages(segment: Segment) -> Iterator[tuple[int, str]]:
