@@ -4,13 +4,14 @@
     python benchmarks/memory_facts.py --documents 20       # the whole: some hours
 
 Documents of 30 facts about people who exist nowhere else, each asked for as a completion, as a differently
-worded question, and in reverse. Every document is learned in several ways, all else equal: by InfiniteICL; by
-it from the responses alone (hard labels); from 300 tokens of responses, chosen by gain and at random; and by
-next-token training on the text. Then the probes are asked with an empty context; and with the whole text, its
-last tenth, and the tenth of it that a lexical search finds for each probe, with and without the memory; and
-with the memory of another document. Examples stand before questions where the text does: two kinds, of the
-questions' own form, and of another; the better one is "best prompting". Intervals are of 95 % over the probes
-of all documents. It can be interrupted and taken up again.
+worded question, and in reverse. Every document is learned in several ways, all else equal: by InfiniteICL with
+the teacher's distributions (soft labels) and with the responses as they stand (hard labels); from 300 tokens
+of responses, chosen by gain and at random; and by next-token training on the text. Then the probes are asked
+with an empty context; and with the whole text, its last tenth, and the tenth of it that a lexical search finds
+for each probe, with and without the memory; and with the memory of another document. Examples stand before
+questions where the text does: two kinds, of the questions' own form, and of another. Intervals are of 95 %
+over the probes of all documents. It can be interrupted and taken up again; about 12 minutes a document on 2
+CPU cores.
 """
 
 from __future__ import annotations
@@ -35,13 +36,15 @@ from everlong.models.loading import LoadedModel, load_model
 FORMS = ("completion", "question", "reverse")
 SHARE = 0.1  # of the text
 WAYS: dict[str, dict[str, Any]] = {
-    "InfiniteICL": {"targets": "soft"},
+    "soft labels": {"targets": "soft"},
     "hard labels": {"targets": "hard"},
     "300 tokens, by gain": {"targets": "soft", "budget": 300},
     "300 tokens, at random": {"targets": "soft", "budget": 300, "selection": "random"},
     "raw text": {"generators": ("text",), "selection": "all", "targets": "hard"},
 }
 """How a document is learned: changes to the recipe "infinite-icl"."""
+CONTROLLED = "soft labels"
+"""Which of them is asked with a part of the text too, and about another document."""
 
 
 def main() -> None:
@@ -100,11 +103,11 @@ def learning(
         adapted = PeftModel.from_pretrained(loaded.model, str(memory.path))
         learned = dataclasses.replace(loaded, model=adapted)
         found: dict[str, Any] = {way: score(learned, document)}
-        if way == "InfiniteICL":
+        if way == CONTROLLED:
             parts = [retrieved(document, probe.prompt) for probe in document.probes()]
-            found["InfiniteICL + last 10 %"] = score(learned, document, context_tail(document.text, SHARE))
-            found["InfiniteICL + 10 % by lexical search"] = score(learned, document, parts)
-            found["InfiniteICL of another document"] = score(learned, other)
+            found[f"{way} + last 10 %"] = score(learned, document, context_tail(document.text, SHARE))
+            found[f"{way} + 10 % by lexical search"] = score(learned, document, parts)
+            found[f"{way} of another document"] = score(learned, other)
         adapted.unload()
         return {**found, COSTS[0]: len(memory.pairs()), COSTS[1]: memory.record.seconds}
 

@@ -11,7 +11,7 @@ from tests.test_benchmarks import Script, measured
 
 folder, scripts = tests.test_benchmarks.folder, tests.test_benchmarks.scripts
 WAYS = {
-    "InfiniteICL": {"generators": ("text",), "selection": "all", "passes": 1},
+    "soft labels": {"generators": ("text",), "selection": "all", "passes": 1},
     "raw text": {"generators": ("text",), "selection": "all", "targets": "hard", "passes": 1},
 }
 
@@ -35,13 +35,13 @@ def test_every_document_is_read_and_learned_once_and_shown_with_its_controls(
     assert not measured(capsys)
 
     names = {row[0] for row in script.table(0)}
-    assert {"no context", "whole text, matching examples", "InfiniteICL of another document", *WAYS} <= names
+    assert {"no context", "whole text, matching examples", "soft labels of another document", *WAYS} <= names
     asked = [2 * len(document.facts) for document in documents(0, 20, 2, 2)[:1]]
     right, of = script.rows["read 0"]["no context"]["completion"]
     assert of == asked[0] // 2 and 0 <= right <= of
     assert all("(" in cell and "to" in cell for row in script.table(0) for cell in row[1:4])
     assert [row[0] for row in script.table(1)] == list(WAYS)
-    assert script.rows["learned 0, seed 0, InfiniteICL"]["pairs"] == 1
+    assert script.rows["learned 0, seed 0, soft labels"]["pairs"] == 1
 
 
 @pytest.mark.usefixtures("scripts")

@@ -35,7 +35,8 @@ class Recipe:
     coverage : int
         Pairs that each sentence keeps if it has as many with a gain above zero, however small.
     targets : {"soft", "hard"}
-        Whether the teacher's distribution is learned, or the response as it stands.
+        Whether the teacher's distribution is learned, or the response as it stands, which recalled more of
+        invented facts (benchmarks/results/memory_facts.md).
     top_k : int
         Next tokens whose probability the teacher tells; the others are one event.
     hidden_weight : float
@@ -69,7 +70,7 @@ class Recipe:
     least_gain: float = 0.05
     budget: int | None = None
     coverage: int = 1
-    targets: Literal["soft", "hard"] = "soft"
+    targets: Literal["soft", "hard"] = "hard"
     top_k: int = 64
     hidden_weight: float = 0.0
     carry: Carry = "replay"
@@ -154,7 +155,9 @@ for _name, _recipe in {
         learning_rate=3e-4,
         passes=1,
     ),
-    "context-distillation": Recipe(generators=("continuation",), selection="all", carry="carried", anchors=0),
+    "context-distillation": Recipe(
+        generators=("continuation",), selection="all", targets="soft", carry="carried", anchors=0
+    ),
 }.items():
     RECIPES.register(_name)(_recipe)
 
