@@ -4,14 +4,14 @@
     python benchmarks/memory_facts.py --documents 20       # the whole: some hours
 
 Documents of 30 facts about people who exist nowhere else, each asked for as a completion, as a differently
-worded question, and in reverse. Every document is learned in several ways, all else equal: by InfiniteICL with
-the teacher's distributions (soft labels) and with the responses as they stand (hard labels); from 300 tokens
-of responses, chosen by gain and at random; and by next-token training on the text. Then the probes are asked
-with an empty context; and with the whole text, its last tenth, and the tenth of it that a lexical search finds
-for each probe, with and without the memory; and with the memory of another document. Examples stand before
-questions where the text does: two kinds, of the questions' own form, and of another. Intervals are of 95 %
-over the probes of all documents. It can be interrupted and taken up again; about 12 minutes a document on 2
-CPU cores.
+worded question, and in reverse. Every document is learned in several ways, all else equal: by InfiniteICL
+with the teacher's distributions (soft labels) and with the responses as they stand (hard labels); from 300
+tokens of responses, chosen by gain and at random; and by next-token training on the text. Then the probes
+are asked with an empty context; and with the whole text, its last tenth, and the tenth of it that a lexical
+search finds for each probe, with and without the memory; and with the memory of another document. Examples
+stand before questions where the text does: two kinds, of the questions' own form, and of another. Intervals
+are of 95 % over the probes of all documents. It can be interrupted and taken up again; about 12 minutes a
+document on 2 CPU cores.
 """
 
 from __future__ import annotations
