@@ -209,12 +209,12 @@ def memories() -> list[str]:
         "whole text, matching examples": "the whole text, with examples of such questions",
         "last 10 %, matching examples": "the last tenth of the text, with examples",
         "10 % by lexical search, matching examples": "the tenth that a lexical search finds, with examples",
+        "raw text": "an adapter trained on the raw text",
         "hard labels": "a memory",
         "soft labels": "a memory, learned with soft labels",
-        "raw text": "an adapter trained on the raw text",
-        "soft labels of another document": "that of another document",
-        "soft labels + last 10 %": "that, and the last tenth",
-        "soft labels + 10 % by lexical search": "that, and the tenth that is found",
+        "soft labels of another document": "such a memory of another document",
+        "soft labels + last 10 %": "such a memory, and the last tenth",
+        "soft labels + 10 % by lexical search": "such a memory, and the tenth that is found",
     }
     cells = [
         [name, *(share([row[key][form] for row in every if key in row]) for form in FORMS)]
