@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -103,32 +104,32 @@ def test_pickled_weights_are_never_opened(kept, tmp_path):
 # --- disks, processes --------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def little_room():
-    """No file may grow past so many bytes, as on a full disk."""
+@contextmanager
+def little_room(size):
+    """Within the block no file grows past so many bytes, as on a full disk; nor does the tests' own output."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def limit(size):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-
-    yield limit
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("size", [100, 3000])
-def test_a_full_disk_leaves_what_was_there(kept, little_room, tmp_path, size):
+def test_a_full_disk_leaves_what_was_there(kept, tmp_path, size):
     before = content(kept.folder)
-    little_room(size)  # the configuration does not fit, or the weights do not
-    with pytest.raises(MemoryStoreError, match="no room to keep memory 'new'.*everlong memory delete"):
-        kept.add(record("new"), lora(1))
-    with pytest.raises(MemoryStoreError, match="no room to keep memory 'handbook'"):
-        kept.add(record(), lora(1), replace=True)
-    with pytest.raises(MemoryStoreError, match="no room to update"):
-        kept.update(record(recipe=Recipe("x", {"long": "x" * 4000})))
-    with pytest.raises(MemoryStoreError, match="no room to export"):
-        kept.export("handbook", tmp_path / "copy")
-    assert content(kept.folder) == before and not (tmp_path / "copy").exists()
-    assert kept.delete("handbook") > 0
+    with little_room(size):  # the configuration does not fit, or the weights do not
+        with pytest.raises(MemoryStoreError, match="no room to keep memory 'new'.*everlong memory delete"):
+            kept.add(record("new"), lora(1))
+        with pytest.raises(MemoryStoreError, match="no room to keep memory 'handbook'"):
+            kept.add(record(), lora(1), replace=True)
+        with pytest.raises(MemoryStoreError, match="no room to update"):
+            kept.update(record(recipe=Recipe("x", {"long": "x" * 4000})))
+        with pytest.raises(MemoryStoreError, match="no room to export"):
+            kept.export("handbook", tmp_path / "copy")
+        unchanged = content(kept.folder) == before and not (tmp_path / "copy").exists()
+        freed = kept.delete("handbook")
+    assert unchanged and freed > 0
     assert not list(kept.folder.glob("*.scratch")) and not list(tmp_path.glob("*.scratch"))
 
 

@@ -97,7 +97,7 @@ def show(name: Name, as_json: Json = False, quiet: Quiet = False) -> None:
         "kind": record.kind if record.rank is None else f"{record.kind}, rank {record.rank}",
         "base model": f"{record.base_model} (weights {record.base_hash[:12]})",
         "source": f"{record.source.tokens:,} tokens, {record.source.characters:,} characters, "
-        f"{record.segments:,} segments (SHA-256 {record.source.sha256[:12]})",
+        f"{record.segments:,} segment{'s'[: record.segments != 1]} (SHA-256 {record.source.sha256[:12]})",
         "recipe": f"{record.recipe.name}: {values}" if values else record.recipe.name,
         "recall": _recall(memory) or "not measured",
         "learned in": f"{record.seconds:,.0f} s, {record.created}",

@@ -16,6 +16,7 @@ from everlong.errors import NumericalError
 from everlong.memory.distillation import divergence
 from everlong.memory.forest import in_batches, read_past, run_forest
 from everlong.memory.lessons import Lesson, response_rows
+from everlong.models.adapters import while_peft_wraps
 from everlong.models.head import Head
 from everlong.reading.attached import AttachedModel
 
@@ -238,7 +239,8 @@ def student(model: AttachedModel, config: Any, name: str = "memory") -> Iterator
     base: Any = model.attachment.model
     config = replace(config, base_model_name_or_path=None)  # else PEFT warns that it is none it knows
     wanted = {parameter: parameter.requires_grad for parameter in base.parameters()}
-    adapted = get_peft_model(base, config, adapter_name=name)
+    with while_peft_wraps():
+        adapted = get_peft_model(base, config, adapter_name=name)
     adapted.eval()
     try:
         yield adapted

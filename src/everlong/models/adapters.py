@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from threading import RLock
@@ -105,7 +106,8 @@ class Adapters:
             )
         config, tensors = self._loaded[name]
         wanted = {parameter: parameter.requires_grad for parameter in self._model.parameters()}
-        model: Any = inject_adapter_in_model(config, self._model, adapter_name=name)
+        with while_peft_wraps():
+            model: Any = inject_adapter_in_model(config, self._model, adapter_name=name)
         set_peft_model_state_dict(model, _unprefixed(tensors), adapter_name=name)
         for parameter, wants in wanted.items():
             parameter.requires_grad_(wants)
@@ -120,6 +122,14 @@ class Adapters:
             for name in layer.adapter_layer_names:
                 for parameter in getattr(layer, name).parameters():
                     parameter.requires_grad_(False)
+
+
+@contextmanager
+def while_peft_wraps() -> Iterator[None]:
+    """Keep to ourselves that PEFT uses names of transformers that will go: the user cannot change it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def _unprefixed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
