@@ -106,7 +106,7 @@ def test_pickled_weights_are_never_opened(kept, tmp_path):
 
 @contextmanager
 def little_room(size):
-    """Within the block no file grows past so many bytes, as on a full disk; nor does the tests' own output."""
+    """Within the block no file grows past so many bytes, as on a full disk; not even the log of the tests."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
