@@ -39,8 +39,16 @@ class Scripted(Writer):
         self.tokens = 0
 
     def write(
-        self, beginning: str, prompts: Sequence[str], max_new_tokens: int, stop: Sequence[str] = ("\n",)
+        self,
+        beginning: str,
+        prompts: Sequence[str],
+        max_new_tokens: int,
+        stop: Sequence[str] = ("\n",),
+        *,
+        passages: Sequence[str] | None = None,
     ) -> list[str]:
+        if passages is not None:
+            prompts = [passage + prompt for passage, prompt in zip(passages, prompts, strict=True)]
         self.asked.append((beginning, list(prompts), tuple(stop)))
         script = self.rounds.pop(0)
         return [
