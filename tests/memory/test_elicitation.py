@@ -264,3 +264,14 @@ def test_each_text_is_written_as_if_it_were_alone(beginning: str, add_bos: bool)
         end = written[3][2:4]
         cut = writer.write(beginning, prompts, 12, stop=(end,))
         assert cut == [text.split(end)[0] for text in written]
+
+
+@pytest.mark.parametrize("beginning", ["", "Orla keeps bees.\n\n"], ids=["alone", "behind a beginning"])
+def test_a_passage_that_several_stand_behind_changes_nothing(beginning: str) -> None:
+    prompts, passages = ["Who", "What is", "W", "Where"], ["It rained. ", "She left. ", "It rained. ", ""]
+    with student_of(initializer_range=0.6) as model:
+        writer = Writer(model, rows=3)
+        whole = [passage + prompt for passage, prompt in zip(passages, prompts, strict=True)]
+        expected = writer.write(beginning, whole, 12, stop=())
+        assert writer.write(beginning, prompts, 12, stop=(), passages=passages) == expected
+        assert len(set(expected)) > 2
