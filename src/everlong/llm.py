@@ -160,7 +160,7 @@ class LLM:
         force : bool
             Whether to go on where the text is worth nothing to the model.
         teacher : LLM, optional
-            A larger model with the same tokenizer, which asks and teaches instead.
+            A larger model, which asks and answers instead; with the same tokens it gives soft labels too.
         store : MemoryStore, optional
             Where it is kept, by default that of ``EVERLONG_HOME``.
         progress : callable, optional

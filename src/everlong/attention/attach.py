@@ -94,7 +94,8 @@ class Attachment:
         self._layers = Layers(anatomy.layers)
         self._closing = self._open([layer.module for layer in anatomy.layers if anatomy.can_skip_rotation])
         self.is_attached = True
-        device: torch.device = decoder.get_input_embeddings().weight.device  # type: ignore[operator]
+        embeddings: Any = inner.get_input_embeddings()
+        device: torch.device = embeddings.weight.device
         watch = ModelWatch(model, is_own=lambda hook: getattr(hook, "__self__", None) is self)
         self.steps = StepRecorder(recorder_for(device), watch, self._layers, self.owner)
 

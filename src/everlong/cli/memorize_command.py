@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
@@ -13,15 +11,14 @@ from rich.console import Console
 
 from everlong.cli.grouping import grouped
 from everlong.cli.options import ModelOptions, OutputOptions, parse_settings
+from everlong.cli.session_options import check_sources, source_of
 from everlong.cli.terminal import notes, output, print_json, pull_progress
-from everlong.errors import ConfigurationError
 from everlong.models.files import human_bytes
 
 if TYPE_CHECKING:
     from everlong.memory.folder import Memory
     from everlong.memory.progress import LearnProgress
 
-_STANDARD_INPUT = "-"
 _RECIPE = "Recipe"
 
 
@@ -69,13 +66,13 @@ def memorize(
 
     changes = parse_settings(settings)
     make_recipe(recipe, **changes)  # checks them, before a model is loaded
-    sources = _sources(files)
+    check_sources(files)
     console = notes(quiet=output_options.quiet)
     with pull_progress(quiet=output_options.quiet) as pulling:
         llm = everlong.load(model.model, **model.loading(pulling))
     with llm, _bars(console) as report:
         memory = llm.memorize(
-            _joined(sources),
+            _joined(files),
             name,
             recipe,
             seed=seed,
@@ -94,25 +91,14 @@ def memorize(
         output().print(_in_words(memory), markup=False, soft_wrap=True)
 
 
-def _sources(files: Sequence[str]) -> list[Path | Any]:
+def _joined(files: Sequence[str]) -> Iterator[str]:
+    """Yield the texts of all files, a blank line between them."""
     from everlong.reading.source import open_source
 
-    if list(files).count(_STANDARD_INPUT) > 1:
-        raise ConfigurationError("standard input (-) can be read once")
-    for file in files:
-        if file != _STANDARD_INPUT and not Path(file).is_fifo():
-            open_source(Path(file), 0).close()
-    return [sys.stdin.buffer if file == _STANDARD_INPUT else Path(file) for file in files]
-
-
-def _joined(sources: Sequence[Any]) -> Iterator[str]:
-    """Yield the texts of all sources, a blank line between them."""
-    from everlong.reading.source import open_source
-
-    for number, source in enumerate(sources):
+    for number, file in enumerate(files):
         if number:
             yield "\n\n"
-        for piece in open_source(source, 0):
+        for piece in open_source(source_of(file), 0):
             assert isinstance(piece, str)
             yield piece
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -24,23 +24,22 @@ from everlong.cli.options import (
 )
 from everlong.cli.session_options import (
     account,
+    check_sources,
     check_state,
     first_of,
     in_words,
     open_llm,
     open_session,
     print_as_written,
+    source_of,
 )
 from everlong.cli.terminal import notes, output, print_json
-from everlong.errors import ConfigurationError
 from everlong.models.files import human_bytes
 
 if TYPE_CHECKING:
     from everlong.llm import LLM
     from everlong.reading.reports import Generation
     from everlong.reading.session import Session
-
-_STANDARD_INPUT = "-"
 
 
 def register(app: typer.Typer) -> None:
@@ -103,18 +102,8 @@ def read(
 
 def _check(files: Sequence[str], state: Path | None) -> None:
     """Refuse what cannot be read before a model is loaded."""
-    from everlong.reading.source import open_source
-
-    if list(files).count(_STANDARD_INPUT) > 1:
-        raise ConfigurationError("standard input (-) can be read once")
-    for file in files:
-        if file != _STANDARD_INPUT and not Path(file).is_fifo():
-            open_source(Path(file), 0).close()
+    check_sources(files)
     check_state(state)
-
-
-def _source(file: str) -> Path | BinaryIO:
-    return sys.stdin.buffer if file == _STANDARD_INPUT else Path(file)
 
 
 def _read(session: Session, files: Sequence[str], state: Path | None, console: Console) -> None:
@@ -125,7 +114,7 @@ def _read(session: Session, files: Sequence[str], state: Path | None, console: C
     try:
         for file in files:
             with ReadingBars(console) as bars:
-                session.read(_source(file), progress=partial(bars.reading, file))
+                session.read(source_of(file), progress=partial(bars.reading, file))
     finally:
         if state is not None and session.stats.tokens_read > before:
             session.save(state)
@@ -177,7 +166,7 @@ def _as_json(question: str, answer: Generation) -> dict[str, Any]:
 def _estimate(llm: LLM, files: Sequence[str], *, surprisal: bool, as_json: bool) -> None:
     from everlong.evaluation.estimate import count_tokens, estimate
 
-    counts = [(file, count_tokens(llm.tokenizer, _source(file))) for file in files]
+    counts = [(file, count_tokens(llm.tokenizer, source_of(file))) for file in files]
     cost = estimate(llm.handle, sum(count for _, count in counts), surprisal=surprisal)
     if as_json:
         listed = [{"name": file, "tokens": count} for file, count in counts]

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
 import everlong
 from everlong.cli.options import MethodOptions, ModelOptions
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from everlong.reading.reports import Generation, Stats
     from everlong.reading.session import Session
 
+STANDARD_INPUT = "-"
 Outcome = TypeVar("Outcome")
 
 
@@ -69,6 +70,22 @@ def open_session(
     if system is not None:
         session.pin(system)
     return session
+
+
+def check_sources(files: Sequence[str]) -> None:
+    """Refuse files that cannot be read, before a model is loaded."""
+    from everlong.reading.source import open_source
+
+    if list(files).count(STANDARD_INPUT) > 1:
+        raise ConfigurationError("standard input (-) can be read once")
+    for file in files:
+        if file != STANDARD_INPUT and not Path(file).is_fifo():
+            open_source(Path(file), 0).close()
+
+
+def source_of(file: str) -> Path | BinaryIO:
+    """Return what is read where a command was given `file`."""
+    return sys.stdin.buffer if file == STANDARD_INPUT else Path(file)
 
 
 def check_state(state: Path | None) -> None:

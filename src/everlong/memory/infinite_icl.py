@@ -27,7 +27,7 @@ from everlong.memory.selection import select
 from everlong.memory.writer import Writer
 from everlong.reading.attached import AttachedModel
 
-_LEAST_GAIN = 0.1  # nats per token that the text must be worth, on the mean of a generator's pairs
+_LEAST_GAIN = 0.1  # nats per token that the text must be worth, on the mean of a segment's pairs
 _POOL = 2048  # lessons kept to be rehearsed
 _ANCHORS = (
     *(

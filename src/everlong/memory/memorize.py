@@ -55,7 +55,7 @@ def memorize(
             text, start=unfinished.load(), on_progress=on_progress, on_segment=unfinished.save
         )
         adapter = _as_one(learner, progress)
-    rank = int(getattr(adapter.config, "r"))  # noqa: B009  (PEFT's own class does not tell its fields)
+    config: Any = adapter.config
     values = recipe.values()
     record = MemoryRecord(
         name=name,
@@ -64,7 +64,7 @@ def memorize(
         source=replace(described, tokens=progress.account.tokens),
         segments=progress.segment,
         recipe=UsedRecipe(recipe_name or "custom", {**values, "seed": seed}),
-        rank=rank,
+        rank=config.r,
         seconds=max(sum(progress.account.seconds.values()), time.perf_counter() - started),
     )
     memory = store.add(record, adapter, progress.pairs, replace=replace_existing)
