@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -36,14 +37,14 @@ from everlong.models.loading import LoadedModel, load_model
 FORMS = ("completion", "question", "reverse")
 SHARE = 0.1  # of the text
 WAYS: dict[str, dict[str, Any]] = {
-    "soft labels": {"targets": "soft"},
     "hard labels": {"targets": "hard"},
+    "soft labels": {"targets": "soft"},
     "300 tokens, by gain": {"targets": "soft", "budget": 300},
     "300 tokens, at random": {"targets": "soft", "budget": 300, "selection": "random"},
     "raw text": {"generators": ("text",), "selection": "all", "targets": "hard"},
 }
 """How a document is learned: changes to the recipe "infinite-icl"."""
-CONTROLLED = "soft labels"
+CONTROLLED = "hard labels"
 """Which of them is asked with a part of the text too, and about another document."""
 
 
@@ -55,21 +56,21 @@ def main() -> None:
     parser.add_argument("--model", default="gemma-3-270m")
     parser.add_argument("--documents", type=int, default=3)
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY")
     parser.add_argument("--output", type=Path, default=RESULTS / "memory_facts.json")
     options = parser.parse_args()
     rows = Rows(options.output, {"model": options.model})
     loaded = load_model(options.model)
-    documents = fact_documents(0, 20)[: options.documents]
-    wrong = wrong_documents(len(documents), 0)
-    for number, document in enumerate(documents):
-        rows.get(f"read {number}", lambda d=document: reading(loaded, d))
-        for seed in range(options.seeds):
-            other = documents[wrong[number]]
-            for way in WAYS:
-                rows.get(
-                    f"learned {number}, seed {seed}, {way}",
-                    lambda d=document, o=other, s=seed, w=way: learning(loaded, d, o, s, w),
-                )
+    every = fact_documents(0, 20)
+    documents = every[: options.documents]
+    wrong = wrong_documents(20, 0)
+    for way, seed in itertools.product(options.ways, range(options.seeds)):
+        for number, document in enumerate(documents):
+            rows.get(f"read {number}", lambda d=document: reading(loaded, d))
+            rows.get(
+                f"learned {number}, seed {seed}, {way}",
+                lambda d=document, o=every[wrong[number]], s=seed, w=way: learning(loaded, d, o, s, w),
+            )
     rows.write_table("Memories of invented facts", page(options, rows.rows))
 
 
