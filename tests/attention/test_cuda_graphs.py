@@ -8,7 +8,9 @@ import torch
 
 import tests.tiny as tiny
 from everlong.attention import LMInfinite, StreamingLLM, attach
-from everlong.attention.cuda_graphs import CudaGraphs, recorder_for
+from everlong.attention.call_tape import CallTapes
+from everlong.attention.cuda_graphs import CudaGraphs
+from everlong.attention.recording import recorder_for
 from tests.attention.trace_recorder import Trace
 
 STEPS = 70
@@ -85,8 +87,9 @@ def test_what_is_called_is_there_in_this_torch():
     assert all(hasattr(torch.cuda, name) for name in ("CUDAGraph", "Stream", "stream", "current_stream"))
 
 
-def test_only_cuda_devices_record(monkeypatch):
-    assert recorder_for(torch.device("cpu")) is None
+def test_each_device_has_its_recorder(monkeypatch):
+    assert isinstance(recorder_for(torch.device("cpu")), CallTapes)
+    assert recorder_for(torch.device("meta")) is None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert recorder_for(torch.device("cuda")) is None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -14,11 +14,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from everlong.attention.call_tape import CallTapes
+
 REFUSED = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "lift_fresh", "masked_select"}
 
 
 class TraceRecorder:
     """Counts what it records and repeats."""
+
+    eager_steps = 4
+    follows_tensors = False
 
     def __init__(self) -> None:
         self.recorded = 0
@@ -34,6 +39,29 @@ class TraceRecorder:
             trace.replay()
 
         return replay, result
+
+
+class CountedTapes(CallTapes):
+    """What records on a CPU, counted, and recording as soon as the other does."""
+
+    eager_steps = TraceRecorder.eager_steps
+
+    def __init__(self) -> None:
+        self.recorded = 0
+        self.replayed = 0
+
+    def record(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        replay, result = super().record(run)
+        self.recorded += 1
+
+        def counted() -> None:
+            self.replayed += 1
+            replay()
+
+        return counted, result
+
+
+RECORDERS = {"a device's": TraceRecorder, "a CPU's": CountedTapes}
 
 
 class Trace(TorchDispatchMode):

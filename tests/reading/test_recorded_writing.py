@@ -1,20 +1,23 @@
 """Sessions write by recorded steps what they write without, alone and together."""
 
+import itertools
+
 import pytest
 
-from everlong.attention.recording import EAGER_STEPS
 from everlong.reading import Sampling
-from tests.attention.trace_recorder import TraceRecorder
+from tests.attention.trace_recorder import RECORDERS, TraceRecorder
 from tests.reading.conftest import POLICIES, SAMPLINGS, TEXT, make_llm, next_logits
 
 WINDOWED = ["lm-infinite", "streaming-llm"]
 
 
-@pytest.fixture(params=WINDOWED)
+@pytest.fixture(params=itertools.product(WINDOWED, RECORDERS), ids=" on ".join)
 def both(request):
     """The same model twice, once with a recorder."""
-    with make_llm(POLICIES[request.param]) as recording, make_llm(POLICIES[request.param]) as plain:
-        recording.handle.steps.recorder = TraceRecorder()
+    policy, recorder = request.param
+    with make_llm(POLICIES[policy]) as recording, make_llm(POLICIES[policy]) as plain:
+        recording.handle.steps.recorder = RECORDERS[recorder]()
+        plain.handle.steps.recorder = None
         yield recording, plain
 
 
@@ -87,4 +90,4 @@ def test_sessions_that_write_together_are_recorded_as_a_batch(both):
         logits = [next_logits(session) for session in sessions]
         texts.append([int(each.argmax()) for each in logits])
     assert texts[:2] == texts[2:]
-    assert replayed(both[0]) >= 40 - EAGER_STEPS - 2
+    assert replayed(both[0]) >= 40 - TraceRecorder.eager_steps - 2

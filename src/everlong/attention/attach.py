@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from everlong.attention.batch import StreamBatch, why_apart
 from everlong.attention.cache import StreamCache
 from everlong.attention.cache_interface import PolicyCache
-from everlong.attention.cuda_graphs import recorder_for
 from everlong.attention.forward import Forward, Layers, Underway
 from everlong.attention.inputs import Inputs, clamped_positions, read_padding, refuse_foreign_cache
 from everlong.attention.policy import Policy, make_policy
-from everlong.attention.recording import StepRecorder
+from everlong.attention.recording import StepRecorder, recorder_for
 from everlong.attention.sequences import PackedSequences
 from everlong.attention.static_step import StaticStep
 from everlong.errors import (

@@ -25,6 +25,9 @@ class CudaGraphs:
         A CUDA device.
     """
 
+    eager_steps = 4
+    follows_tensors = False
+
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
@@ -49,8 +52,6 @@ class CudaGraphs:
         return replay, result
 
 
-def recorder_for(device: torch.device) -> CudaGraphs | None:
-    """Return what records steps on `device`; None: nothing does."""
-    if device.type != "cuda" or not torch.cuda.is_available() or not hasattr(torch.cuda, "CUDAGraph"):
-        return None
-    return CudaGraphs(device)
+def has_graphs() -> bool:
+    """Whether this PyTorch and this machine have CUDA graphs."""
+    return torch.cuda.is_available() and hasattr(torch.cuda, "CUDAGraph")

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from everlong.attention.cuda_parts import fused
 from everlong.attention.positions import working_dtype
 
-_FLASH_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_FLASH_CPU = torch._scaled_dot_product_flash_attention_for_cpu
 
 
 class Triangle(Enum):

@@ -18,12 +18,12 @@ from torch import Tensor
 from everlong.attention.aim import Aim, aims, one_further
 from everlong.attention.cache import StreamCache
 from everlong.attention.cache_interface import PolicyCache
+from everlong.attention.call_tape import CallTapes
+from everlong.attention.cuda_graphs import CudaGraphs, has_graphs
 from everlong.attention.forward import Layers
 from everlong.attention.static_step import StaticStep
+from everlong.errors import UnsupportedUseError
 from everlong.models.watch import ModelWatch
-
-EAGER_STEPS = 4
-"""Static steps that run eagerly before one is recorded: few tokens are not worth a recording."""
 
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 _ROUNDED = 2e-2  # of the largest number, in half precision
@@ -33,7 +33,18 @@ Run = Callable[[PolicyCache, Tensor], Tensor]
 
 
 class Recorder(Protocol):
-    """Records what a device is given to do, such as :class:`~everlong.attention.cuda_graphs.CudaGraphs`."""
+    """Records what a device is given to do, such as :class:`~everlong.attention.cuda_graphs.CudaGraphs`.
+
+    Attributes
+    ----------
+    eager_steps : int
+        Static steps that run eagerly before one is recorded: few tokens are not worth a recording.
+    follows_tensors : bool
+        Whether what is repeated reads tensors wherever they lie by then.
+    """
+
+    eager_steps: int
+    follows_tensors: bool
 
     def record(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         """Run something some times, and record it.
@@ -50,8 +61,10 @@ class Recorder(Protocol):
 
         Raises
         ------
+        UnsupportedUseError
+            It cannot be recorded, by its nature.
         Exception
-            It cannot be recorded.
+            The device fails.
         """
 
 
@@ -125,12 +138,14 @@ class StepRecorder:
         """
         recorder = self.recorder
         found = None if recorder is None else self._aims(cache, ids)
-        recorded = None if found is None else self._recorded(cache, ids, found, output)
-        if recorder is None or found is None or recorded is None:
+        if recorder is None or found is None:
+            return run(cache, ids)
+        recorded = self._recorded(cache, ids, found, output, recorder)
+        if recorded is None:
             return run(cache, ids)
         if recorded.replay is None:
             recorded.eager += 1
-            if recorded.eager <= EAGER_STEPS:
+            if recorded.eager <= recorder.eager_steps:
                 return run(cache, ids)
             return self._record(cache, ids, run, recorded, found, recorder)
         cache.begin(len(ids), cache.pads)
@@ -152,9 +167,11 @@ class StepRecorder:
             return None
         return aims(cache, self._layers)
 
-    def _recorded(self, cache: StreamCache, ids: Tensor, found: list[Aim], output: str) -> Recorded | None:
+    def _recorded(
+        self, cache: StreamCache, ids: Tensor, found: list[Aim], output: str, recorder: Recorder
+    ) -> Recorded | None:
         """Return what is known of this step, from now on if it is another one than before; None: nothing."""
-        state = self._watch.state()
+        state = self._watch.state(lying_still=not recorder.follows_tensors)
         known = cache.recorded
         if state is None:
             cache.recorded = None
@@ -191,6 +208,8 @@ class StepRecorder:
             replay()
             if _agree(result, expected) and all(map(_agree, step.buffers, after)):
                 recorded.replay, recorded.result = replay, result
+        except UnsupportedUseError:  # as with experts that are chosen by Python: nothing is amiss
+            reason = ""
         except Exception as error:  # a device has many ways to refuse
             reason = f"{type(error).__name__}: {error}"
         finally:
@@ -199,14 +218,24 @@ class StepRecorder:
             cache.is_half_done = False
         if recorded.replay is None:
             self.recorder = cache.recorded = None
-            warnings.warn(
-                f"a recorded step of writing was dropped, and each step runs by itself: {reason}",
-                stacklevel=2,
-            )
+            if reason:
+                warnings.warn(
+                    f"a recorded step of writing was dropped, and each step runs by itself: {reason}",
+                    stacklevel=2,
+                )
         return expected
 
 
+def recorder_for(device: torch.device) -> Recorder | None:
+    """Return what records steps on `device`; None: nothing does."""
+    if device.type == "cpu":
+        return CallTapes()
+    return CudaGraphs(device) if device.type == "cuda" and has_graphs() else None
+
+
 def _agree(ours: Tensor, theirs: Tensor) -> bool:
+    if torch.equal(ours, theirs):  # sooner said than by how much they differ
+        return True
     tolerance = _TOLERANCE.get(theirs.dtype, _ROUNDED)
     error, size = (ours.double() - theirs.double()).abs().max(), theirs.double().abs().max()
     return bool(error <= tolerance * size)

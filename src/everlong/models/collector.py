@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def paused() -> Iterator[None]:
-    """Collect nothing while modules are imported; afterwards their objects count as looked through.
+    """Collect nothing while much is made that stays, as by imports; afterwards it counts as looked through.
 
     Does nothing where the collector is off already, or somebody has frozen objects of their own.
     """

@@ -157,7 +157,7 @@ class Int4(Packed):
 
     def multiply(self, rows: Tensor) -> Tensor:
         """Multiply."""
-        product: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
+        product: Tensor = torch._weight_int4pack_mm_for_cpu(
             rows, self._packed, _GROUP, self._scales_and_zeros
         )
         return product

@@ -84,7 +84,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
     width = cos.shape[-1]
     turning = (x if width == x.shape[-1] else x[..., :width]).to(cos.dtype)
     if layout == "halves":
-        partners = turning.roll(width // 2, -1)
+        partners = torch.cat(turning.chunk(2, -1)[::-1], -1)
     else:
         partners = turning.reshape(*turning.shape[:-1], -1, 2).flip(-1).flatten(-2)
     turned = (turning * cos).addcmul_(partners, sin).to(x.dtype)

@@ -43,12 +43,17 @@ class ModelWatch:
         self._number = 0
         self._snapshot: _Snapshot | None = None
 
-    def state(self) -> int | None:
+    def state(self, *, lying_still: bool = True) -> int | None:
         """Return a number that is another one whenever the model has changed; None: it cannot be recorded.
 
         That is so with foreign hooks, in training, and where weights lie on several devices or elsewhere.
+
+        Parameters
+        ----------
+        lying_still : bool
+            Whether a tensor that lies elsewhere than before is a change.
         """
-        if self._snapshot is None or not self._snapshot.holds():
+        if self._snapshot is None or not self._snapshot.holds(lying_still):
             self._snapshot = _Snapshot(self._model, self._is_own)
             self._number += 1
         return self._number if self._snapshot.can_be_recorded else None
@@ -65,7 +70,7 @@ class _Snapshot:
         holders = list(chain.from_iterable(map(_HOLDERS, self._attributes)))
         self._holders = list(filter(None, holders))
         self._empty = [holder for holder in holders if not holder]
-        self._held = self._all_held()
+        self._held = list(self._all_held())
         self._tensors = [held for held in self._held if isinstance(held, Tensor)]
         self._hooks = [*chain.from_iterable(map(_HOOKS, self._attributes)), *_GLOBAL_HOOKS]
         hooks = [hook for those in self._hooks for hook in those.values()]
@@ -84,22 +89,23 @@ class _Snapshot:
             and not any("_hf_hook" in attributes for attributes in self._attributes)
         )
 
-    def holds(self) -> bool:
+    def holds(self, lying_still: bool) -> bool:
         """Whether the model still looks like this. Runs before every step that is repeated."""
         return (
             not any(self._empty)
             and sum(map(len, self._hooks)) == self._hook_count
-            and _are_the_same(self._all_held(), self._held)
-            and self._tensor_addresses() == self._addresses
+            and sum(map(len, self._holders)) == len(self._held)
+            and all(map(is_, self._all_held(), self._held))
+            and (not lying_still or self._tensor_addresses() == self._addresses)
             and _are_the_same(map(type, self._modules), self._classes)
             and _are_the_same(self._own_forwards(), self._forwards)
             and self._training_flags() == self._training
             and all(look(attributes) == values for look, attributes, values in self._switches)
         )
 
-    def _all_held(self) -> list[Any]:
+    def _all_held(self) -> Iterable[Any]:
         """All modules, parameters and buffers."""
-        return [held for holder in self._holders for held in holder.values()]
+        return chain.from_iterable(map(dict.values, self._holders))
 
     def _tensor_addresses(self) -> list[int] | None:
         """Return where the tensors lie; None: some lie nowhere, being of a kind of their own."""

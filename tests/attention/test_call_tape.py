@@ -1,0 +1,121 @@
+"""What a tape of calls keeps, leaves out, and refuses."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from everlong.attention.call_tape import CallTapes
+from everlong.errors import UnsupportedUseError
+
+X = torch.tensor([[1.0, -2.0, 3.0, 0.5]])
+
+
+def recorded(run):
+    """Record `run`, which works on the tensor it is given, and return how many calls repeat it, and how."""
+    given = X.clone()
+    replay, result = CallTapes().record(lambda: run(given))
+    calls = replay.__closure__[0].cell_contents
+    return given, replay, result, calls
+
+
+STEPS = {
+    "arithmetic": lambda x: (2 - x) * x / 3 + x.abs().sqrt(),
+    "in place": lambda x: x.mul(2).add_(1).clamp_(max=3).relu_(),
+    "views": lambda x: x.view(2, 2).T[1:].reshape(-1) + 1,
+    "sequences in and out": lambda x: torch.cat([*x.split(2, -1)][::-1], -1) * x.chunk(2, -1)[0].sum(),
+    "several outputs": lambda x: torch.topk(x, 2)[0] + x.max(dim=-1, keepdim=True)[0],
+    "dtypes": lambda x: (x.to(torch.bfloat16) * 3).float() + x.double().to(torch.float32),
+    "activations": lambda x: F.silu(x) * F.gelu(x, approximate="tanh") + F.relu(x, inplace=False),
+    "products": lambda x: F.linear(x, torch.ones(3, 4)) @ torch.ones(3, 2),
+    "made anew": lambda x: x.new_ones(4) * x + torch.zeros(1),
+    "parts written": lambda x: x.clone().index_fill_(1, torch.tensor([1]), 9.0) + x.roll(1, -1),
+    "set by index": lambda x: _set(x * 1),
+    "as it is": lambda x: x.to(torch.float32).contiguous() * 1,
+    "an embedding": lambda x: F.embedding(x.clamp(0, 2).long(), torch.arange(12.0).view(3, 4)).sum(1),
+    "a result that is a view": lambda x: (x + 1)[:, 1:],
+}
+
+
+def _set(x):
+    x[:, 1] = x[:, 0] * 5
+    return x
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_what_is_repeated_is_what_is_computed_of_other_numbers(step):
+    given, replay, result, _ = recorded(STEPS[step])
+    for numbers in (-X, X.roll(1, -1), X * 0.25):
+        given.copy_(numbers)
+        replay()
+        torch.testing.assert_close(result, STEPS[step](numbers.clone()), atol=0, rtol=0)
+
+
+def test_what_is_written_to_is_written_to_again():
+    held = torch.zeros(1, 4)
+    given, replay, _, _ = recorded(lambda x: held.narrow(1, 0, 2).copy_(x[:, :2]) + 1)
+    given.copy_(-X)
+    held.zero_()
+    replay()
+    assert held.tolist() == [[-1.0, 2.0, 0.0, 0.0]]
+
+
+def test_views_and_what_nobody_needs_are_left_out():
+    def run(x):
+        x.exp().sum()
+        x.new_ones(7)
+        return x.view(4).narrow(0, 0, 2) + 1
+
+    assert len(recorded(run)[3]) == 1
+
+
+def test_nothing_is_allocated_where_pytorch_can_write_in_place():
+    given, replay, result, _ = recorded(lambda x: (x * 2 + x).exp())
+    at = result.data_ptr()
+    replay()
+    assert result.data_ptr() == at
+    assert torch.equal(result, (given * 3).exp())
+
+
+def test_weights_may_change_and_move():
+    weight = torch.nn.Parameter(torch.ones(2, 4))
+    given, replay, result, _ = recorded(lambda x: F.linear(x, weight))
+    with torch.no_grad():
+        weight.mul_(2)
+    replay()
+    assert torch.equal(result, F.linear(X, torch.full((2, 4), 2.0)))
+    weight.data = torch.full((2, 4), 5.0)
+    replay()
+    assert torch.equal(result, F.linear(X, torch.full((2, 4), 5.0)))
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda x: x if x.sum() > 0 else -x,
+        lambda x: x * x.sum().item(),
+        lambda x: x[x > 0],
+        lambda x: x * float(x[0, 0]),
+        lambda x: x + x.tolist()[0][0],
+        lambda x: x.nonzero(),
+        lambda x: torch.where(x > 0)[0],
+        lambda x: x.repeat_interleave(x[0].long().clamp(min=0), 1),
+    ],
+    ids=["if", "item", "mask", "float", "tolist", "nonzero", "where", "repeat_interleave"],
+)
+def test_what_depends_on_numbers_is_refused(look):
+    with pytest.raises(UnsupportedUseError, match="cannot be recorded"):
+        recorded(look)
+
+
+def test_a_function_of_the_same_name_that_does_something_else_is_not_taken(monkeypatch):
+    tried = []
+
+    def roll(x, *_, out):
+        tried.append(x)
+        return out.copy_(x)
+
+    monkeypatch.setattr(torch._C._nn, "roll", roll, raising=False)
+    given, replay, result, _ = recorded(lambda x: x.roll(1, -1))
+    given.copy_(-X)
+    replay()
+    assert tried and torch.equal(result, -X.roll(1, -1))
