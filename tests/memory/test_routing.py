@@ -7,6 +7,7 @@ import torch
 
 from everlong import LLM, FullAttention, LMInfinite
 from everlong.errors import ConfigurationError, MemoryStoreError, UnknownNameError
+from everlong.memory import routing
 from everlong.memory.lexical import LexicalIndex
 from everlong.memory.pairs import Pair
 from everlong.memory.routing import Routing, entropy
@@ -107,23 +108,26 @@ def test_where_the_memory_makes_the_model_no_surer_the_base_model_answers(llm, s
 
 
 @pytest.mark.parametrize("keep", [False, True])
-def test_the_gate_compares_the_entropy_of_the_first_token(llm, stocked, keep):
+def test_the_gate_compares_the_entropy_of_the_first_token(llm, stocked, monkeypatch, keep):
     def first(names):
         tape = llm.session(memories=names, store=stocked).to_answer(ABOUT_BEES, keep=True)
         tape.run_all(64, logits=True)
         return entropy(tape.driver.logits)
 
-    answer = llm.session(memories="auto", store=stocked).ask(ABOUT_BEES, keep=keep, max_new_tokens=4)
-    assert answer.memories == (("bees",) if first(["bees"]) < first([]) else ())
+    ratio = first(["bees"]) / first([])
+    for limit, names in ((ratio * 1.01, ("bees",)), (ratio * 0.99, ())):
+        monkeypatch.setattr(routing, "SURER", limit)
+        session = llm.session(memories="auto", store=stocked)
+        assert session.ask(ABOUT_BEES, keep=keep, max_new_tokens=4).memories == names
 
 
 def test_entropy_and_who_is_surer(llm, stocked):
     even, sharp = torch.zeros(8), torch.tensor([9.0, *[0.0] * 7])
     assert entropy(even) == pytest.approx(math.log(8)) and entropy(sharp) < 0.02
     assert entropy(torch.tensor([0.0, -math.inf])) == 0
-    routing = llm.session(memories="auto", store=stocked).memories
-    assert routing.is_surer(sharp, even) and not routing.is_surer(even, sharp)
-    assert not routing.is_surer(even, even)
+    router = llm.session(memories="auto", store=stocked).memories
+    assert router.is_surer(sharp, even) and not router.is_surer(even, sharp)
+    assert not router.is_surer(even, even) and not router.is_surer(even, even * 1.1)
 
 
 @pytest.mark.usefixtures("surer")
@@ -229,6 +233,14 @@ def test_a_memory_deleted_meanwhile_is_an_error_that_leaves_the_session(llm, sto
     with pytest.raises(MemoryStoreError):
         session.ask(ABOUT_BEES, max_new_tokens=2)
     assert session.ask(UNRELATED, max_new_tokens=2).tokens
+
+
+def test_words_that_every_question_has_do_not_count(llm, stocked):
+    router = llm.session(memories="auto", store=stocked).memories
+    assert router.most_like("Who does the what?") is None
+    memory, likeness = router.most_like("Who is it that sells the honey?")
+    assert memory.name == "bees" and likeness > 0.9
+    assert router.most_like("Who sells unheard things?")[1] < 0.5
 
 
 def test_a_text_scores_in_full_where_a_document_of_mean_length_has_its_words_once():
