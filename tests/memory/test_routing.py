@@ -15,7 +15,7 @@ from everlong.models.fingerprint import weights_hash
 from tests import tiny
 from tests.memory.adapters import lora, record
 from tests.memory.test_recalling import adapter_of
-from tests.reading.conftest import next_logits
+from tests.reading.conftest import ids_of, next_logits
 
 BEES = [Pair("Who keeps the bees?", " Orla Finch", "questions"), Pair("Orla sells", " honey.", "cloze")]
 BOATS = [Pair("Who paints the boats?", " Bennet Crane", "questions"), Pair("A boat", " is red.", "cloze")]
@@ -99,6 +99,17 @@ def test_only_what_waits_when_the_model_is_to_write_is_read_with_the_memory(llm,
     assert set(forwards) == {None}
     forwards.clear()
     assert session.chat(UNRELATED, max_new_tokens=4).memories == () and set(forwards) == {None}
+
+
+@pytest.mark.usefixtures("surer")
+def test_what_is_kept_stays_and_the_next_question_is_another(llm, stocked, forwards):
+    session, by_hand = (llm.session(memories=names, store=stocked) for names in ("auto", ["bees"]))
+    for each in (session, by_hand):
+        assert each.chat(ABOUT_BEES, max_new_tokens=4).memories == ("bees",)
+    assert ids_of(session) == ids_of(by_hand) and session.stats.tokens_written == 4
+    forwards.clear()
+    assert session.chat(UNRELATED, max_new_tokens=4).memories == () and set(forwards) == {None}
+    assert session.stats.tokens_written == 8
 
 
 def test_where_the_memory_makes_the_model_no_surer_the_base_model_answers(llm, stocked, monkeypatch):
