@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from everlong.models.collector import old_objects_left_out
 from everlong.models.loading import load_model
 from everlong.models.packing import Weights, choose_weights, pack
 from everlong.reading.attached import AttachedModel
-from everlong.reading.memories import Memories
+from everlong.reading.memories import Memories, Router
 from everlong.reading.reports import Generation
 from everlong.reading.sampling import GREEDY, Sampling
 from everlong.reading.session import Session
@@ -82,7 +83,7 @@ class LLM:
         chunk: int = 512,
         surprisal: bool = False,
         seed: int | None = None,
-        memories: Sequence[str | Memory] = (),
+        memories: str | Sequence[str | Memory] = (),
         memory_weights: Sequence[float] | None = None,
         store: MemoryStore | None = None,
     ) -> Session:
@@ -100,8 +101,10 @@ class LLM:
             Whether to compute the surprisal of each token, for perplexity.
         seed : int, optional
             Of the random draws.
-        memories : sequence of str or Memory
-            What the model knows by heart in this session: names in the store, see :meth:`memorize`.
+        memories : sequence of str or Memory, or "auto"
+            What the model knows by heart in this session: names in the store, see :meth:`memorize`. "auto":
+            for each answer the memory of this model that is most like the question, or none; a sequence that
+            begins with "auto" names those to choose from. See :mod:`everlong.memory.routing`.
         memory_weights : sequence of float, optional
             By how much each counts; 1 by default.
         store : MemoryStore, optional
@@ -115,7 +118,7 @@ class LLM:
         policy = None if attention is None else _policy(attention)
         known = None
         if memories or isinstance(memories, str):
-            known = self._recall(memories, memory_weights, store)
+            known = self._recall(store, memories, memory_weights)
         return Session(
             self._attached,
             policy=policy,
@@ -197,12 +200,15 @@ class LLM:
         )
 
     def _recall(
-        self, memories: Sequence[str | Memory], weights: Sequence[float] | None, store: MemoryStore | None
-    ) -> Memories:
-        from everlong.memory.recalling import recall_memories
+        self,
+        store: MemoryStore | None,
+        memories: str | Sequence[str | Memory],
+        weights: Sequence[float] | None,
+    ) -> Memories | Router:
+        from everlong.memory.routing import known_memories
         from everlong.memory.store import MemoryStore
 
-        return recall_memories(self._attached, memories, weights, store or MemoryStore())
+        return known_memories(self._attached, memories, weights, store or MemoryStore())
 
     def stream_together(
         self,
@@ -286,7 +292,7 @@ class LLM:
     def restore(self, path: str | Path, *, store: MemoryStore | None = None) -> Session:
         """Go on with a session that was saved to `path` by ``session.save(path)``.
 
-        Its memories, if it has any, are looked up in `store`.
+        Its memories, if it has any, are looked up in `store`; with "auto" they are those that are there now.
 
         Raises
         ------
@@ -295,9 +301,7 @@ class LLM:
         StateError
             It is of other weights, another tokenizer, or another format.
         """
-        return Session.restore(
-            self._attached, path, lambda saved: self._recall(saved.names, saved.weights, store)
-        )
+        return Session.restore(self._attached, path, partial(self._recall, store))
 
     def close(self) -> None:
         """Give the model back exactly as it was; its sessions end. A second call does nothing."""

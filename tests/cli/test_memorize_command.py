@@ -86,3 +86,30 @@ def test_questions_are_answered_as_json(everlong, home):
     answers = json.loads(result.out)["answers"]
     assert [answer["question"] for answer in answers] == ["Who?", "Where?"]
     assert everlong("ask", "Who?", "--memory", "none").code == 2
+
+
+def test_a_memory_is_chosen_for_each_question_and_named(everlong, home, handbook, monkeypatch):
+    monkeypatch.setattr("everlong.memory.routing.Routing.is_surer", lambda *_: True)
+    assert everlong("memorize", handbook, "-n", "bees", *FAST).code == 0
+    few = ("--memory", "auto", "--max-new-tokens", "2")
+    questions = ("Where does Orla Finch keep her bees?", "What is the capital of France?")
+    asked = everlong("ask", *questions, *few)
+    assert asked.err.count("(memory: bees)") == asked.err.count("(memory: none)") == 1
+    assert "(memory" not in asked.out
+    answers = json.loads(everlong("ask", *questions, "--json", "-q", *few).out)["answers"]
+    assert [answer["memories"] for answer in answers] == [["bees"], []]
+    assert "(memory: bees)" in everlong("chat", *few, stdin=f"{questions[0]}\n").err
+    assert "(memory: bees)" in everlong("generate", "Orla Finch keeps", *few).err
+    read = everlong("read", handbook, "--ask", questions[0], "--ask", questions[1], *few)
+    assert "(memory: bees)" in read.err and "(memory: none)" in read.err
+    by_hand = everlong("ask", questions[0], "--memory", "bees", "--max-new-tokens", "2")
+    assert by_hand.code == 0 and "(memory" not in by_hand.err
+
+
+def test_a_saved_chat_goes_on_choosing(everlong, home, handbook, tmp_path, monkeypatch):
+    monkeypatch.setattr("everlong.memory.routing.Routing.is_surer", lambda *_: True)
+    assert everlong("memorize", handbook, "-n", "bees", *FAST).code == 0
+    state, few = tmp_path / "talk.state", ("--max-new-tokens", "2")
+    assert everlong("chat", "--memory", "auto", "--state", state, *few, stdin="Hi\n").code == 0
+    again = everlong("chat", "--state", state, *few, stdin="Who sells honey to Bennet?\n")
+    assert "(memory: bees)" in again.err

@@ -16,7 +16,7 @@ from everlong.cli.options import (
     WeightsOption,
     WritingOptions,
 )
-from everlong.cli.session_options import account, open_llm, open_session, print_as_written
+from everlong.cli.session_options import account, open_llm, open_session, print_as_written, say_memory
 from everlong.cli.terminal import notes, print_json
 
 
@@ -49,6 +49,14 @@ def ask(
             answer = print_as_written(
                 session.stream_answer(question, **arguments), silent=output_options.as_json
             )
-            shown.append({"question": question, "answer": answer.text, "tokens": answer.tokens})
+            say_memory(console, session, answer)
+            shown.append(
+                {
+                    "question": question,
+                    "answer": answer.text,
+                    "tokens": answer.tokens,
+                    "memories": answer.memories,
+                }
+            )
         if output_options.as_json:
             print_json({"answers": shown, "stats": account(session.stats)})

@@ -29,6 +29,7 @@ from everlong.cli.session_options import (
     open_llm,
     open_session,
     print_as_written,
+    say_memory,
 )
 from everlong.cli.terminal import notes, print_error
 from everlong.errors import EverlongError, InputError
@@ -134,6 +135,7 @@ class _Chat:
     def _say(self, message: str) -> None:
         pieces = self._session.stream_answer(message, keep=True, **self._arguments)
         result = print_as_written(pieces, silent=self._as_json)
+        say_memory(self._console, self._session, result)
         if self._as_json:
             answer = {
                 "message": message,
@@ -141,6 +143,7 @@ class _Chat:
                 "tokens": result.tokens,
                 "seconds": result.seconds,
                 "stop_reason": result.stop_reason,
+                "memories": result.memories,
                 "stats": account(result.stats),
             }
             print(json.dumps(answer, ensure_ascii=False), flush=True)

@@ -17,8 +17,8 @@ from everlong.cli.options import (
     WeightsOption,
     WritingOptions,
 )
-from everlong.cli.session_options import account, open_llm, open_session, print_as_written
-from everlong.cli.terminal import print_json
+from everlong.cli.session_options import account, open_llm, open_session, print_as_written, say_memory
+from everlong.cli.terminal import notes, print_json
 from everlong.errors import InputError
 
 
@@ -47,6 +47,7 @@ def generate(
         session = open_session(llm, method, system=system, seed=writing.seed, memories=memory)
         session.read(sys.stdin.buffer if prompt == "-" else prompt)
         result = print_as_written(session.stream(**arguments), silent=output_options.as_json)
+        say_memory(notes(quiet=output_options.quiet), session, result)
     if output_options.as_json:
         print_json(
             {
@@ -54,6 +55,7 @@ def generate(
                 "tokens": result.tokens,
                 "seconds": result.seconds,
                 "stop_reason": result.stop_reason,
+                "memories": result.memories,
                 "stats": account(result.stats),
             }
         )

@@ -43,7 +43,8 @@ MemoryOption = Annotated[
     typer.Option(
         "--memory",
         metavar="NAME",
-        help="What the model knows by heart; see `everlong memory list`. May be given several times.",
+        help="What the model knows by heart; see `everlong memory list`. May be given several times. "
+        "`auto`: for each answer the one that is most like the question, or none.",
         rich_help_panel=_MODEL,
     ),
 ]

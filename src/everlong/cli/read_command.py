@@ -31,6 +31,7 @@ from everlong.cli.session_options import (
     open_llm,
     open_session,
     print_as_written,
+    say_memory,
     source_of,
 )
 from everlong.cli.terminal import notes, output, print_json
@@ -142,14 +143,17 @@ def _answers(
         for question in questions:
             ask_aloud(question)
             answers.append(print_as_written(session.stream_answer(question, **arguments), silent=silent))
+            say_memory(console, session, answers[-1])
         return answers
     writing = llm.stream_together([session] * len(questions), questions=questions, **together)
     ask_aloud(questions[0])
     answers = print_as_written(first_of(writing), silent=silent)
+    say_memory(console, session, answers[0])
     for question, answer in zip(questions[1:], answers[1:], strict=True):
         ask_aloud(question)
         if not silent:
             sys.stdout.write(f"{answer.text}\n")
+        say_memory(console, session, answer)
     return answers
 
 
@@ -160,6 +164,7 @@ def _as_json(question: str, answer: Generation) -> dict[str, Any]:
         "tokens": answer.tokens,
         "seconds": answer.seconds,
         "stop_reason": answer.stop_reason,
+        "memories": answer.memories,
     }
 
 

@@ -16,6 +16,8 @@ from everlong.errors import ConfigurationError
 from everlong.models.files import human_bytes
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from everlong.llm import LLM
     from everlong.reading.reports import Generation, Stats
     from everlong.reading.session import Session
@@ -111,6 +113,15 @@ def print_as_written(pieces: Generator[str, None, Outcome], *, silent: bool = Fa
     finally:
         pieces.close()
         show("\n")
+
+
+def say_memory(console: Console, session: Session, answer: Generation) -> None:
+    """Remark which memory an answer is from, where that is chosen."""
+    from everlong.reading.memories import lasting
+
+    if session.memories is not None and lasting(session.memories) is None:
+        chosen = ", ".join(answer.memories) or "none"
+        console.print(f"(memory: {chosen})", style="dim", markup=False, highlight=False)
 
 
 def first_of(

@@ -57,9 +57,16 @@ class LexicalIndex:
         scores: dict[int, float] = defaultdict(float)
         mean = sum(self._lengths) / max(len(self), 1)
         for word, times in Counter(words_of(query)).items():
-            found = self._postings.get(word, [])
-            rarity = math.log(1 + (len(self) - len(found) + 0.5) / (len(found) + 0.5))
-            for index, count in found:
+            rarity = self._rarity(word)
+            for index, count in self._postings.get(word, ()):
                 length = 1 - LENGTH_WEIGHT + LENGTH_WEIGHT * self._lengths[index] / mean
                 scores[index] += times * rarity * count * (SATURATION + 1) / (count + SATURATION * length)
         return heapq.nsmallest(k, scores.items(), key=lambda item: (-item[1], item[0]))
+
+    def full_score(self, query: str) -> float:
+        """Return what a document of mean length would score that has each word of a query once."""
+        return sum(times * self._rarity(word) for word, times in Counter(words_of(query)).items())
+
+    def _rarity(self, word: str) -> float:
+        found = len(self._postings.get(word, ()))
+        return math.log(1 + (len(self) - found + 0.5) / (found + 0.5))

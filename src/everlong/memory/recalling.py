@@ -43,22 +43,14 @@ def recall_memories(
         A memory is of another base model, or of a kind that cannot be used so.
     """
     if isinstance(memories, str) or not memories:
-        raise ConfigurationError("memories is a list of at least one name, such as ['handbook']")
+        raise ConfigurationError("memories is a list of at least one name, such as ['handbook'], or 'auto'")
     found = [store.get(memory) if isinstance(memory, str) else memory for memory in memories]
     shares = [1.0] * len(found) if weights is None else [float(weight) for weight in weights]
     if len(shares) != len(found):
         raise ConfigurationError(f"{len(found)} memories need as many weights, not {len(shares)}")
-    base = model.weights_hash
     for memory in found:
-        if memory.record.base_hash != base:
-            raise ConfigurationError(
-                f"memory {memory.name!r} was learned by {memory.record.base_model!r}, with other weights "
-                f"than those of {model.name!r} here: load that model, or learn the text again"
-            )
-        if memory.record.kind != "lora":
-            raise ConfigurationError(
-                f"memory {memory.name!r} is a {memory.record.kind}: sessions take LoRA memories"
-            )
+        if reason := why_unusable(model, memory):
+            raise ConfigurationError(reason)
     adapters = [memory.adapter() for memory in found]
     together: Adapter = adapters[0]
     if len(found) > 1 or shares != [1.0]:
@@ -68,3 +60,15 @@ def recall_memories(
     ).hexdigest()[:16]
     model.attachment.adapters.load(f"memory-{key}", together.config, together.tensors)
     return Memories(tuple(memory.name for memory in found), tuple(shares), f"memory-{key}")
+
+
+def why_unusable(model: AttachedModel, memory: Memory) -> str | None:
+    """Say why sessions of a model cannot use a memory; None: they can."""
+    if memory.record.base_hash != model.weights_hash:
+        return (
+            f"memory {memory.name!r} was learned by {memory.record.base_model!r}, with other weights "
+            f"than those of {model.name!r} here: load that model, or learn the text again"
+        )
+    if memory.record.kind != "lora":
+        return f"memory {memory.name!r} is a {memory.record.kind}: sessions take LoRA memories"
+    return None

@@ -17,6 +17,8 @@ FORMAT = 1
 """Version of the files of a memory."""
 RECORD_FILE = "memory.json"
 LONGEST_NAME = 100
+AUTO = "auto"
+"""Stands for memories that are chosen for each question, and so names none."""
 
 Kind = Literal["lora", "cartridge"]
 
@@ -38,11 +40,12 @@ def check_name(name: str) -> str:
         or len(name) > LONGEST_NAME
         or name.endswith((".", SCRATCH_SUFFIX))
         or name.split(".")[0].lower() in _RESERVED
+        or name.lower() == AUTO
     ):
         raise ConfigurationError(
             f"{name!r} cannot name a memory: take up to {LONGEST_NAME} letters (a to z), digits, '.', '_' "
-            f"and '-', beginning with a letter or digit, not ending in '.' or {SCRATCH_SUFFIX!r}, and none "
-            f"that Windows keeps for itself, such as 'con'"
+            f"and '-', beginning with a letter or digit, not ending in '.' or {SCRATCH_SUFFIX!r}; none "
+            f"that Windows keeps for itself, such as 'con', and not {AUTO!r}, which lets one be chosen"
         )
     return name
 

@@ -135,6 +135,8 @@ class Generation:
         The model ended its text; a stop string was met; `max_new_tokens` were written.
     stats : Stats
         The accounts afterwards: of the session, or of the fork on which a question was answered.
+    memories : tuple of str
+        Names of the memories that the model had while it wrote.
     """
 
     text: str
@@ -142,6 +144,7 @@ class Generation:
     seconds: float
     stop_reason: StopReason
     stats: Stats
+    memories: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return self.text

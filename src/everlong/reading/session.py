@@ -5,17 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
-from everlong.attention import Policy, StreamCache, make_policy, policy_options, with_sinks
-from everlong.errors import ConfigurationError, InputError, StateError
+from everlong.attention import Policy, make_policy, policy_options, with_sinks
+from everlong.errors import ConfigurationError, InputError, StateError, UnknownNameError
 from everlong.reading.account import Account
 from everlong.reading.attached import AttachedModel
 from everlong.reading.detokenize import checked_stop
 from everlong.reading.interrupt import deferred_interrupt
-from everlong.reading.memories import Memories, recalled
+from everlong.reading.memories import Memories, Recall, Router, lasting, recalled, route, to_saved
 from everlong.reading.prompts import pinned_text
 from everlong.reading.reports import Generation, Progress, ReadReport, Score, Stats
 from everlong.reading.sampling import GREEDY, Sampling
@@ -48,8 +47,9 @@ class Session:
     seed : int, optional
         Of the random draws. A fork of a session with a seed draws what its original would; without one,
         each fork and each question draws something new.
-    memories : Memories, optional
-        What the model knows by heart in this stream.
+    memories : Memories or Router, optional
+        What the model knows by heart in this stream; or what chooses it, each time the model is to write.
+        What is chosen reads what waits then, a question above all, and writes; the rest is read without.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Session:
         chunk: int = 512,
         surprisal: bool = False,
         seed: int | None = None,
-        memories: Memories | None = None,
+        memories: Memories | Router | None = None,
     ) -> None:
         if not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1:
             raise ConfigurationError(f"chunk={chunk!r} cannot work: it must be a whole number of at least 1")
@@ -101,6 +101,7 @@ class Session:
         self.model.require_attached()
         opened = open_source(source, self.model.vocabulary)
         tape, account = self._tape, Account(self._tape)
+        tape.use(lasting(self.memories))
 
         def run_whole_chunks(fraction: float | None) -> None:
             while len(tape.queue) > self.chunk:
@@ -146,7 +147,8 @@ class Session:
         tape.take(text)
         tape.finish()
         policy = with_sinks(tape.driver.cache.policy, len(tape.queue))
-        tape.driver.cache = self._new_cache(policy)
+        tape.driver.cache = self.model.attachment.new_cache(policy)
+        tape.use(lasting(self.memories))
         account = Account(self._tape)
         self._tape = account.tape = tape
         tape.run_all(self.chunk, logits=True)
@@ -161,7 +163,9 @@ class Session:
             Tokenised by itself, after everything read.
         """
         self.model.require_attached()
-        return score(self._tape.fork(), text, self.chunk, begins=self._system is not None)
+        tape = self._tape.fork()
+        tape.use(lasting(self.memories))
+        return score(tape, text, self.chunk, begins=self._system is not None)
 
     # --- writing -----------------------------------------------------------------------------------
 
@@ -291,6 +295,7 @@ class Session:
         """Return the session's tape, ready for the model to write on it."""
         self.model.require_attached()
         self._tape.begin_writing()
+        self._tape = route(self._tape, self.memories, self._tape.latest(), self.chunk)
         return self._tape
 
     def to_answer(self, question: str, *, keep: bool) -> Tape:
@@ -300,6 +305,9 @@ class Session:
         tape = (self if keep else self.fork())._tape
         with deferred_interrupt():
             tape.ask(question)
+        tape = route(tape, self.memories, question, self.chunk)
+        if keep:
+            self._tape = tape
         return tape
 
     # --- copies, state, accounts -------------------------------------------------------------------
@@ -320,18 +328,14 @@ class Session:
 
     def _new_tape(self) -> Tape:
         self.model.require_attached()
-        cache = self._new_cache(self._policy)
+        cache = self.model.attachment.new_cache(self._policy)
         tape = Tape(self.model, cache, self._system, self._surprisal)
+        tape.use(lasting(self.memories))
         if self._seed is None:
             tape.generator.seed()
         else:
             tape.generator.manual_seed(self._seed)
         return tape
-
-    def _new_cache(self, policy: Policy | None) -> StreamCache:
-        cache = self.model.attachment.new_cache(policy)
-        cache.adapter = None if self.memories is None else self.memories.adapter
-        return cache
 
     def save(self, path: str | Path) -> None:
         """Write the session to a file, from which ``llm.restore(path)`` goes on bit by bit.
@@ -348,17 +352,12 @@ class Session:
             "chunk": self.chunk,
             "surprisal": self._surprisal,
             "seed": self._seed,
-            "memories": None if self.memories is None else asdict(self.memories),
+            "memories": to_saved(self.memories),
         }
         write_state(path, self.model, tensors, {"options": options, "tape": tape})
 
     @classmethod
-    def restore(
-        cls,
-        model: AttachedModel,
-        path: str | Path,
-        recall: Callable[[Memories], Memories] | None = None,
-    ) -> Self:
+    def restore(cls, model: AttachedModel, path: str | Path, recall: Recall | None = None) -> Self:
         """Rebuild a session that :meth:`save` wrote, `recall` loading its memories; see ``llm.restore``.
 
         Raises
@@ -377,7 +376,9 @@ class Session:
             memories = recalled(options["memories"], recall)
             session = cls(model, policy=policy, memories=memories, **rest)
             session._tape = Tape.restored(model, tensors, saved["tape"])
-            session._tape.driver.cache.adapter = None if memories is None else memories.adapter
+            session._tape.use(lasting(memories))
+        except UnknownNameError:
+            raise
         except KeyError as error:
             raise StateError(
                 f"{path} is not complete: {error} is missing; restore an earlier copy"

@@ -14,12 +14,15 @@ from everlong.errors import InputError, StateError
 from everlong.reading.attached import AttachedModel
 from everlong.reading.driver import Driver
 from everlong.reading.interrupt import deferred_interrupt
+from everlong.reading.memories import Memories
 from everlong.reading.reports import Stats, perplexity
 from everlong.reading.sampling import LONGEST_REPETITION_WINDOW
 from everlong.reading.tokens import TokenStream
 
 Place = Literal["start", "raw", "user", "assistant"]
 """Where the tape stands: nothing on it; outside any turn; in the user's turn; in the assistant's."""
+
+_LATEST = 64  # tokens that tell what is being written about
 
 
 class Tape:
@@ -45,6 +48,8 @@ class Tape:
         """Tokens accepted and not yet run."""
         self.place: Place = "start"
         self.written = 0
+        self.memories: Memories | None = None
+        """What the model knows by heart in what is run."""
         self.generator = torch.Generator(device=model.device)
         self.form = model.form(with_system=system is not None)
         self._system = system
@@ -56,6 +61,11 @@ class Tape:
     def read(self) -> int:
         """Tokens read so far, held and waiting ones included."""
         return self._accepted + self.text.held
+
+    @property
+    def memory_names(self) -> tuple[str, ...]:
+        """Names of the memories that the model has at present."""
+        return () if self.memories is None else self.memories.names
 
     # --- what comes onto the tape ---------------------------------------------------------------------
 
@@ -137,6 +147,17 @@ class Tape:
 
     # --- running it -----------------------------------------------------------------------------------
 
+    def latest(self) -> str:
+        """Return the last words that were run or wait for it."""
+        ids = [*self.driver.recent, *self.queue][-_LATEST:]
+        words: str = self.model.tokenizer.decode(ids, skip_special_tokens=True)
+        return words
+
+    def use(self, memories: Memories | None) -> None:
+        """Let the model know these by heart in what is run from here on."""
+        self.memories = memories
+        self.driver.cache.adapter = None if memories is None else memories.adapter
+
     def run_chunk(self, size: int, *, logits: bool) -> Tensor | None:
         """Run the first `size` waiting tokens, Ctrl-C waiting for the end; return surprisal if computed."""
         with deferred_interrupt():
@@ -183,7 +204,7 @@ class Tape:
         copy.driver = self.driver.fork()
         copy.text = self.text.fork()
         copy.queue = self.queue.copy()
-        copy.place, copy.written = self.place, self.written
+        copy.place, copy.written, copy.memories = self.place, self.written, self.memories
         copy._accepted, copy._is_reading = self._accepted, self._is_reading
         copy._turn_has_text = self._turn_has_text
         copy.generator.set_state(self.generator.get_state())

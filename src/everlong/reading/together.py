@@ -93,7 +93,8 @@ def write_tapes(
                 if page.reason is not None:
                     pieces += page.finish()
                     seconds = time.perf_counter() - started
-                    done[number] = Generation(page.text, page.count, seconds, page.reason, tape.stats())
+                    account = tape.stats(), tape.memory_names
+                    done[number] = Generation(page.text, page.count, seconds, page.reason, *account)
                 for piece in pieces:
                     yield number, piece
     return [done[number] for number in range(len(tapes))]

@@ -109,7 +109,8 @@ def write(
                 speculator.add(token)
         yield from page.texts()
     yield from page.finish()
-    return Generation(page.text, page.count, time.perf_counter() - started, page.reason, tape.stats())
+    seconds = time.perf_counter() - started
+    return Generation(page.text, page.count, seconds, page.reason, tape.stats(), tape.memory_names)
 
 
 class Page:
