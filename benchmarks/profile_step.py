@@ -26,7 +26,7 @@ from everlong.evaluation.streams import open_stream
 from everlong.models.loading import load_model
 from everlong.models.packing import pack
 
-STEPS, REPEATS = 20, 5
+STEPS, REPEATS = 40, 5
 WEIGHTS = ("float", "int8", "int4")
 KINDS = {
     "products": ("aten::addmm", "aten::mm", "aten::_weight_int8pack_mm", "aten::_weight_int4pack_mm_for_cpu"),
