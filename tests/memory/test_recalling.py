@@ -16,9 +16,9 @@ from tests.reading.conftest import next_logits
 TEXT = "Orla Finch keeps bees."
 
 
-def adapter_of(model, seed=0, r=8):
+def adapter_of(model, seed=0, r=8, targets=("q_proj", "up_proj"), **options):
     config = peft.LoraConfig(
-        r=r, target_modules=["q_proj", "up_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
+        r=r, target_modules=list(targets), init_lora_weights=False, task_type="CAUSAL_LM", **options
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -87,6 +87,13 @@ def logits_without(llm):
     session = llm.session()
     session.read(TEXT)
     return next_logits(session)
+
+
+def test_what_was_learned_with_dropout_answers_without(llm, stocked):
+    made = record("dropping", base_hash=llm._attached.weights_hash, rank=8)
+    stocked.add(made, adapter_of(tiny.byte_llama()[0], lora_dropout=0.5))
+    assert torch.equal(logits_of(llm, stocked, "dropping"), logits_of(llm, stocked, "dropping"))
+    assert torch.allclose(logits_of(llm, stocked, "dropping"), logits_of(llm, stocked, "bees"), atol=1e-5)
 
 
 def test_several_are_the_weighted_sum_of_their_effects_and_weight_0_is_none(llm, stocked):

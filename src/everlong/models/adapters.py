@@ -114,6 +114,9 @@ class Adapters:
         self._layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
         for layer in self._layers:
             layer.enable_adapters(False)
+            for part in layer.children():
+                if part is not layer.base_layer:
+                    part.eval()  # no dropout: PEFT makes them for training
         self._current = None
         self._want_no_gradients()
 
