@@ -150,16 +150,25 @@ def test_packed_weights_stay_under_adapters_per_row(kind):
         packing.undo()
 
 
-def test_forwards_go_on_in_another_mode_and_with_one_adapter_between(llama):
+def test_a_bfloat16_model_rounds_what_its_rows_get():
+    with attach(tiny.build("llama").bfloat16(), POLICY) as handle, torch.inference_mode():
+        load(handle, LORAS)
+        caches = alone(handle)
+        together = steps(handle, handle.batch(caches).cache, range(len(NAMES)), 1)
+        for row, cache in enumerate(caches):
+            expected = steps(handle, cache, [row], 1)
+            assert (together[row] - expected[0]).abs().max() <= 2**-5 * expected.abs().max()
+
+
+def test_forwards_go_on_in_another_mode(llama):
     caches = alone(llama, ["wide", None, "one layer"])
     batch = llama.batch(caches)
     with torch.inference_mode():
         steps(llama, batch.cache, [0, 1, 2], 2)
-    for row, cache in enumerate(caches):
-        steps(llama, cache, [row], 2)
     with torch.enable_grad():
         together = steps(llama, batch.cache, [0, 1, 2], 2, seed=70).detach()
     for row, cache in enumerate(caches):
+        steps(llama, cache, [row], 2)
         close(together[row : row + 1], steps(llama, cache, [row], 2, seed=70))
 
 
@@ -167,14 +176,18 @@ def test_an_adapter_loaded_and_adapters_set_aside_between_steps_change_nothing(l
     caches = alone(llama, ["wide", None, "one layer"])
     batch = llama.batch(caches)
     together = [steps(llama, batch.cache, [0, 1, 2], 2)]
-    load(llama, {"late": {"r": 8, "target_modules": ["k_proj"]}})
+    bare = caches[1].fork()
+    expected = steps(llama, bare.fork(), [1], 1)
     together.append(steps(llama, batch.cache, [0, 1, 2], 2, seed=70))
+    load(llama, {"late": {"r": 8, "target_modules": ["k_proj"]}})
+    close(steps(llama, bare, [1], 1), expected)
+    together.append(steps(llama, batch.cache, [0, 1, 2], 2, seed=90))
     with llama.adapters.set_aside():
         assert not any("lora" in name for name, _ in llama.model.named_modules())
         assert not any(module._forward_hooks for module in llama.decoder.layers.modules())
-    together.append(steps(llama, batch.cache, [0, 1, 2], 2, seed=90))
+    together.append(steps(llama, batch.cache, [0, 1, 2], 2, seed=110))
     for row, cache in enumerate(caches):
-        for seed, logits in zip((50, 70, 90), together, strict=True):
+        for seed, logits in zip((50, 70, 90, 110), together, strict=True):
             close(logits[row : row + 1], steps(llama, cache, [row], 2, seed=seed))
 
 

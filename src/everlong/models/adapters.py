@@ -11,12 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
+from itertools import accumulate, groupby
 from operator import itemgetter
 from threading import RLock
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from everlong.errors import UnsupportedUseError
@@ -174,10 +173,9 @@ class Adapters:
                 layer.set_adapter([name] if name in layer.lora_A else [])
         self._want_no_gradients()
 
-    @torch.inference_mode(False)  # later forwards, in whatever mode, use the factors
     def _hook(self, spans: Sequence[Span]) -> None:
         """Let each layer add what the adapters make of their tokens."""
-        stops = torch.tensor([count for _, count in spans]).cumsum(0).tolist()
+        stops = list(accumulate(count for _, count in spans))
         for layer in self._layers:
             shares = [
                 _Share(stop - count, stop, *_factors(layer, name))
@@ -237,8 +235,7 @@ def _add(
 
 def _factors(layer: Any, name: str) -> tuple[Tensor, Tensor, float]:
     """Return what an adapter has in a layer: factors (in, rank) and (rank, out), and their scaling."""
-    dtype = layer.base_layer.weight.dtype
-    lower, upper = (part[name].weight.detach().to(dtype).t() for part in (layer.lora_A, layer.lora_B))
+    lower, upper = (part[name].weight.detach().t() for part in (layer.lora_A, layer.lora_B))
     return lower, upper, layer.scaling[name]
 
 
