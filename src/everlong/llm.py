@@ -227,7 +227,8 @@ class LLM:
         Parameters
         ----------
         sessions : sequence of Session
-            Of this model, whatever the length of each. With `questions` a session may stand several times.
+            Of this model, whatever the length and the memories of each. With `questions` a session may stand
+            several times.
         max_new_tokens : int
             Tokens that each writes at most.
         questions : sequence of str, optional

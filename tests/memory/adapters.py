@@ -21,13 +21,19 @@ IDS = tiny.random_ids(2, 12)
 
 def lora(seed: int = 0, targets: list[str] | str = TARGETS, r: int = 8, **options) -> Adapter:
     """Make an adapter for ``tests.tiny.build("llama")``."""
+    return adapter_of(tiny.build("llama"), seed, targets, r, **options)
+
+
+def adapter_of(model, seed: int = 0, targets: list[str] | str = TARGETS, r: int = 8, **options) -> Adapter:
+    """Make an adapter for any model, which stays as it is."""
     config = peft.LoraConfig(
         r=r, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM", **options
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = peft.get_peft_model(tiny.build("llama"), config)
-    tensors = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(model).items()}
+        adapted = peft.get_peft_model(model, config)
+    tensors = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(adapted).items()}
+    adapted.unload()
     return Adapter(config, tensors)
 
 

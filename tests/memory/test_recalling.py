@@ -6,28 +6,14 @@ import peft
 import pytest
 import torch
 
-from everlong import LLM, FullAttention, LMInfinite
+from everlong import LLM, FullAttention
 from everlong.errors import ConfigurationError, StateError, UnknownNameError, UnsupportedUseError
 from everlong.models.fingerprint import weights_hash
 from tests import tiny
-from tests.memory.adapters import lora, record
+from tests.memory.adapters import adapter_of, lora, record
 from tests.reading.conftest import next_logits
 
 TEXT = "Orla Finch keeps bees."
-
-
-def adapter_of(model, seed=0, r=8):
-    config = peft.LoraConfig(
-        r=r, target_modules=["q_proj", "up_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        adapted = peft.get_peft_model(model, config)
-    tensors = {k: v.clone() for k, v in peft.get_peft_model_state_dict(adapted).items()}
-    adapted.unload()
-    from everlong.memory.adapter import Adapter
-
-    return Adapter(config, tensors)
 
 
 @pytest.fixture
@@ -89,6 +75,13 @@ def logits_without(llm):
     return next_logits(session)
 
 
+def test_what_was_learned_with_dropout_answers_without(llm, stocked):
+    made = record("dropping", base_hash=llm._attached.weights_hash, rank=8)
+    stocked.add(made, adapter_of(tiny.byte_llama()[0], lora_dropout=0.5))
+    assert torch.equal(logits_of(llm, stocked, "dropping"), logits_of(llm, stocked, "dropping"))
+    assert torch.allclose(logits_of(llm, stocked, "dropping"), logits_of(llm, stocked, "bees"), atol=1e-5)
+
+
 def test_several_are_the_weighted_sum_of_their_effects_and_weight_0_is_none(llm, stocked):
     assert torch.allclose(
         logits_of(llm, stocked, "bees", "boats", weights=[1, 0]), logits_of(llm, stocked, "bees"), atol=1e-4
@@ -106,22 +99,6 @@ def test_forks_keep_their_memories_and_reset_does_too(llm, stocked):
     session.reset()
     session.read(TEXT)
     assert torch.allclose(next_logits(session), expected, atol=1e-6)
-
-
-@pytest.mark.parametrize("policy", [FullAttention(), LMInfinite(window=24, sinks=2)], ids=["full", "window"])
-def test_sessions_write_together_whatever_their_memories(llm, stocked, policy):
-    def sessions():
-        made = [
-            llm.session(policy, memories=names, store=stocked)
-            for names in (["bees"], [], ["boats"], ["bees"])
-        ]
-        for number, session in enumerate(made):
-            session.read(TEXT * (number + 1))
-        return made
-
-    alone = [session.generate(12).text for session in sessions()]
-    together = llm.generate_together(sessions(), 12)
-    assert [generation.text for generation in together] == alone
 
 
 def test_a_saved_session_goes_on_with_its_memories(llm, stocked, tmp_path):

@@ -160,6 +160,8 @@ class Attachment:
         """Say why streams cannot be the rows of one batch (see :meth:`batch`); None: they can."""
         for cache in caches:
             refuse_foreign_cache(cache, self.owner, StreamCache)
+        if len({self.adapters.group(cache.adapter) for cache in caches}) > 1:
+            return "the memory of one of them is not plain LoRA on linear layers"
         return why_apart(caches, tables_change=self._layers.tables_change)
 
     def batch(self, caches: Sequence[StreamCache]) -> StreamBatch:
@@ -285,6 +287,8 @@ class Attachment:
         if given is not None:
             refuse_foreign_cache(given, self.owner)
         cache = self._implicit_cache() if given is None else given
+        spans = cache.adapters(inputs.rows, inputs.tokens) if len(self.adapters) else []
+        self.adapters.refuse_mixture(spans)
         is_kept = given is not None or bool(use_cache)
         if isinstance(cache, (PackedSequences, StaticStep)):
             positions = cache.positions(inputs.device)
@@ -296,8 +300,8 @@ class Attachment:
             outer = self._end_forward()
             cache.begin(inputs.rows, pads)
             _forward.set(Forward(self.owner, self._layers, cache, inputs.tokens, is_kept, outer))
-        if len(self.adapters):
-            self.adapters.begin(cache.adapter)
+        if spans:
+            self.adapters.begin(spans)
             self._with_adapter.add(id(_forward.get()))
         inputs.arguments.update(use_cache=is_kept, attention_mask=None, position_ids=positions)
         inputs.arguments[self.cache_argument] = cache if is_kept else None

@@ -40,7 +40,7 @@ class StreamBatch:
         self._layers = layers
         self._offsets = [cache.offset for cache in caches]
         self.cache = StreamCache(longest.policy, layers, longest.owner, longest.offset)
-        self.cache.adapter = longest.adapter
+        self.cache.use_adapters([cache.adapter for cache in caches])
         self.cache.seen = longest.seen
         self.cache.rows = len(caches)
         self.cache.pads = tuple(pads) if any(pads) else None
@@ -56,7 +56,7 @@ class StreamBatch:
         batch, offset = self.cache, self._offsets[row]
         pad = batch.pads[row] if batch.pads else 0
         single = StreamCache(batch.policy, self._layers, batch.owner, offset)
-        single.adapter = batch.adapter
+        single.adapter = batch.row_adapters[row] if batch.row_adapters else batch.adapter
         single.rows, single.seen = 1, batch.seen - pad
         single.is_half_done = batch.is_half_done
         with torch.inference_mode(False), torch.no_grad():
@@ -86,8 +86,6 @@ def why_apart(caches: Sequence[StreamCache], *, tables_change: bool) -> str | No
     span = first.window
     if any(cache.policy != first.policy for cache in caches):
         return "they follow different policies"
-    if any(cache.adapter != first.adapter for cache in caches):
-        return "they have different memories"
     if any(cache.is_half_done for cache in caches):
         return "one of them was left half-done by an error"
     if first.needs_surprisal:

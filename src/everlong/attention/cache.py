@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from everlong.attention.policy import Policy, make_policy, policy_options
 from everlong.attention.positions import Rotation
 from everlong.attention.window import LocalWindow
 from everlong.errors import StateError, UnsupportedUseError
+from everlong.models.adapters import Span
 
 if TYPE_CHECKING:
     from everlong.attention.recording import Recorded
@@ -64,6 +65,8 @@ class StreamCache(PolicyCache):
         self.seen = 0
         self.adapter: str | None = None
         """What of the attachment's adapters its forwards use."""
+        self.row_adapters: tuple[str | None, ...] | None = None
+        """Where its rows differ in that: what each uses."""
         self.pads: tuple[int, ...] | None = None
         self.rows: int | None = None
         self.memories = {
@@ -215,6 +218,17 @@ class StreamCache(PolicyCache):
         self.is_half_done = False
         self._in_forward = False
 
+    def use_adapters(self, names: Sequence[str | None]) -> None:
+        """Let each row use an adapter of its own."""
+        self.adapter = names[0]
+        self.row_adapters = tuple(names) if len(set(names)) > 1 else None
+
+    def adapters(self, rows: int, tokens: int) -> list[Span]:
+        """Return the adapters of a forward of `tokens` new tokens a row, row after row."""
+        if self.row_adapters is None:
+            return [(self.adapter, rows * tokens)]
+        return [(name, tokens) for name in self.row_adapters]
+
     # --- hooks of policies --------------------------------------------------------------------------
 
     @property
@@ -325,8 +339,11 @@ class StreamCache(PolicyCache):
         with torch.inference_mode(False):  # later forwards, in whatever mode, write into them
             for memory in self.memories.values():
                 memory.pick_rows(chosen)
-        self.pads = None if self.pads is None else tuple(self.pads[row] for row in chosen.tolist())
-        self.rows = len(chosen)
+        rows = chosen.tolist()
+        self.pads = None if self.pads is None else tuple(self.pads[row] for row in rows)
+        if self.row_adapters is not None:
+            self.use_adapters([self.row_adapters[row] for row in rows])
+        self.rows = len(rows)
 
     @property
     def batch_size(self) -> int:
@@ -341,7 +358,7 @@ class StreamCache(PolicyCache):
     def reset(self) -> None:
         """Forget everything and begin again."""
         fresh = type(self)(self.policy, self._kept_layers, self.owner, self.offset)
-        fresh.adapter = self.adapter
+        fresh.adapter, fresh.row_adapters = self.adapter, self.row_adapters
         self.__dict__.update(fresh.__dict__)
 
     def __len__(self) -> int:

@@ -19,6 +19,7 @@ from everlong.attention.forward import Forward, Layers, Underway
 from everlong.attention.inputs import Inputs
 from everlong.attention.parts import Logits
 from everlong.errors import InputError, StateError, UnsupportedUseError
+from everlong.models.adapters import Span
 
 
 class PackedSequences(PolicyCache):
@@ -42,10 +43,7 @@ class PackedSequences(PolicyCache):
             raise StateError("the streams belong to different models")
         if any(cache.rows not in (None, 1) or cache.pads for cache in caches):
             raise UnsupportedUseError("streams of several rows, or with padding, cannot be packed into a row")
-        if len({cache.adapter for cache in caches}) != 1:
-            raise UnsupportedUseError("streams with different memories do not run in one row")
         super().__init__(owners.pop())
-        self.adapter = caches[0].adapter
         self.caches = list(caches)
         self.counts = list(counts)
 
@@ -76,6 +74,10 @@ class PackedSequences(PolicyCache):
             own = torch.arange(cache.seen, cache.seen + count, device=device)
             pieces.append(own if cache.window is None else own.clamp(max=cache.window - 1))
         return torch.cat(pieces)[None]
+
+    def adapters(self, rows: int, tokens: int) -> list[Span]:
+        """Return the adapters of the row's tokens, stream by stream."""
+        return [(cache.adapter, count) for cache, count in zip(self.caches, self.counts, strict=True)]
 
     def abandon(self) -> None:
         """Leave the forward in all streams."""

@@ -1,10 +1,18 @@
-"""LoRA adapters on one model, of which each forward uses one, or none."""
+"""LoRA adapters on one model, of which each token of a forward uses one, or none.
+
+Where all tokens use the same one, it is PEFT's active adapter. Where they do not, PEFT's layers are switched
+off, and to what the model's own layers make of some tokens is added what the adapter of these makes of them.
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate, groupby
+from operator import itemgetter
 from threading import RLock
 from typing import Any
 
@@ -12,11 +20,14 @@ from torch import Tensor, nn
 
 from everlong.errors import UnsupportedUseError
 
+Span = tuple[str | None, int]
+"""An adapter (None: none), and how many tokens it is for."""
+
 
 class Adapters:
     """Adapters that streams of one model bring along. PEFT's layers are put in with the first.
 
-    PEFT knows one active adapter for the whole model: a forward holds the lock while it runs with its own.
+    What is active is so for the whole model: a forward holds the lock while it runs with its own.
 
     Parameters
     ----------
@@ -28,7 +39,9 @@ class Adapters:
         self._model = model
         self._loaded: dict[str, tuple[Any, Mapping[str, Tensor]]] = {}
         self._layers: list[Any] = []
-        self._current: str | None = None
+        self._current: str | None | tuple[Span, ...] = None
+        self._hooks: list[Any] = []  # on the layers, while tokens differ
+        self._alone: set[str] = set()
         self._lock = RLock()
 
     def __len__(self) -> int:
@@ -56,17 +69,43 @@ class Adapters:
                 del self._loaded[name]
                 raise
 
-    def begin(self, name: str | None) -> None:
-        """Let the forward that begins use adapter `name` (None: none), and no other forward run beside it."""
+    def group(self, name: str | None) -> str | None:
+        """Say which forwards adapter `name` may be used in: any two with the same answer run together.
+
+        All that are plain LoRA do, and what uses none; any other only with itself.
+        """
+        return name if name in self._alone else None
+
+    def refuse_mixture(self, spans: Sequence[Span]) -> None:
+        """Raise if a forward has adapters of different groups."""
+        if len({self.group(name) for name, _ in spans}) > 1:
+            raise UnsupportedUseError(
+                "one of these adapters is not plain LoRA on linear layers: streams with it and without it do "
+                "not run together"
+            )
+
+    def begin(self, spans: Sequence[Span]) -> None:
+        """Let the forward that begins use these adapters, and no other forward run beside it.
+
+        Parameters
+        ----------
+        spans : sequence of (str or None, int)
+            The adapter of its first so many tokens, of the next, and so on, row after row; all of one group.
+        """
+        joined = tuple(
+            (name, sum(count for _, count in same)) for name, same in groupby(spans, itemgetter(0))
+        )
+        wanted = joined[0][0] if len(joined) == 1 else joined
         self._lock.acquire()
-        if name == self._current:
+        if wanted == self._current:
             return
-        for layer in self._layers:
-            layer.enable_adapters(name is not None)
-            if name is not None:
-                layer.set_adapter([name] if name in layer.lora_A else [])
-        self._current = name
-        self._want_no_gradients()
+        self._unhook()
+        name, before = (now if isinstance(now, str) else None for now in (wanted, self._current))
+        if name != before:
+            self._activate(name)
+        if isinstance(wanted, tuple):
+            self._hook(wanted)
+        self._current = wanted
 
     def end(self) -> None:
         """Let other forwards run."""
@@ -93,10 +132,12 @@ class Adapters:
                     parent, _, child = path.rpartition(".")
                     setattr(self._model.get_submodule(parent), child, layer.get_base_layer())
             self._model.__dict__.pop("peft_config", None)
+            self._unhook()
             self._layers, self._current = [], None
 
     def _put_in(self, name: str) -> None:
         from peft import inject_adapter_in_model, set_peft_model_state_dict
+        from peft.tuners.lora import Linear
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         if not self._layers and any(isinstance(module, BaseTunerLayer) for module in self._model.modules()):
@@ -114,14 +155,98 @@ class Adapters:
         self._layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
         for layer in self._layers:
             layer.enable_adapters(False)
+            for part in layer.children():
+                if part is not layer.base_layer:
+                    part.eval()  # no dropout: PEFT makes them for training
+        self._unhook()
         self._current = None
         self._want_no_gradients()
+        own = [layer for layer in self._layers if _has(layer, name)]
+        if not all(type(layer) is Linear and _is_plain(layer, name) for layer in own):
+            self._alone.add(name)
+
+    def _activate(self, name: str | None) -> None:
+        """Let all tokens use an adapter, by PEFT's own code."""
+        for layer in self._layers:
+            layer.enable_adapters(name is not None)
+            if name is not None:
+                layer.set_adapter([name] if name in layer.lora_A else [])
+        self._want_no_gradients()
+
+    def _hook(self, spans: Sequence[Span]) -> None:
+        """Let each layer add what the adapters make of their tokens."""
+        stops = list(accumulate(count for _, count in spans))
+        for layer in self._layers:
+            shares = [
+                _Share(stop - count, stop, *_factors(layer, name))
+                for (name, count), stop in zip(spans, stops, strict=True)
+                if name is not None and name in layer.lora_A
+            ]
+            if shares:
+                self._hooks.append(layer.register_forward_hook(partial(_add, shares, stops[-1])))
+
+    def _unhook(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
 
     def _want_no_gradients(self) -> None:
         for layer in self._layers:
             for name in layer.adapter_layer_names:
                 for parameter in getattr(layer, name).parameters():
                     parameter.requires_grad_(False)
+
+
+@dataclass(frozen=True, eq=False)
+class _Share:
+    """One layer's part of an adapter, and the tokens it is for.
+
+    Attributes
+    ----------
+    start, stop : int
+        The tokens, counted through all rows.
+    lower, upper : Tensor (in, rank), (rank, out)
+        Its factors.
+    scaling : float
+        Of their product.
+    """
+
+    start: int
+    stop: int
+    lower: Tensor
+    upper: Tensor
+    scaling: float
+
+
+def _add(
+    shares: Sequence[_Share], tokens: int, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
+) -> None:
+    """Add to a layer's output, in place; a hook."""
+    x, y = inputs[0].flatten(0, -2), output.view(-1, output.shape[-1])
+    if len(x) != tokens:
+        raise UnsupportedUseError(
+            f"a layer with adapters is given {len(x)} of {tokens} tokens, so that it cannot be told which of "
+            "them is whose: let these streams run one after another"
+        )
+    for share in shares:
+        some = slice(share.start, share.stop)
+        y[some].addmm_(x[some] @ share.lower, share.upper, alpha=share.scaling)
+
+
+def _factors(layer: Any, name: str) -> tuple[Tensor, Tensor, float]:
+    """Return what an adapter has in a layer: factors (in, rank) and (rank, out), and their scaling."""
+    lower, upper = (part[name].weight.detach().t() for part in (layer.lora_A, layer.lora_B))
+    return lower, upper, layer.scaling[name]
+
+
+def _has(layer: Any, name: str) -> bool:
+    """Whether an adapter of PEFT's changes a layer."""
+    return any(name in getattr(layer, part) for part in layer.adapter_layer_names)
+
+
+def _is_plain(layer: Any, name: str) -> bool:
+    """Whether all that an adapter does in a linear layer is to add a product of two factors."""
+    return name not in layer.lora_variant and layer.lora_B[name].bias is None
 
 
 @contextmanager

@@ -35,9 +35,10 @@ def read_all(tapes: Sequence[Tape], chunk: int) -> None:
         room = few if are_few else chunk
         pieces = []
         for tape, count in zip(waiting, counts, strict=True):
-            if _memory(tape) == _memory(waiting[0]) and (count <= few) == are_few and count <= room:
+            if _group(tape) == _group(waiting[0]) and (count <= few) == are_few and count <= room:
                 pieces.append((tape, count))
                 room -= count
+        pieces.sort(key=lambda piece: _memory(piece[0]))
         with deferred_interrupt():
             _run_waiting(pieces)
 
@@ -110,12 +111,12 @@ class PackedRows:
 
     def step(self) -> None:
         """Run the token that waits on each tape."""
-        for memory in dict.fromkeys(map(_memory, self._tapes)):
-            _run_waiting([(tape, 1) for tape in self._tapes if _memory(tape) == memory])
+        for group in dict.fromkeys(map(_group, self._tapes)):
+            _run_waiting([(tape, 1) for tape in self._tapes if _group(tape) == group])
 
     def keep(self, tapes: list[Tape]) -> None:
         """Go on with these alone."""
-        self._tapes = tapes
+        self._tapes = [tape for tape in self._tapes if tape in tapes]
 
 
 class BatchRows:
@@ -149,7 +150,7 @@ class BatchRows:
         for row, tape in enumerate(self._tapes):
             if row not in rows:
                 tape.driver.cache = self._batch.take(row)
-        self._tapes = tapes
+        self._tapes = [self._tapes[row] for row in rows]
         if rows:
             self._batch.keep(rows)
 
@@ -168,6 +169,7 @@ class _Lent:
 def rows_of(tapes: list[Tape]) -> Generator[BatchRows | PackedRows, None, None]:
     """Put streams together for as long as the block lasts."""
     rows: BatchRows | PackedRows | None = None
+    tapes = sorted(tapes, key=_memory)
     try:
         with deferred_interrupt():
             rows = PackedRows(tapes) if _are_apart(tapes) else BatchRows(tapes)
@@ -178,9 +180,14 @@ def rows_of(tapes: list[Tape]) -> Generator[BatchRows | PackedRows, None, None]:
                 rows.keep([])
 
 
-def _memory(tape: Tape) -> str | None:
-    """Return the adapter that a stream's forwards use; only those with the same run together."""
-    return tape.driver.cache.adapter
+def _memory(tape: Tape) -> str:
+    """Return what a stream's forwards use, to put those side by side that use the same."""
+    return tape.driver.cache.adapter or ""
+
+
+def _group(tape: Tape) -> str | None:
+    """Return what streams have in common that run in one forward."""
+    return tape.driver.attachment.adapters.group(tape.driver.cache.adapter)
 
 
 def _are_apart(tapes: list[Tape]) -> bool:
