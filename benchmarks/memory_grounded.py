@@ -52,6 +52,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--output", type=Path, default=RESULTS / "memory_grounded.json")
     options = parser.parse_args()
+    if options.passages > MOST:
+        parser.error(f"there are at most {MOST} passages")
     rows = Rows(options.output, {"model": options.model, "text": options.text.stem, "tokens": TOKENS})
     loaded = load_model(options.model)
     every = passages(options.text, loaded.tokenizer, TOKENS, MOST, 0)

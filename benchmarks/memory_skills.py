@@ -48,6 +48,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--output", type=Path, default=RESULTS / "memory_skills.json")
     options = parser.parse_args()
+    if options.skills > MOST:
+        parser.error(f"there are at most {MOST} skills of a kind")
     rows = Rows(options.output, {"model": options.model, "demonstrations": DEMONSTRATIONS, "tests": TESTS})
     loaded = load_model(options.model)
     wrong = wrong_documents(MOST, 0)

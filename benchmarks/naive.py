@@ -58,7 +58,7 @@ class Writer:
         decode, cache = self.tokens.tokenizer.decode, DynamicCache(config=self.model.config)
         given, new, text = ids, [], ""
         for _ in range(most):
-            call = {"use_cache": True, cache_argument(self.model): cache}
+            call = {"use_cache": True, "logits_to_keep": 1, cache_argument(self.model): cache}
             logits = self.model(torch.tensor([given]), **call).logits
             given = [int(logits[0, -1].argmax())]
             if given[0] in self.tokens.end_tokens:
