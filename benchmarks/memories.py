@@ -23,6 +23,7 @@ from everlong.memory.progress import LearnProgress
 from everlong.memory.recipes import Recipe, make_recipe
 from everlong.memory.segments import segments
 from everlong.memory.writer import Writer
+from everlong.models.adapters import while_peft_wraps
 from everlong.models.loading import LoadedModel
 from everlong.reading.attached import AttachedModel
 
@@ -63,7 +64,8 @@ def adapted(loaded: LoadedModel, folder: str) -> Iterator[LoadedModel]:
     """Yield the model with the adapter in a folder."""
     from peft import PeftModel
 
-    model = PeftModel.from_pretrained(loaded.model, folder)
+    with while_peft_wraps():
+        model = PeftModel.from_pretrained(loaded.model, folder)
     try:
         yield dataclasses.replace(loaded, model=model)
     finally:
