@@ -18,7 +18,8 @@ BEGIN, END = "<!-- results: written by docs/write_results.py -->", "<!-- end of 
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from common import table  # noqa: E402
-from memory_facts import FORMS, share  # noqa: E402
+from memories import share  # noqa: E402
+from memory_facts import FORMS  # noqa: E402
 from real_text import excess_of, number  # noqa: E402
 from weights import cells  # noqa: E402
 

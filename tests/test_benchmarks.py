@@ -40,7 +40,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The scripts can be imported, for this test only."""
     names = ("common", "speed", "bounded", "real_text", "weights", "writing", "goals", "llama", "start_up")
-    names += ("speculation", "profile_step", "memory_facts", "memory_routing")
+    names += ("speculation", "profile_step", "memories", "naive")
+    names += tuple(f"memory_{name}" for name in ("facts", "skills", "grounded", "sequence", "cost", "routing"))
     assert not set(names) & set(sys.modules)
     monkeypatch.syspath_prepend(FOLDER)
     yield

@@ -101,6 +101,11 @@ def test_a_sentence_is_asked_for_alone_and_behind_what_stands_before() -> None:
     assert {(pair.generator, pair.segment, pair.gain) for pair in found} == {("cloze", 3, None)}
 
 
+def test_what_stands_between_two_sentences_is_kept() -> None:
+    found = [item.pair.query for item in elicited_by("cloze", " In: a\nOut: b\n\nIn: c\nOut: d\n")]
+    assert found == ["In:", "In:", "In: a\nOut: b\n\nIn:"]
+
+
 def test_more_words_may_be_given() -> None:
     found = list(Cloze(begin=2).elicit(segment_of("Orla keeps bees. It rained."), Scripted()))
     assert [(item.pair.query, item.pair.response) for item in found] == [("Orla keeps", " bees.")]

@@ -62,9 +62,9 @@ class Cloze(Generator):
                 for before in ("", previous) if previous else ("",):
                     pair = Pair(before + query, sentence[len(query) :], self.name, segment.number, (number,))
                     yield Elicited(pair, beginning, pair.query)
-                previous = sentence + " "
+                previous = raw.lstrip()
             elif words:
-                previous += sentence + " "
+                previous += raw
 
 
 @GENERATORS.register("text")

@@ -121,7 +121,7 @@ class Teacher:
         """
         lessons: dict[int, Lesson] = {}
         beginnings: dict[str, list[int]] = {}
-        encoded = [_encoded(self.student, item) for item in elicited]
+        encoded = [as_tokens(self.student, item) for item in elicited]
         for number, item in enumerate(elicited):
             if encoded[number].words:
                 beginnings.setdefault(item.beginning, []).append(number)
@@ -205,7 +205,7 @@ def _response_rows(sizes: Iterable[tuple[int, int]]) -> Tensor:
     return torch.cat(rows)
 
 
-def _encoded(model: AttachedModel, item: Elicited) -> Lesson:
+def as_tokens(model: AttachedModel, item: Elicited) -> Lesson:
     """Return a pair as tokens, nothing known of the teacher yet."""
     coder = model.coder
     query, response = list(coder.bos), coder.encode_after(item.pair.response)

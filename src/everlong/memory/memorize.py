@@ -54,7 +54,7 @@ def memorize(
         progress = learner.learn(
             text, start=unfinished.load(), on_progress=on_progress, on_segment=unfinished.save
         )
-        adapter = _as_one(learner, progress)
+        adapter = as_one(learner, progress)
     config: Any = adapter.config
     values = recipe.values()
     record = MemoryRecord(
@@ -72,7 +72,7 @@ def memorize(
     return memory
 
 
-def _as_one(learner: InfiniteICL, progress: Progress) -> Adapter:
+def as_one(learner: InfiniteICL, progress: Progress) -> Adapter:
     """Return what was learned as a single adapter."""
     adapters = [Adapter(learner.config(), tensors) for tensors in progress.adapters]
     return adapters[0] if len(adapters) == 1 else combine(adapters).adapter
