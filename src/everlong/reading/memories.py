@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from everlong.attention import Attachment, Policy, StreamCache
+from everlong.attention.prefix import Prefix
 from everlong.errors import StateError
 
 
@@ -20,12 +22,31 @@ class Memories:
     weights : tuple of float
         By how much each counts.
     adapter : str
-        What the model's adapter made of them is called.
+        What is made of them is called: an adapter of the model's, or a prefix.
+    prefix : Prefix or None
+        What streams begin with, if it is one.
     """
 
     names: tuple[str, ...]
     weights: tuple[float, ...]
     adapter: str
+    prefix: Prefix | None = field(default=None, compare=False, repr=False)
+
+    def values(self) -> dict[str, Any]:
+        """Return what is saved of them, as JSON takes it."""
+        return {"names": self.names, "weights": self.weights, "adapter": self.adapter}
+
+
+def put_on(cache: StreamCache, memories: Memories | None) -> None:
+    """Let forwards of a stream, which begins with its prefix already, use the adapter."""
+    cache.adapter = None if memories is None or memories.prefix is not None else memories.adapter
+
+
+def new_cache(attachment: Attachment, policy: Policy | None, memories: Memories | None) -> StreamCache:
+    """Return the cache of a new stream that knows `memories`."""
+    cache = attachment.new_cache(policy, prefix=None if memories is None else memories.prefix)
+    put_on(cache, memories)
+    return cache
 
 
 def recalled(saved: Any, recall: Callable[[Memories], Memories] | None) -> Memories | None:

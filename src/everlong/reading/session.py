@@ -5,17 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
-from everlong.attention import Policy, StreamCache, make_policy, policy_options, with_sinks
+from everlong.attention import Policy, make_policy, policy_options, with_sinks
 from everlong.errors import ConfigurationError, InputError, StateError
 from everlong.reading.account import Account
 from everlong.reading.attached import AttachedModel
 from everlong.reading.detokenize import checked_stop
 from everlong.reading.interrupt import deferred_interrupt
-from everlong.reading.memories import Memories, recalled
+from everlong.reading.memories import Memories, new_cache, put_on, recalled
 from everlong.reading.prompts import pinned_text
 from everlong.reading.reports import Generation, Progress, ReadReport, Score, Stats
 from everlong.reading.sampling import GREEDY, Sampling
@@ -145,8 +144,8 @@ class Session:
         tape = self._tape.fork()
         tape.take(text)
         tape.finish()
-        policy = with_sinks(tape.driver.cache.policy, len(tape.queue))
-        tape.driver.cache = self._new_cache(policy)
+        policy = with_sinks(tape.driver.cache.policy, tape.driver.cache.seen + len(tape.queue))
+        tape.driver.cache = new_cache(self.model.attachment, policy, self.memories)
         account = Account(self._tape)
         self._tape = account.tape = tape
         tape.run_all(self.chunk, logits=True)
@@ -320,18 +319,13 @@ class Session:
 
     def _new_tape(self) -> Tape:
         self.model.require_attached()
-        cache = self._new_cache(self._policy)
+        cache = new_cache(self.model.attachment, self._policy, self.memories)
         tape = Tape(self.model, cache, self._system, self._surprisal)
         if self._seed is None:
             tape.generator.seed()
         else:
             tape.generator.manual_seed(self._seed)
         return tape
-
-    def _new_cache(self, policy: Policy | None) -> StreamCache:
-        cache = self.model.attachment.new_cache(policy)
-        cache.adapter = None if self.memories is None else self.memories.adapter
-        return cache
 
     def save(self, path: str | Path) -> None:
         """Write the session to a file, from which ``llm.restore(path)`` goes on bit by bit.
@@ -348,7 +342,7 @@ class Session:
             "chunk": self.chunk,
             "surprisal": self._surprisal,
             "seed": self._seed,
-            "memories": None if self.memories is None else asdict(self.memories),
+            "memories": None if self.memories is None else self.memories.values(),
         }
         write_state(path, self.model, tensors, {"options": options, "tape": tape})
 
@@ -377,7 +371,7 @@ class Session:
             memories = recalled(options["memories"], recall)
             session = cls(model, policy=policy, memories=memories, **rest)
             session._tape = Tape.restored(model, tensors, saved["tape"])
-            session._tape.driver.cache.adapter = None if memories is None else memories.adapter
+            put_on(session._tape.driver.cache, memories)
         except KeyError as error:
             raise StateError(
                 f"{path} is not complete: {error} is missing; restore an earlier copy"
