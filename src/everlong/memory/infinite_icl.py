@@ -8,7 +8,7 @@ reads the segment into the one that does not.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -17,17 +17,17 @@ from torch import Tensor
 
 from everlong.errors import MemoryGateError
 from everlong.memory.consolidation import Schedule, Step, consolidate, student
-from everlong.memory.elicitation import Generator, make_generators
+from everlong.memory.elicitation import Cloze, Generator, make_generators
+from everlong.memory.gate import weighed, without_worth
 from everlong.memory.lessons import Elicited, Lesson, Teacher
 from everlong.memory.pairs import Pair
-from everlong.memory.progress import LearnProgress, Progress, Reporter
+from everlong.memory.progress import Account, LearnProgress, Progress, Reporter
 from everlong.memory.recipes import Recipe
 from everlong.memory.segments import Segment, segments
-from everlong.memory.selection import select
+from everlong.memory.selection import Selected, select
 from everlong.memory.writer import Writer
 from everlong.reading.attached import AttachedModel
 
-_LEAST_GAIN = 0.1  # nats per token that the text must be worth, on the mean of a segment's pairs
 _POOL = 2048  # lessons kept to be rehearsed
 _ANCHORS = (
     *(
@@ -166,33 +166,61 @@ class InfiniteICL:
                 elicited += generator.elicit(segment, writer)
                 report("elicit", segment.number, 0.1)
         report("teach", segment.number, 0.3)
+        teacher = self._taught_by(self.teacher)
         with account.timed("teach"):
-            lessons = self._taught_by(self.teacher).teach(elicited)
-        gains = [lesson.pair.gain or 0.0 for lesson in lessons]
-        self._require_gain(lessons, segment)
-        selected = select(lessons, self.recipe, len(segment.sentences), self.seed + segment.number)
-        total = account.gain * account.elicited + sum(gains)
+            lessons = teacher.teach(elicited)
+        with account.timed("gate"):
+            worthless = self._worthless(lessons, segment, writer, account)
+        worthy = [lesson for lesson in lessons if lesson.pair.generator not in worthless]
+        selected = self._select(worthy, segment)
+        missing = self._missing(selected.uncovered)
+        if missing:
+            with account.timed("teach"):
+                more = teacher.teach(
+                    [e for e in Cloze().elicit(segment, writer) if missing & {*e.pair.sentences}]
+                )
+            lessons, worthy = [*lessons, *more], [*worthy, *more]
+            selected = self._select(worthy, segment)
+        total = account.gain * account.elicited + sum(lesson.pair.gain or 0.0 for lesson in lessons)
         account.tokens += segment.tokens
+        account.sentences += len(segment.sentences)
         account.elicited += len(lessons)
         account.gain = total / max(1, account.elicited)
         account.kept += len(selected.lessons)
         account.dropped.update(selected.dropped)
-        account.uncovered += selected.uncovered
+        account.dropped.update(
+            f"{lesson.pair.generator} not worth it"
+            for lesson in lessons
+            if lesson.pair.generator in worthless
+        )
+        account.uncovered += len(selected.uncovered)
         if self.recipe.targets == "hard":
             return [lesson.hard() for lesson in selected.lessons]
         return selected.lessons
 
-    def _require_gain(self, lessons: list[Lesson], segment: Segment) -> None:
-        """Raise where the text is worth nothing to the model that reads it."""
-        if self.force or self.recipe.selection == "all" or not lessons:
-            return
-        mean = sum(lesson.pair.gain or 0.0 for lesson in lessons) / len(lessons)
-        if mean < _LEAST_GAIN:
-            raise MemoryGateError(
-                f"segment {segment.number + 1}: reading the text adds {mean:.2f} nats per token to "
-                f"{len(lessons)} pairs: this model does not use it well enough to teach itself. "
-                "Use a larger model, teacher=, or generators=('cloze',); or force it"
-            )
+    def _worthless(
+        self, lessons: list[Lesson], segment: Segment, writer: Writer, account: Account
+    ) -> set[str]:
+        """Measure what the text is worth, and return the kinds of pairs that are not to be learned."""
+        has_gate = self.recipe.selection != "all"
+        account.worth = weighed(
+            account.worth,
+            self.generators,
+            [lesson.pair for lesson in lessons],
+            segment,
+            writer if has_gate else None,
+            self.seed + segment.number,
+        )
+        return without_worth(account.worth, segment.number) if has_gate and not self.force else set()
+
+    def _select(self, lessons: list[Lesson], segment: Segment) -> Selected:
+        return select(lessons, self.recipe, len(segment.sentences), self.seed + segment.number)
+
+    def _missing(self, uncovered: Sequence[int]) -> set[int]:
+        """Return the sentences whose own words are to be learned, as what was elicited is not enough."""
+        recipe = self.recipe
+        is_floored = recipe.coverage > 0 and recipe.selection != "random"
+        return set(uncovered) if is_floored and Cloze.name not in recipe.generators else set()
 
     def _train(
         self,

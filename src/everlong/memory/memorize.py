@@ -65,6 +65,11 @@ def memorize(
         segments=progress.segment,
         recipe=UsedRecipe(recipe_name or "custom", {**values, "seed": seed}),
         rank=config.r,
+        measured={
+            "worth": {kind: worth.values() for kind, worth in progress.account.worth.items()},
+            "sentences": progress.account.sentences,
+            "uncovered": progress.account.uncovered,
+        },
         seconds=max(sum(progress.account.seconds.values()), time.perf_counter() - started),
     )
     memory = store.add(record, adapter, progress.pairs, replace=replace_existing)
