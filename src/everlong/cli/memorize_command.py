@@ -36,7 +36,7 @@ def memorize(
         str,
         typer.Option(
             "--recipe",
-            help="infinite-icl, context-distillation, lift, temp-lora.",
+            help="infinite-icl, context-distillation, lift, temp-lora, cartridge.",
             rich_help_panel=_RECIPE,
         ),
     ] = "infinite-icl",

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from everlong.attention import StreamCache
 from everlong.errors import MemoryGateError
+from everlong.memory import cartridge
 from everlong.memory.consolidation import Schedule, Step, consolidate, student
 from everlong.memory.elicitation import Cloze, Generator, make_generators
 from everlong.memory.gate import weighed, without_worth
@@ -75,11 +77,14 @@ class InfiniteICL:
         self.teacher = teacher
         self.force = force
         self.generators: list[Generator] = make_generators(recipe.generators)
+        self.is_cartridge = recipe.kind == "cartridge"
 
-    def config(self) -> Any:
-        """Return the adapter's configuration, PEFT's."""
+    def config(self, prefix: int = 0) -> Any:
+        """Return the adapter's configuration, PEFT's; a cartridge's, of `prefix` tokens."""
         from peft import LoraConfig
 
+        if self.is_cartridge:
+            return cartridge.config_of(self.model, prefix)
         base: Any = self.model.attachment.model
         return LoraConfig(
             r=self.recipe.rank,
@@ -123,22 +128,25 @@ class InfiniteICL:
         parts = list(segments([text], self.model.coder, self.recipe.segment_tokens))
         state = Progress() if start is None else start.copy()
         report = Reporter(on_progress, parts, state)
-        with self._seeded(), student(self.model, self.config()) as adapted:
-            parameters = [p for p in adapted.parameters() if p.requires_grad]
+        first = torch.empty(0)
+        if self.is_cartridge:
+            first = cartridge.first_keys(self.model, parts[0].text, self.recipe.prefix)
+        with self._seeded(), student(self.model, self.config(len(first))) as adapted:
+            if self.is_cartridge:
+                _load(adapted, {cartridge.WEIGHTS: first})
             blank = _state(adapted)
             if state.adapters and self.recipe.carry != "separate":
                 _load(adapted, state.adapters[-1])
-            with state.account.timed("anchors"), adapted.disable_adapter():
+            with state.account.timed("anchors"), self._without(adapted):
                 anchors = self._anchors()
             for segment in parts[state.segment :]:
                 if self.recipe.carry == "separate":
                     _load(adapted, blank)
                 carried = self.recipe.carry == "carried"
-                own: AbstractContextManager[Any] = nullcontext() if carried else adapted.disable_adapter()
-                with own:
+                with nullcontext() if carried else self._without(adapted):
                     lessons = self._lessons(segment, state, report)
                 if lessons:  # a title, or a list of numbers, may have none
-                    self._train(parameters, [*lessons, *anchors], segment, state, report)
+                    self._train(adapted, [*lessons, *anchors], segment, state, report)
                     saved = _state(adapted)
                     state.adapters = [*state.adapters, saved] if self.recipe.carry == "separate" else [saved]
                     state.pool = self._pooled(state.pool, lessons, segment.number)
@@ -222,9 +230,13 @@ class InfiniteICL:
         is_floored = recipe.coverage > 0 and recipe.selection != "random"
         return set(uncovered) if is_floored and Cloze.name not in recipe.generators else set()
 
+    def _without(self, adapted: Any) -> AbstractContextManager[Any]:
+        """Let the model be the base model; a cartridge is only there where texts are put behind it."""
+        return nullcontext() if self.is_cartridge else adapted.disable_adapter()
+
     def _train(
         self,
-        parameters: list[torch.nn.Parameter],
+        adapted: Any,
         lessons: list[Lesson],
         segment: Segment,
         state: Progress,
@@ -250,16 +262,20 @@ class InfiniteICL:
             seed=self.seed + segment.number,
         )
 
+        def behind_prefix() -> StreamCache:
+            return cartridge.past_of(self.model, adapted.prompt_encoder["memory"].weight)
+
         def on_step(step: Step) -> None:
             report("learn", segment.number, 0.4 + 0.6 * step.number / step.of, step.loss)
 
         with state.account.timed("learn"):
             state.account.loss = consolidate(
                 self.model,
-                parameters,
+                [parameter for parameter in adapted.parameters() if parameter.requires_grad],
                 [lesson for i, lesson in enumerate(lessons) if i not in held] + rehearsed,
                 schedule,
                 held_out=[lessons[i] for i in held],
+                past=behind_prefix if self.is_cartridge else None,
                 on_step=on_step,
             )
 
