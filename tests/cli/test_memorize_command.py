@@ -25,13 +25,23 @@ def test_files_become_a_memory_that_the_other_commands_use(everlong, home, handb
     done = everlong("memorize", handbook, "--name", "handbook", *FAST)
     assert done.code == 0, done.err
     assert "learned in 1 segment, 1 pairs" in done.out and "--memory handbook" in done.out
-    assert "segment 1 of 1: learning" in done.err
+    assert "segment 1 of 1: learning" in done.err and "tokens/s" in done.err and " left" in done.err
     assert [memory.name for memory in MemoryStore().list()] == ["handbook"]
     words = ["--memory", "handbook", "--max-new-tokens", "4"]
     for command in (["ask", "Who?"], ["read", handbook, "--ask", "Who?"], ["generate", "Orla"]):
         result = everlong(command[0], *command[1:], *words)
         assert result.code == 0, result.err
     assert everlong("chat", *words, stdin="Who?\n").code == 0
+
+
+def test_what_is_not_covered_is_told(everlong, home, handbook):
+    handbook.write_text(f"{TEXT} Stop!")
+    words = ("--set", "generators=cloze", "--set", "passes=1", "--set", "rank=8", "--force")
+    done = everlong("memorize", handbook, "--name", "handbook", *words)
+    told = "1 of 4 sentences not covered"
+    assert done.code == 0 and told in done.out and told in done.err
+    measured = MemoryStore().get("handbook").record.measured
+    assert measured["uncovered"] == 1 and measured["worth"]["cloze"]["pairs"] == 5
 
 
 def test_json_is_the_record(everlong, home, handbook):
@@ -64,7 +74,7 @@ def test_a_name_that_exists_is_refused_unless_replaced(everlong, home, handbook)
 
 
 def test_a_model_that_does_not_use_the_text_is_told_so(everlong, home, handbook, monkeypatch):
-    monkeypatch.setattr("everlong.memory.infinite_icl._LEAST_GAIN", 9.0)
+    monkeypatch.setattr("everlong.memory.gate.LEAST_GAIN", 9.0)
     result = everlong("memorize", handbook, "-n", "a", "--set", "generators=cloze", "--set", "passes=1")
     assert result.code == 2 and "nats per token" in result.err and "force" in result.err
     assert not MemoryStore().list()

@@ -83,6 +83,27 @@ def test_show_tells_source_recipe_recall_and_who_can_serve_it(store, capsys):
     assert "not measured" in capsys.readouterr().out
 
 
+def test_show_tells_what_was_measured(store, capsys):
+    worth = {
+        "cloze": {"pairs": 39, "gain": 4.1, "gain_low": 3.8, "gain_high": 4.5},
+        "questions": {"pairs": 1, "gain": 7.0, "asked": 36, "reading": 17, "without": 3},
+    }
+    store.add(record("tea", measured={"worth": worth, "sentences": 20, "uncovered": 1}), lora(2))
+    assert run(["memory", "show", "tea"]) == 0
+    shown = capsys.readouterr().out
+    assert "cloze: 4.10 nats per token (3.80 to 4.50) of 39 pairs" in shown
+    assert "questions: 7.00 nats per token of 1 pairs, 17 of 36 answered reading, 3 without" in shown
+    assert "19 of 20 sentences" in shown
+
+
+def test_a_record_from_before_anything_was_measured_is_read(store):
+    path = store.folder / "handbook" / "memory.json"
+    values = json.loads(path.read_text())
+    del values["measured"]
+    path.write_text(json.dumps(values))
+    assert store.get("handbook").record.measured is None
+
+
 def test_delete_asks_first(store, terminal, capsys):
     terminal("n\n")
     assert run(["memory", "delete", "handbook"]) == 0

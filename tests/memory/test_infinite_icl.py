@@ -14,11 +14,13 @@ import torch
 from everlong.errors import InputError, MemoryGateError, NumericalError
 from everlong.memory import consolidation, infinite_icl
 from everlong.memory.consolidation import loss_of, student
+from everlong.memory.elicitation import Generator
 from everlong.memory.infinite_icl import InfiniteICL
-from everlong.memory.lessons import Lesson, Teacher
+from everlong.memory.lessons import Elicited, Lesson, Teacher
+from everlong.memory.pairs import Pair
 from everlong.memory.progress import LearnProgress, Progress
 from everlong.memory.recipes import Recipe
-from everlong.memory.segments import segments
+from everlong.memory.segments import Segment, segments
 from everlong.models.head import Head
 from everlong.reading.attached import AttachedModel
 from tests.memory.students import lesson, plain_logits, student_of
@@ -216,14 +218,14 @@ def test_a_text_that_is_worth_nothing_is_refused(
     cloze = {"generators": ("cloze",), "selection": "gain", "passes": 1}
     names = [name for name, _ in model.attachment.model.named_modules()]
     stops: list[Progress] = []
-    with_gains(monkeypatch, 0.5, 0.09)
-    with pytest.raises(MemoryGateError, match=r"segment 2: .*0\.09 nats per token to \d+ pairs.*force"):
+    with_gains(monkeypatch, 0.15, -0.5)
+    with pytest.raises(MemoryGateError, match=r"segment 2: .*-0\.\d+ nats per token .* to 6 pairs.*force"):
         learner_of(model, **cloze).learn(TEXT, on_segment=stops.append)
     assert [stop.segment for stop in stops] == [1]
     assert [name for name, _ in model.attachment.model.named_modules()] == names
-    with_gains(monkeypatch, 0.5, 0.09, 0.05, 0.5, 0.5)
+    with_gains(monkeypatch, 0.15, -0.5, 0.05, 0.5, 0.5)
     forced = InfiniteICL(model, recipe_of(**cloze), force=True).learn(TEXT)
-    assert forced.segment > 2 and {pair.segment for pair in forced.pairs} == set(range(forced.segment))
+    assert forced.segment > 2 and {pair.segment for pair in forced.pairs} == {0, *range(2, forced.segment)}
 
 
 def test_what_does_not_choose_by_gain_has_no_gate(
@@ -272,6 +274,32 @@ def test_a_segment_without_pairs_is_passed_over(
     assert same(learner.learn(text, start=stops[1]), progress)
 
 
+def test_a_sentence_without_a_pair_is_learned_in_its_own_words(
+    model: AttachedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class First(Generator):
+        """A pair about the first sentence alone."""
+
+        name = "first"
+
+        def elicit(self, segment: Segment, writer: Any) -> Iterator[Elicited]:
+            pair = Pair("Who?", " Orla", self.name, segment.number, (0,))
+            yield Elicited(pair, segment.text, pair.query)
+
+    monkeypatch.setattr(infinite_icl, "make_generators", lambda names: [First()])
+    with_gains(monkeypatch, *[0.5] * 20)
+    text = "".join(SENTENCES[:3]) + "Stop!"
+    for selection, coverage, missing in (("gain", 1, 1), ("gain", 0, 3), ("random", 1, 3)):
+        recipe = recipe_of(
+            generators=("text",), selection=selection, coverage=coverage, passes=1, segment_tokens=128
+        )
+        progress = InfiniteICL(model, recipe).learn(text)
+        about = {(pair.generator, number) for pair in progress.pairs for number in pair.sentences}
+        own = {("cloze", 1), ("cloze", 2)} if missing == 1 else set()
+        assert about == {("first", 0), *own}
+        assert (progress.account.sentences, progress.account.uncovered) == (4, missing)
+
+
 @pytest.mark.parametrize("text", ["", " \n", "ab"])
 def test_a_text_with_nothing_in_it_is_refused(model: AttachedModel, text: str) -> None:
     with pytest.raises(InputError, match="nothing in it to remember"):
@@ -294,14 +322,18 @@ def test_the_accounts_add_up(model: AttachedModel, selection: str) -> None:
     assert account.elicited == account.kept + sum(account.dropped.values()) == 2 * len(SENTENCES) - len(parts)
     assert account.kept == len(progress.pairs) == len(progress.pool)
     covered = {(pair.segment, number) for pair in progress.pairs for number in pair.sentences}
-    assert account.uncovered == sum(len(part.sentences) for part in parts) - len(covered)
-    assert set(account.seconds) == {"anchors", "elicit", "teach", "learn"}
+    assert account.sentences == sum(len(part.sentences) for part in parts) == len(SENTENCES)
+    assert account.uncovered == account.sentences - len(covered)
+    assert set(account.seconds) == {"anchors", "elicit", "teach", "gate", "learn"}
     assert min(account.seconds.values()) > 0 and math.isfinite(account.loss)
     if selection == "all":
         gains = [pair.gain for pair in progress.pairs if pair.gain is not None]
         assert account.gain == pytest.approx(sum(gains) / account.elicited)
     last = seen[-1]
     assert (last.stage, last.fraction, last.segments) == ("done", 1.0, len(parts))
+    assert (last.sentences, last.uncovered, last.seconds_left) == (len(SENTENCES), account.uncovered, 0)
+    left = [one.seconds_left for one in seen if one.seconds_left is not None]
+    assert seen[0].seconds_left is None and left[0] > 0
     assert (last.pairs, last.kept, last.dropped) == (account.elicited, account.kept, dict(account.dropped))
     fractions = [one.fraction for one in seen]
     assert fractions == sorted(fractions) and fractions[0] >= 0

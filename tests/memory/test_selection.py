@@ -29,15 +29,17 @@ def test_the_best_are_kept_in_their_order() -> None:
     lessons = [of(0, 0.2), of(0, -0.1), of(1, 1.5), of(1, 0.0), of(0, 0.6)]
     selected = select(lessons, Recipe(), sentences=2, seed=0)
     assert chosen(selected) == [0.2, 1.5, 0.6]
-    assert selected.dropped == {"no gain": 2} and selected.uncovered == 0
+    assert selected.dropped == {"no gain": 2} and selected.uncovered == ()
 
 
 def test_a_small_gain_is_kept_only_where_the_sentence_has_no_better() -> None:
     lessons = [of(0, 0.3), of(0, 0.2), of(1, 0.04), of(1, 0.03), of(2, -0.2)]
     selected = select(lessons, Recipe(least_gain=0.25), sentences=3, seed=0)
     assert chosen(selected) == [0.3, 0.04]
-    assert selected.dropped == {"no gain": 3} and selected.uncovered == 1
-    assert chosen(select(lessons, Recipe(least_gain=0.25, coverage=2), 3, 0)) == [0.3, 0.2, 0.04, 0.03]
+    assert selected.dropped == {"no gain": 3} and selected.uncovered == (2,)
+    twice = select(lessons, Recipe(least_gain=0.25, coverage=2), 3, 0)
+    assert chosen(twice) == [0.3, 0.2, 0.04, 0.03]
+    assert select(lessons, Recipe(least_gain=0.25, coverage=3), 3, 0).uncovered == (0, 1, 2)
     assert chosen(select(lessons, Recipe(least_gain=0.25, coverage=0), 3, 0)) == [0.3]
 
 
@@ -64,7 +66,7 @@ def test_near_duplicates_are_dropped_the_lesser_one() -> None:
 def test_all_is_all() -> None:
     lessons = [of(0, -1.0), of(0, 2.0)] + [of(0, 2.0)]
     selected = select(lessons, Recipe(selection="all", budget=1), sentences=3, seed=0)
-    assert selected.lessons == lessons and selected.dropped == {} and selected.uncovered == 2
+    assert selected.lessons == lessons and selected.dropped == {} and selected.uncovered == (1, 2)
 
 
 def test_a_random_choice_has_as_many_tokens_and_depends_on_the_seed_alone() -> None:
@@ -90,4 +92,4 @@ def test_the_end_of_an_answer_does_not_count_for_the_budget() -> None:
 def test_nothing_to_choose_from_is_nothing(selection: str) -> None:
     recipe = Recipe(selection=selection)  # type: ignore[arg-type]
     assert select([], recipe, sentences=3, seed=0).lessons == []
-    assert select([], recipe, sentences=3, seed=0).uncovered == 3
+    assert select([], recipe, sentences=3, seed=0).uncovered == (0, 1, 2)

@@ -19,15 +19,11 @@ from everlong.attention.cache_interface import PolicyCache
 from everlong.attention.forward import Forward, Layers, Underway
 from everlong.attention.inputs import Inputs, clamped_positions, read_padding, refuse_foreign_cache
 from everlong.attention.policy import Policy, make_policy
+from everlong.attention.prefix import Prefix, begun_with
 from everlong.attention.recording import StepRecorder, recorder_for
 from everlong.attention.sequences import PackedSequences
 from everlong.attention.static_step import StaticStep
-from everlong.errors import (
-    ConfigurationError,
-    StateError,
-    UnknownNameError,
-    UnsupportedUseError,
-)
+from everlong.errors import ConfigurationError, StateError, UnknownNameError, UnsupportedUseError
 from everlong.models.adapters import Adapters
 from everlong.models.anatomy import decoder_of, dissect, replaced_rotaries
 from everlong.models.cache_argument import cache_argument
@@ -143,8 +139,10 @@ class Attachment:
 
     # --- caches ------------------------------------------------------------------------------------
 
-    def new_cache(self, policy: Policy | None = None, *, offset: int = 0) -> StreamCache:
-        """Return an empty cache for one stream.
+    def new_cache(
+        self, policy: Policy | None = None, *, offset: int = 0, prefix: Prefix | None = None
+    ) -> StreamCache:
+        """Return a cache for one stream, empty but for a prefix.
 
         Parameters
         ----------
@@ -152,8 +150,12 @@ class Attachment:
             This stream's own policy instead of the attachment's.
         offset : int
             Stream position of its first token, for streams that continue an earlier count.
+        prefix : Prefix, optional
+            Keys and values to begin with (:func:`~everlong.attention.prefix.begun_with`), at position 0.
         """
         resolved = self.policy if policy is None else policy.resolve(self.training_length)
+        if prefix is not None:
+            return begun_with(prefix, resolved, self._layers, self.owner)
         return StreamCache(resolved, self._layers.kept, self.owner, offset)
 
     def why_apart(self, caches: Sequence[StreamCache]) -> str | None:
@@ -198,9 +200,7 @@ class Attachment:
         except (KeyError, TypeError, ValueError) as error:
             raise StateError(f"the saved state is not complete: {error!r}") from error
         length = seen if span is None else min(seen, span)
-        rotations = {
-            number: self._layers.rotation(self._layers[number], length, {}) for number in self._layers.kept
-        }
+        rotations = self._layers.rotations(length)
         return StreamCache.from_state(tensors, meta, self._layers.kept, self.owner, rotations)
 
     # --- writing -----------------------------------------------------------------------------------

@@ -110,6 +110,10 @@ class Layers:
             frequencies = memo[key]
         return Rotation(frequencies, layer.layout, memo)
 
+    def rotations(self, length: int) -> dict[int, Rotation]:
+        """Return the rotation of each layer with keys of its own in an input of `length` tokens."""
+        return {number: self.rotation(self[number], length, {}) for number in self.kept}
+
     def _last_reader(self, layer: LayerAnatomy) -> int:
         readers = (other.index for other in self._by_number.values() if other.donor == layer.index)
         return max(readers, default=layer.index)

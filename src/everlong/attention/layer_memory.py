@@ -136,6 +136,23 @@ class LayerMemory:
         self._fill_sinks(raw_keys, values, call.pads)
         return LayerView(self, call, stop=self.seen + n, new=(keys, values, raw_keys))
 
+    def begin_with(self, keys: Tensor, values: Tensor, rotation: Rotation) -> None:
+        """Hold keys and values that no forward made as those of the first tokens.
+
+        Parameters
+        ----------
+        keys, values : Tensor
+            Shape (batch, key-value heads, n, d); keys stand rotated at 0 to n - 1 after the start. A gradient
+            flows into them where one is wanted, until the next token settles.
+        rotation : Rotation
+            The layer's.
+        """
+        raw_keys = rotation.undo(keys, torch.arange(self.start, self.start + keys.shape[2]))
+        self.settle(self.append(raw_keys, values, LayerCall(0, rotation)))
+        if keys.requires_grad or values.requires_grad:
+            assert self.window is None or keys.shape[2] <= self.window, "they are all at hand"
+            self.keys, self.values = keys, values
+
     def put(self, keys: Tensor, values: Tensor, raw_keys: Tensor, pads: tuple[int, ...] | None) -> None:
         """Write one token a row, rotated and raw, into its slot, over the one that leaves the window."""
         self._fill_sinks(raw_keys, values, pads)

@@ -12,7 +12,7 @@ from rich.console import Console
 from everlong.cli.grouping import grouped
 from everlong.cli.options import ModelOptions, OutputOptions, parse_settings
 from everlong.cli.session_options import check_sources, source_of
-from everlong.cli.terminal import notes, output, print_json, pull_progress
+from everlong.cli.terminal import duration, notes, output, print_json, pull_progress
 from everlong.models.files import human_bytes
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def memorize(
         str,
         typer.Option(
             "--recipe",
-            help="infinite-icl, context-distillation, lift, temp-lora.",
+            help="infinite-icl, context-distillation, lift, temp-lora, cartridge.",
             rich_help_panel=_RECIPE,
         ),
     ] = "infinite-icl",
@@ -106,11 +106,11 @@ def _joined(files: Sequence[str]) -> Iterator[str]:
 @contextmanager
 def _bars(console: Console) -> Iterator[Any]:
     """Show how far learning has come; yields what ``memorize`` takes as ``progress=``."""
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
     columns = (
         *(TextColumn("{task.description}"), BarColumn(bar_width=24), TaskProgressColumn()),
-        *(TextColumn("{task.fields[note]}"), TimeRemainingColumn()),
+        TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         task = bars.add_task("learning", total=1.0, note="")
@@ -118,24 +118,42 @@ def _bars(console: Console) -> Iterator[Any]:
 
         def report(at: LearnProgress) -> None:
             nonlocal shown
-            dropped = ", ".join(f"{count} {reason}" for reason, count in at.dropped.items())
-            loss = "" if at.loss is None else f", loss {at.loss:.3f}"
             words = {"elicit": "asking", "teach": "answering", "learn": "learning", "done": "learned"}
             title = f"segment {at.segment + 1} of {at.segments}: {words[at.stage]}"
-            note = f"{at.kept} of {at.pairs} pairs{f' ({dropped})' if dropped else ''}{loss}"
+            note = _note(at)
             bars.update(task, completed=at.fraction, description=title, note=note)
             if not console.is_terminal and (at.segment, at.stage) != shown:
                 shown = (at.segment, at.stage)
-                console.print(f"{title}; {note}, {at.tokens_per_second:.1f} tokens/s", soft_wrap=True)
+                console.print(f"{title}; {note}", soft_wrap=True)
 
         yield report
 
 
+def _note(at: LearnProgress) -> str:
+    dropped = ", ".join(f"{count} {reason}" for reason, count in at.dropped.items())
+    parts = [f"{at.kept} of {at.pairs} pairs{f' ({dropped})' if dropped else ''}"]
+    if at.uncovered:
+        parts.append(_uncovered(at.uncovered, at.sentences))
+    if at.loss is not None:
+        parts.append(f"loss {at.loss:.3f}")
+    parts.append(f"{at.tokens_per_second:.1f} tokens/s")
+    if at.seconds_left:
+        parts.append(f"{duration(at.seconds_left)} left")
+    return ", ".join(parts)
+
+
+def _uncovered(uncovered: int, sentences: int) -> str:
+    return f"{uncovered} of {sentences} sentences not covered"
+
+
 def _in_words(memory: Memory) -> str:
     record = memory.record
+    measured = record.measured or {}
+    lacking = measured.get("uncovered", 0)
+    covered = f"{_uncovered(lacking, measured['sentences'])}; " if lacking else ""
     return (
         f"{memory.name}: {record.source.tokens:,} tokens of {record.base_model} learned in "
         f"{record.segments} segment{'s' if record.segments != 1 else ''}, {len(memory.pairs()):,} pairs, "
-        f"{record.seconds:,.0f} s; {human_bytes(memory.bytes)} in {memory.path}\n"
+        f"{covered}{record.seconds:,.0f} s; {human_bytes(memory.bytes)} in {memory.path}\n"
         f"everlong chat --model {record.base_model} --memory {memory.name}"
     )

@@ -99,6 +99,8 @@ def show(name: Name, as_json: Json = False, quiet: Quiet = False) -> None:
         "source": f"{record.source.tokens:,} tokens, {record.source.characters:,} characters, "
         f"{record.segments:,} segment{'s'[: record.segments != 1]} (SHA-256 {record.source.sha256[:12]})",
         "recipe": f"{record.recipe.name}: {values}" if values else record.recipe.name,
+        "worth": _worth(record.measured) or "not measured",
+        "coverage": _coverage(record.measured) or "not measured",
         "recall": _recall(memory) or "not measured",
         "learned in": f"{record.seconds:,.0f} s, {record.created}",
         "files": f"{memory.path} ({human_bytes(memory.bytes)})",
@@ -234,6 +236,26 @@ def _tell(memory: Memory, message: str, as_json: bool, quiet: bool) -> None:
 
 def _recall(memory: Memory) -> str:
     return ", ".join(f"{share:.0%} {name}" for name, share in (memory.record.recall or {}).items())
+
+
+def _worth(measured: dict[str, Any] | None) -> str:
+    """Say what the text was worth to the model, by kind of pair."""
+    lines = []
+    for kind, worth in (measured or {}).get("worth", {}).items():
+        line = f"{kind}: {worth['gain']:.2f} nats per token"
+        if "gain_low" in worth:
+            line += f" ({worth['gain_low']:.2f} to {worth['gain_high']:.2f})"
+        line += f" of {worth['pairs']:,} pairs"
+        if "asked" in worth:
+            line += f", {worth['reading']} of {worth['asked']} answered reading, {worth['without']} without"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _coverage(measured: dict[str, Any] | None) -> str:
+    if not measured or "sentences" not in measured:
+        return ""
+    return f"{measured['sentences'] - measured['uncovered']:,} of {measured['sentences']:,} sentences"
 
 
 def _as_json(memory: Memory) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from everlong.cli.session_options import (
     say_memory,
     source_of,
 )
-from everlong.cli.terminal import notes, output, print_json
+from everlong.cli.terminal import duration, notes, output, print_json
 from everlong.models.files import human_bytes
 
 if TYPE_CHECKING:
@@ -180,15 +180,9 @@ def _estimate(llm: LLM, files: Sequence[str], *, surprisal: bool, as_json: bool)
     for file, count in counts:
         output().print(f"{file}: {count:,} tokens", markup=False, soft_wrap=True)
     output().print(
-        f"{cost.tokens:,} tokens, about {_duration(cost.seconds)} "
+        f"{cost.tokens:,} tokens, about {duration(cost.seconds)} "
         f"({cost.last_tokens_per_second:,.0f} tokens/s at the end), "
         f"{human_bytes(sum(cost.bytes.values()))} held at the end, under {llm.attention}",
         markup=False,
         soft_wrap=True,
     )
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} seconds"
-    return f"{seconds / 60:.0f} minutes" if seconds < 6000 else f"{seconds / 3600:.1f} hours"

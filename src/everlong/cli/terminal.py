@@ -41,6 +41,13 @@ def is_interactive() -> bool:
     return sys.stdin.isatty() and sys.stderr.isatty()
 
 
+def duration(seconds: float) -> str:
+    """Tell a time in a unit that suits it."""
+    if seconds < 100:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 6000 else f"{seconds / 3600:.1f} hours"
+
+
 @contextmanager
 def pull_progress(*, quiet: bool = False) -> Iterator[OnProgress]:
     """Show how a model is fetched and converted; yields what ``load_model`` takes as ``progress=``."""

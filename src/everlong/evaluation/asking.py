@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from everlong.errors import InputError
+from everlong.models.adapters import while_peft_wraps
 from everlong.models.anatomy import decoder_of
 from everlong.models.cache_argument import cache_argument
 from everlong.reading.tokens import TextCoder
@@ -37,7 +38,8 @@ def answers(
     Parameters
     ----------
     model : transformers.PreTrainedModel or peft.PeftModel
-        A causal language model that is not attached, with any adapter of weights. Dropout is off meanwhile.
+        A causal language model that is not attached, with any adapter of weights, or one whose prefix is
+        keys and values (a cartridge). Dropout is off meanwhile.
     tokenizer : transformers.PreTrainedTokenizerBase
         The model's; what it puts before a text by itself, a start token or nothing, comes first here too.
     prompts : sequence of str
@@ -72,9 +74,11 @@ def answers(
     rests = [row[shared:] for row in rows]
     written = [""] * len(rows)
     with evaluating(model):
-        cache = _read(model, rows[0][:shared])
-        for group in _batches(rests, batch, equal=_slides(model, max(map(len, rows)) + max_new_tokens)):
-            found = _write(model, tokenizer, cache, shared, [rests[i] for i in group], max_new_tokens, stop)
+        model, cache = _begun(model)
+        longest = cache.get_seq_length() + max(map(len, rows)) + max_new_tokens
+        _read(model, cache, rows[0][:shared])
+        for group in _batches(rests, batch, equal=_slides(model, longest)):
+            found = _write(model, tokenizer, cache, [rests[i] for i in group], max_new_tokens, stop)
             for i, text in zip(group, found, strict=True):
                 written[i] = text
     return written
@@ -128,20 +132,31 @@ def _batches(rests: Sequence[Sequence[int]], batch: int, *, equal: bool) -> list
     return groups
 
 
-def _read(model: Any, ids: Sequence[int]) -> Any:
-    cache = DynamicCache(config=model.config)
+def _begun(model: Any) -> tuple[Any, Any]:
+    """Return the model that is run, and a cache that holds nothing, or the prefix of PEFT's."""
+    if not any(getattr(config, "is_prompt_learning", False) for config in _adapters(model)):
+        return model, DynamicCache(config=model.config)
+    with while_peft_wraps():
+        return model.get_base_model(), model.get_prompt(batch_size=1)
+
+
+def _adapters(model: Any) -> list[Any]:
+    known = getattr(model, "peft_config", None)
+    return list(known.values()) if isinstance(known, dict) else []
+
+
+def _read(model: Any, cache: Any, ids: Sequence[int]) -> None:
     decoder: Any = decoder_of(model)
     for begin in range(0, len(ids), _CHUNK):
         piece = torch.tensor([ids[begin : begin + _CHUNK]], device=model.device)
         decoder(input_ids=piece, use_cache=True, **{cache_argument(decoder): cache})
-    return cache
 
 
 def _write(
-    model: Any, tokenizer: Any, read: Any, shared: int, rests: list[Sequence[int]], most: int, stop: str
+    model: Any, tokenizer: Any, read: Any, rests: list[Sequence[int]], most: int, stop: str
 ) -> list[str]:
     """Go on from what was read with the rest of each prompt."""
-    cache = copy.deepcopy(read)
+    cache, shared = copy.deepcopy(read), read.get_seq_length()
     if shared:
         cache.batch_repeat_interleave(len(rests))
     device, width = model.device, max(map(len, rests))

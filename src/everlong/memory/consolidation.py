@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from everlong.attention import StreamCache
 from everlong.errors import NumericalError
 from everlong.memory.distillation import divergence
 from everlong.memory.forest import in_batches, read_past, run_forest
@@ -21,6 +22,9 @@ from everlong.models.head import Head
 from everlong.reading.attached import AttachedModel
 
 _WARM_UP = 0.05  # of the steps
+
+
+Past = Callable[[], StreamCache]
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,7 @@ def consolidate(
     schedule: Schedule,
     *,
     held_out: Sequence[Lesson] = (),
+    past: Past | None = None,
     on_step: Callable[[Step], None] | None = None,
 ) -> float:
     """Train `parameters` on `lessons`; return the loss on what was held out, or else of the last pass.
@@ -92,6 +97,8 @@ def consolidate(
         To learn from, and to tell when to stop. The best parameters on the latter are kept.
     schedule : Schedule
         How.
+    past : callable, optional
+        Returns, for each step, what the lessons' texts stand behind; None: nothing.
     on_step : callable, optional
         Called after each step.
 
@@ -114,7 +121,7 @@ def consolidate(
             some = [lessons[order[i]] for i in batch]
             for group in optimizer.param_groups:
                 group["lr"] = schedule.learning_rate * _pace(number, steps)
-            loss = learn_from(model, head, some, schedule.hidden_weight)
+            loss = learn_from(model, head, some, schedule.hidden_weight, past)
             length = float(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
             if math.isfinite(loss):
                 good = _copies(parameters)
@@ -134,7 +141,7 @@ def consolidate(
                 on_step(Step(number, max(steps, number), loss, sum(map(len, some))))
         latest = total / count
         if held_out:
-            latest = loss_of(model, head, held_out, schedule.batch_tokens)
+            latest = loss_of(model, head, held_out, schedule.batch_tokens, past)
             if latest < best_loss:
                 best, best_loss, since = _copies(parameters), latest, 0
                 continue
@@ -148,14 +155,18 @@ def consolidate(
 
 
 def learn_from(
-    model: AttachedModel, head: Head, lessons: Sequence[Lesson], hidden_weight: float = 0.0
+    model: AttachedModel,
+    head: Head,
+    lessons: Sequence[Lesson],
+    hidden_weight: float = 0.0,
+    past: Past | None = None,
 ) -> float:
     """Add the gradient of the mean loss on `lessons` to the parameters that want it; return the loss.
 
     The gradient of the hidden states is known before the decoder's backward begins.
     """
     with torch.enable_grad():
-        hidden = _hidden(model, lessons)
+        hidden = _hidden(model, lessons, past)
     states = hidden.detach()
     tokens, log_probs, expected = _expected(lessons, states.device)
     loss, gradient = divergence(head, states, tokens, log_probs, gradient=True)
@@ -174,22 +185,28 @@ def learn_from(
 
 
 @torch.no_grad()
-def loss_of(model: AttachedModel, head: Head, lessons: Sequence[Lesson], batch_tokens: int) -> float:
+def loss_of(
+    model: AttachedModel,
+    head: Head,
+    lessons: Sequence[Lesson],
+    batch_tokens: int,
+    past: Past | None = None,
+) -> float:
     """Return the mean loss on lessons, in nats per token of the responses."""
     total, count = 0.0, 0
     for batch in in_batches([len(lesson) for lesson in lessons], batch_tokens):
         some = [lessons[i] for i in batch]
-        hidden = _hidden(model, some)
+        hidden = _hidden(model, some, past)
         tokens, log_probs, _ = _expected(some, hidden.device)
         total += float(divergence(head, hidden, tokens, log_probs)[0].sum())
         count += len(hidden)
     return total / count
 
 
-def _hidden(model: AttachedModel, lessons: Sequence[Lesson]) -> Tensor:
+def _hidden(model: AttachedModel, lessons: Sequence[Lesson], past: Past | None) -> Tensor:
     """Return the student's hidden states that predict the responses, shape (n, d)."""
-    past = read_past(model, [])
-    hidden = run_forest(model, past, [[*lesson.query, *lesson.response] for lesson in lessons])
+    begun = read_past(model, []) if past is None else past()
+    hidden = run_forest(model, begun, [[*lesson.query, *lesson.response] for lesson in lessons])
     rows: Tensor = hidden[response_rows(lessons).to(hidden.device)]
     return rows
 
@@ -245,6 +262,7 @@ def student(model: AttachedModel, config: Any, name: str = "memory") -> Iterator
     try:
         yield adapted
     finally:
-        adapted.unload()
+        if not config.is_prompt_learning:  # that puts nothing into the model
+            adapted.unload()
         for parameter, wants in wanted.items():
             parameter.requires_grad_(wants)

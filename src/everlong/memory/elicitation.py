@@ -32,6 +32,13 @@ class Generator:
         """Yield pairs about `segment`; what has to be written for them, `writer` writes."""
         raise NotImplementedError
 
+    def answers(self, pairs: Sequence[Pair], text: str, writer: Writer) -> list[str] | None:
+        """Return what `writer` answers to pairs of this kind, reading a text, which may be empty.
+
+        None: these pairs ask nothing that the text tells.
+        """
+        return None
+
 
 @GENERATORS.register("cloze")
 @dataclass(frozen=True)

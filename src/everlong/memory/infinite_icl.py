@@ -8,26 +8,28 @@ reads the segment into the one that does not.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from everlong.attention import StreamCache
 from everlong.errors import MemoryGateError
+from everlong.memory import cartridge
 from everlong.memory.consolidation import Schedule, Step, consolidate, student
-from everlong.memory.elicitation import Generator, make_generators
+from everlong.memory.elicitation import Cloze, Generator, make_generators
+from everlong.memory.gate import weighed, without_worth
 from everlong.memory.lessons import Elicited, Lesson, Teacher
 from everlong.memory.pairs import Pair
-from everlong.memory.progress import LearnProgress, Progress, Reporter
+from everlong.memory.progress import Account, LearnProgress, Progress, Reporter
 from everlong.memory.recipes import Recipe
 from everlong.memory.segments import Segment, segments
-from everlong.memory.selection import select
+from everlong.memory.selection import Selected, select
 from everlong.memory.writer import Writer
 from everlong.reading.attached import AttachedModel
 
-_LEAST_GAIN = 0.1  # nats per token that the text must be worth, on the mean of a segment's pairs
 _POOL = 2048  # lessons kept to be rehearsed
 _ANCHORS = (
     *(
@@ -75,11 +77,14 @@ class InfiniteICL:
         self.teacher = teacher
         self.force = force
         self.generators: list[Generator] = make_generators(recipe.generators)
+        self.is_cartridge = recipe.kind == "cartridge"
 
-    def config(self) -> Any:
-        """Return the adapter's configuration, PEFT's."""
+    def config(self, prefix: int = 0) -> Any:
+        """Return the adapter's configuration, PEFT's; a cartridge's, of `prefix` tokens."""
         from peft import LoraConfig
 
+        if self.is_cartridge:
+            return cartridge.config_of(self.model, prefix)
         base: Any = self.model.attachment.model
         return LoraConfig(
             r=self.recipe.rank,
@@ -123,22 +128,25 @@ class InfiniteICL:
         parts = list(segments([text], self.model.coder, self.recipe.segment_tokens))
         state = Progress() if start is None else start.copy()
         report = Reporter(on_progress, parts, state)
-        with self._seeded(), student(self.model, self.config()) as adapted:
-            parameters = [p for p in adapted.parameters() if p.requires_grad]
+        first = torch.empty(0)
+        if self.is_cartridge:
+            first = cartridge.first_keys(self.model, parts[0].text, self.recipe.prefix)
+        with self._seeded(), student(self.model, self.config(len(first))) as adapted:
+            if self.is_cartridge:
+                _load(adapted, {cartridge.WEIGHTS: first})
             blank = _state(adapted)
             if state.adapters and self.recipe.carry != "separate":
                 _load(adapted, state.adapters[-1])
-            with state.account.timed("anchors"), adapted.disable_adapter():
+            with state.account.timed("anchors"), self._without(adapted):
                 anchors = self._anchors()
             for segment in parts[state.segment :]:
                 if self.recipe.carry == "separate":
                     _load(adapted, blank)
                 carried = self.recipe.carry == "carried"
-                own: AbstractContextManager[Any] = nullcontext() if carried else adapted.disable_adapter()
-                with own:
+                with nullcontext() if carried else self._without(adapted):
                     lessons = self._lessons(segment, state, report)
                 if lessons:  # a title, or a list of numbers, may have none
-                    self._train(parameters, [*lessons, *anchors], segment, state, report)
+                    self._train(adapted, [*lessons, *anchors], segment, state, report)
                     saved = _state(adapted)
                     state.adapters = [*state.adapters, saved] if self.recipe.carry == "separate" else [saved]
                     state.pool = self._pooled(state.pool, lessons, segment.number)
@@ -166,37 +174,69 @@ class InfiniteICL:
                 elicited += generator.elicit(segment, writer)
                 report("elicit", segment.number, 0.1)
         report("teach", segment.number, 0.3)
+        teacher = self._taught_by(self.teacher)
         with account.timed("teach"):
-            lessons = self._taught_by(self.teacher).teach(elicited)
-        gains = [lesson.pair.gain or 0.0 for lesson in lessons]
-        self._require_gain(lessons, segment)
-        selected = select(lessons, self.recipe, len(segment.sentences), self.seed + segment.number)
-        total = account.gain * account.elicited + sum(gains)
+            lessons = teacher.teach(elicited)
+        with account.timed("gate"):
+            worthless = self._worthless(lessons, segment, writer, account)
+        worthy = [lesson for lesson in lessons if lesson.pair.generator not in worthless]
+        selected = self._select(worthy, segment)
+        missing = self._missing(selected.uncovered)
+        if missing:
+            with account.timed("teach"):
+                more = teacher.teach(
+                    [e for e in Cloze().elicit(segment, writer) if missing & {*e.pair.sentences}]
+                )
+            lessons, worthy = [*lessons, *more], [*worthy, *more]
+            selected = self._select(worthy, segment)
+        total = account.gain * account.elicited + sum(lesson.pair.gain or 0.0 for lesson in lessons)
         account.tokens += segment.tokens
+        account.sentences += len(segment.sentences)
         account.elicited += len(lessons)
         account.gain = total / max(1, account.elicited)
         account.kept += len(selected.lessons)
         account.dropped.update(selected.dropped)
-        account.uncovered += selected.uncovered
+        account.dropped.update(
+            f"{lesson.pair.generator} not worth it"
+            for lesson in lessons
+            if lesson.pair.generator in worthless
+        )
+        account.uncovered += len(selected.uncovered)
         if self.recipe.targets == "hard":
             return [lesson.hard() for lesson in selected.lessons]
         return selected.lessons
 
-    def _require_gain(self, lessons: list[Lesson], segment: Segment) -> None:
-        """Raise where the text is worth nothing to the model that reads it."""
-        if self.force or self.recipe.selection == "all" or not lessons:
-            return
-        mean = sum(lesson.pair.gain or 0.0 for lesson in lessons) / len(lessons)
-        if mean < _LEAST_GAIN:
-            raise MemoryGateError(
-                f"segment {segment.number + 1}: reading the text adds {mean:.2f} nats per token to "
-                f"{len(lessons)} pairs: this model does not use it well enough to teach itself. "
-                "Use a larger model, teacher=, or generators=('cloze',); or force it"
-            )
+    def _worthless(
+        self, lessons: list[Lesson], segment: Segment, writer: Writer, account: Account
+    ) -> set[str]:
+        """Measure what the text is worth, and return the kinds of pairs that are not to be learned."""
+        has_gate = self.recipe.selection != "all"
+        account.worth = weighed(
+            account.worth,
+            self.generators,
+            [lesson.pair for lesson in lessons],
+            segment,
+            writer if has_gate else None,
+            self.seed + segment.number,
+        )
+        return without_worth(account.worth, segment.number) if has_gate and not self.force else set()
+
+    def _select(self, lessons: list[Lesson], segment: Segment) -> Selected:
+        return select(lessons, self.recipe, len(segment.sentences), self.seed + segment.number)
+
+    def _missing(self, uncovered: Sequence[int]) -> set[int]:
+        """Return the sentences whose own words are to be learned, as what was elicited is not enough."""
+        recipe = self.recipe
+        is_floored = recipe.coverage > 0 and recipe.selection != "random"
+        return set(uncovered) if is_floored and Cloze.name not in recipe.generators else set()
+
+    def _without(self, adapted: Any) -> AbstractContextManager[Any]:
+        """Let the model be the base model; a cartridge is only there where texts are put behind it."""
+        return nullcontext() if self.is_cartridge else adapted.disable_adapter()
 
     def _train(
         self,
-        parameters: list[torch.nn.Parameter],
+        adapted: Any,
         lessons: list[Lesson],
         segment: Segment,
         state: Progress,
@@ -222,16 +262,20 @@ class InfiniteICL:
             seed=self.seed + segment.number,
         )
 
+        def behind_prefix() -> StreamCache:
+            return cartridge.past_of(self.model, adapted.prompt_encoder["memory"].weight)
+
         def on_step(step: Step) -> None:
             report("learn", segment.number, 0.4 + 0.6 * step.number / step.of, step.loss)
 
         with state.account.timed("learn"):
             state.account.loss = consolidate(
                 self.model,
-                parameters,
+                [parameter for parameter in adapted.parameters() if parameter.requires_grad],
                 [lesson for i, lesson in enumerate(lessons) if i not in held] + rehearsed,
                 schedule,
                 held_out=[lessons[i] for i in held],
+                past=behind_prefix if self.is_cartridge else None,
                 on_step=on_step,
             )
 

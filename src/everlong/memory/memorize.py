@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from everlong.errors import InputError
+from everlong.memory import cartridge
 from everlong.memory.adapter import Adapter
 from everlong.memory.combine import combine
 from everlong.memory.folder import Memory
@@ -64,7 +65,13 @@ def memorize(
         source=replace(described, tokens=progress.account.tokens),
         segments=progress.segment,
         recipe=UsedRecipe(recipe_name or "custom", {**values, "seed": seed}),
-        rank=config.r,
+        rank=None if recipe.kind == "cartridge" else config.r,
+        kind=recipe.kind,
+        measured={
+            "worth": {kind: worth.values() for kind, worth in progress.account.worth.items()},
+            "sentences": progress.account.sentences,
+            "uncovered": progress.account.uncovered,
+        },
         seconds=max(sum(progress.account.seconds.values()), time.perf_counter() - started),
     )
     memory = store.add(record, adapter, progress.pairs, replace=replace_existing)
@@ -74,7 +81,10 @@ def memorize(
 
 def as_one(learner: InfiniteICL, progress: Progress) -> Adapter:
     """Return what was learned as a single adapter."""
-    adapters = [Adapter(learner.config(), tensors) for tensors in progress.adapters]
+    adapters = [
+        Adapter(learner.config(len(tensors.get(cartridge.WEIGHTS, ()))), tensors)
+        for tensors in progress.adapters
+    ]
     return adapters[0] if len(adapters) == 1 else combine(adapters).adapter
 
 

@@ -11,6 +11,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from everlong.memory.gate import Worth
 from everlong.memory.lessons import Lesson
 from everlong.memory.pairs import Pair
 from everlong.memory.segments import Segment
@@ -33,12 +34,16 @@ class LearnProgress:
         Elicited and chosen so far, in all segments.
     dropped : dict of str to int
         Not chosen, by reason.
+    sentences, uncovered : int
+        Of the segments so far, and those among them that fewer pairs are about than the recipe asks for.
     loss : float or None
         Of the latest step, in nats per token.
     fraction : float
         Of the whole, about.
     tokens_per_second : float
         Of the source, so far.
+    seconds_left : float or None
+        Until the end, at that pace; None: not known yet.
     """
 
     stage: Stage
@@ -47,9 +52,12 @@ class LearnProgress:
     pairs: int
     kept: int
     dropped: dict[str, int]
+    sentences: int
+    uncovered: int
     loss: float | None
     fraction: float
     tokens_per_second: float
+    seconds_left: float | None
 
 
 @dataclass
@@ -66,8 +74,10 @@ class Account:
         Pairs, by the reason for which they were not learned.
     gain : float
         Mean of what the text was worth to the elicited pairs, in nats per token.
-    uncovered : int
-        Sentences that no pair is about.
+    worth : dict of str to Worth
+        What the text is worth, by the generator of the pairs.
+    sentences, uncovered : int
+        Sentences, and those among them that fewer pairs are about than the recipe asks for.
     loss : float
         At the end of the last segment, in nats per token.
     seconds : dict of str to float
@@ -79,6 +89,8 @@ class Account:
     kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     gain: float = 0.0
+    worth: dict[str, Worth] = field(default_factory=dict)
+    sentences: int = 0
     uncovered: int = 0
     loss: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
@@ -125,7 +137,12 @@ class Progress:
             list(self.adapters),
             list(self.pool),
             list(self.pairs),
-            replace(account, dropped=Counter(account.dropped), seconds=dict(account.seconds)),
+            replace(
+                account,
+                dropped=Counter(account.dropped),
+                worth=dict(account.worth),
+                seconds=dict(account.seconds),
+            ),
         )
 
 
@@ -149,6 +166,7 @@ class Reporter:
         account = self._state.account
         done = sum(part.tokens for part in self._parts[:segment]) + share * self._parts[segment].tokens
         seconds = time.perf_counter() - self._started
+        pace = (done - self._before) / seconds if seconds else 0.0
         self._call(
             LearnProgress(
                 stage,
@@ -157,8 +175,11 @@ class Reporter:
                 account.elicited,
                 account.kept,
                 dict(account.dropped),
+                account.sentences,
+                account.uncovered,
                 loss,
                 done / self._total,
-                (done - self._before) / seconds if seconds else 0.0,
+                pace,
+                (self._total - done) / pace if pace else None,
             )
         )

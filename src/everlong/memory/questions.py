@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,10 +20,15 @@ _ELSEWHERE = (
 )
 """Examples of another kind than any document: a passage, a question, its answer."""
 
+_BEGINNING = "".join(f"Text: {text}\nQuestion: {q}\nAnswer: {a}\n\n" for text, q, a in _ELSEWHERE)
+
 _OPENINGS = (
     *("What is", "What does", "Where does", "Where is", "Who", "Which", "What kind of", "How", "When"),
     "Whose",
 )
+
+
+_ANSWER = 16  # tokens
 
 
 @GENERATORS.register("questions")
@@ -45,12 +50,11 @@ class Questions(Generator):
 
     def elicit(self, segment: Segment, writer: Writer) -> Iterator[Elicited]:
         """Yield the pairs that pass the check."""
-        beginning = "".join(f"Text: {text}\nQuestion: {q}\nAnswer: {a}\n\n" for text, q, a in _ELSEWHERE)
         asked: list[tuple[int, str, str]] = []  # sentence, passage, question so far
         for number, passage in _passages(segment):
             asked += [(number, passage, opening) for opening in self.openings]
         endings = writer.write(
-            beginning,
+            _BEGINNING,
             [f"\nQuestion: {opening}" for _, _, opening in asked],
             24,
             stop=("\n", "?"),
@@ -64,7 +68,7 @@ class Questions(Generator):
         ordered = sorted(questions)
         prompts = [f"\nQuestion: {question}\nAnswer:" for _, _, question in ordered]
         answers = writer.write(
-            beginning, prompts, 16, passages=[f"Text: {passage}" for _, passage, _ in ordered]
+            _BEGINNING, prompts, _ANSWER, passages=[f"Text: {passage}" for _, passage, _ in ordered]
         )
         seen: set[tuple[str, str]] = set()
         for (number, passage, question), prompt, answer in zip(ordered, prompts, answers, strict=True):
@@ -75,7 +79,14 @@ class Questions(Generator):
                 continue
             seen.add(key)
             pair = Pair(question, f" {answer}", self.name, segment.number, (about,))
-            yield Elicited(pair, beginning, f"Text: {passage}{prompt}", is_answer=True)
+            yield Elicited(pair, _BEGINNING, f"Text: {passage}{prompt}", is_answer=True)
+
+    def answers(self, pairs: Sequence[Pair], text: str, writer: Writer) -> list[str] | None:
+        """Return the answers, behind the same examples."""
+        if not text:
+            return writer.write(_BEGINNING, [f"Question: {pair.query}\nAnswer:" for pair in pairs], _ANSWER)
+        prompts = [f"\nQuestion: {pair.query}\nAnswer:" for pair in pairs]
+        return writer.write(_BEGINNING, prompts, _ANSWER, passages=[f"Text: {text}"] * len(pairs))
 
 
 def _passages(segment: Segment) -> Iterator[tuple[int, str]]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from everlong.errors import ConfigurationError
 from everlong.memory.adapter import Adapter
+from everlong.memory.cartridge import WEIGHTS, prefix_of
 from everlong.memory.combine import combine
 from everlong.memory.compatible import WEIGHTS_FILE
 from everlong.memory.folder import Memory
@@ -49,8 +50,12 @@ def recall_memories(
     if len(shares) != len(found):
         raise ConfigurationError(f"{len(found)} memories need as many weights, not {len(shares)}")
     for memory in found:
-        if reason := why_unusable(model, memory):
+        if reason := why_foreign(model, memory):
             raise ConfigurationError(reason)
+        if memory.record.kind == "cartridge" and (len(found) > 1 or shares != [1.0]):
+            raise ConfigurationError(
+                f"memory {memory.name!r} is a cartridge: it is used alone, with no other and no weight"
+            )
     adapters = [memory.adapter() for memory in found]
     together: Adapter = adapters[0]
     if len(found) > 1 or shares != [1.0]:
@@ -58,17 +63,19 @@ def recall_memories(
     key = hashlib.sha256(
         repr([(sha256_of(m.path / WEIGHTS_FILE), w) for m, w in zip(found, shares, strict=True)]).encode()
     ).hexdigest()[:16]
+    names = tuple(memory.name for memory in found)
+    if found[0].record.kind == "cartridge":
+        prefix = prefix_of(model, together.tensors[WEIGHTS])
+        return Memories(names, tuple(shares), f"memory-{key}", prefix)
     model.attachment.adapters.load(f"memory-{key}", together.config, together.tensors)
-    return Memories(tuple(memory.name for memory in found), tuple(shares), f"memory-{key}")
+    return Memories(names, tuple(shares), f"memory-{key}")
 
 
-def why_unusable(model: AttachedModel, memory: Memory) -> str | None:
-    """Say why sessions of a model cannot use a memory; None: they can."""
-    if memory.record.base_hash != model.weights_hash:
-        return (
-            f"memory {memory.name!r} was learned by {memory.record.base_model!r}, with other weights "
-            f"than those of {model.name!r} here: load that model, or learn the text again"
-        )
-    if memory.record.kind != "lora":
-        return f"memory {memory.name!r} is a {memory.record.kind}: sessions take LoRA memories"
-    return None
+def why_foreign(model: AttachedModel, memory: Memory) -> str | None:
+    """Say why a memory is none of a model's; None: it is one."""
+    if memory.record.base_hash == model.weights_hash:
+        return None
+    return (
+        f"memory {memory.name!r} was learned by {memory.record.base_model!r}, with other weights "
+        f"than those of {model.name!r} here: load that model, or learn the text again"
+    )

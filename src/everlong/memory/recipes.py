@@ -10,10 +10,12 @@ from everlong.errors import ConfigurationError
 from everlong.memory import open_ended, questions  # noqa: F401  (they register their generators)
 from everlong.memory.compatible import RANKS
 from everlong.memory.elicitation import GENERATORS
+from everlong.memory.record import Kind
 from everlong.registry import Registry, unknown_name
 
 Carry = Literal["carried", "replay", "separate"]
 Selection = Literal["gain", "random", "all"]
+Targets = Literal["soft", "hard"]
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,12 @@ class Recipe:
         Tokens of earlier lessons rehearsed in each segment, as a share of its own ("replay").
     anchors : int
         Unrelated texts on which the student is held to the base model.
+    kind : {"lora", "cartridge"}
+        What is trained: an adapter of the linear layers, or the keys and values of a prefix.
+    prefix : int
+        Tokens of a cartridge, fewer where the first segment has fewer.
     rank : int
-        Of the adapter: 8, 16, 32, 64 or 128.
+        Of a LoRA adapter: 8, 16, 32, 64 or 128.
     alpha : int
         LoRA's alpha.
     learning_rate : float
@@ -70,12 +76,14 @@ class Recipe:
     least_gain: float = 0.05
     budget: int | None = None
     coverage: int = 1
-    targets: Literal["soft", "hard"] = "hard"
+    targets: Targets = "hard"
     top_k: int = 64
     hidden_weight: float = 0.0
     carry: Carry = "replay"
     replay: float = 1.0
     anchors: int = 8
+    kind: Kind = "lora"
+    prefix: int = 64
     rank: int = 16
     alpha: int = 16
     learning_rate: float = 1e-3
@@ -93,14 +101,15 @@ class Recipe:
             raise ConfigurationError(
                 f"rank={self.rank} would not load everywhere: use one of {', '.join(map(str, RANKS))}"
             )
-        for name, known in (("selection", Selection), ("carry", Carry), ("targets", Literal["soft", "hard"])):
+        choices = {"selection": Selection, "carry": Carry, "targets": Targets, "kind": Kind}
+        for name, known in choices.items():
             if getattr(self, name) not in get_args(known):
                 raise ConfigurationError(
                     f"{name}={getattr(self, name)!r} is not known: use {' or '.join(get_args(known))}"
                 )
         for name, least in (
             *(("segment_tokens", 32), ("top_k", 1), ("alpha", 1), ("passes", 1), ("batch_tokens", 16)),
-            *(("coverage", 0), ("anchors", 0)),
+            *(("coverage", 0), ("anchors", 0), ("prefix", 2)),
         ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -109,6 +118,10 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ConfigurationError(f"{name}={value!r} must be None or a whole number of at least 1")
+        if self.kind == "cartridge" and self.carry == "separate":
+            raise ConfigurationError(
+                "cartridges are not combined, as carry='separate' would: use carry='replay' or 'carried'"
+            )
         if not 0 < self.learning_rate < 1:
             raise ConfigurationError(f"learning_rate={self.learning_rate!r} must lie between 0 and 1")
         if not 0 <= self.held_out <= 0.5:
@@ -155,6 +168,7 @@ for _name, _recipe in {
         learning_rate=3e-4,
         passes=1,
     ),
+    "cartridge": Recipe(kind="cartridge", learning_rate=2e-2),
     "context-distillation": Recipe(
         generators=("continuation",), selection="all", targets="soft", carry="carried", anchors=0
     ),

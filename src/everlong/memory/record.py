@@ -110,6 +110,10 @@ class MemoryRecord:
         What the weights are.
     recall : dict of str to float, or None
         Shares of questions answered, by the name of what was measured; None: not measured.
+    measured : dict or None
+        What was measured while it was learned: ``worth``, what the text is worth by kind of pair
+        (:meth:`everlong.memory.gate.Worth.values`), ``sentences``, and how many of them are ``uncovered``;
+        None: nothing was.
     seconds : float
         Time that learning took.
     created : str
@@ -127,6 +131,7 @@ class MemoryRecord:
     rank: int | None
     kind: Kind = "lora"
     recall: dict[str, float] | None = None
+    measured: dict[str, Any] | None = None
     seconds: float = 0.0
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     format: int = FORMAT
@@ -143,13 +148,15 @@ class MemoryRecord:
         if (self.rank is None) != (self.kind == "cartridge"):
             raise ConfigurationError(f"memory {self.name!r}: a {self.kind} cannot have rank {self.rank}")
         try:  # as they will be when they are read again
-            plain = json.loads(json.dumps([self.recipe.values, self.recall], allow_nan=False))
+            plain = json.loads(json.dumps([self.recipe.values, self.recall, self.measured], allow_nan=False))
         except (TypeError, ValueError) as error:
             raise ConfigurationError(
-                f"memory {self.name!r}: the recipe's values and the recall must be JSON: {error}"
+                f"memory {self.name!r}: the recipe's values, the recall and what was measured must be JSON: "
+                f"{error}"
             ) from error
         object.__setattr__(self, "recipe", replace(self.recipe, values=plain[0]))
         object.__setattr__(self, "recall", plain[1])
+        object.__setattr__(self, "measured", plain[2])
 
 
 _TYPES: dict[str, dict[str, type | tuple[type, ...]]] = {
@@ -162,7 +169,7 @@ _TYPES: dict[str, dict[str, type | tuple[type, ...]]] = {
         "seconds": (int, float),
         "source": Source,
         "recipe": Recipe,
-        "recall": (dict, type(None)),
+        **dict.fromkeys(("recall", "measured"), (dict, type(None))),
     },
 }
 
@@ -195,6 +202,7 @@ def read_record(folder: Path) -> MemoryRecord:
             raise MemoryStoreError(
                 f"{path} has format {values['format']}, this Everlong reads {FORMAT}: upgrade it"
             )
+        values.setdefault("measured", None)  # the first records have none
         _require_keys(values, MemoryRecord)
         _require_keys(values["source"], Source)
         _require_keys(values["recipe"], Recipe)

@@ -9,7 +9,7 @@ from torch import Tensor
 from everlong.errors import ConfigurationError
 from everlong.memory.folder import Memory
 from everlong.memory.lexical import LexicalIndex, words_of
-from everlong.memory.recalling import recall_memories, why_unusable
+from everlong.memory.recalling import recall_memories, why_foreign
 from everlong.memory.record import AUTO
 from everlong.memory.store import MemoryStore
 from everlong.reading.attached import AttachedModel
@@ -141,8 +141,15 @@ def known_memories(
     named = [memory for memory in asked if memory != AUTO]
     found = [store.get(memory) if isinstance(memory, str) else memory for memory in named]
     for memory in found:
-        if reason := why_unusable(model, memory):
+        if reason := _why_not(model, memory):
             raise ConfigurationError(reason)
     if not named:
-        found = [memory for memory in store.list() if why_unusable(model, memory) is None]
+        found = [memory for memory in store.list() if _why_not(model, memory) is None]
     return Routing(model, found, store, [AUTO, *(memory.name for memory in found if named)])
+
+
+def _why_not(model: AttachedModel, memory: Memory) -> str | None:
+    """Say why a memory cannot be chosen; None: it can."""
+    if memory.record.kind != "lora":
+        return f"memory {memory.name!r} is a {memory.record.kind}: it is named, not chosen"
+    return why_foreign(model, memory)

@@ -24,13 +24,13 @@ class Selected:
         To be learned.
     dropped : dict of str to int
         How many were dropped, by reason.
-    uncovered : int
-        Sentences that no pair is about.
+    uncovered : tuple of int
+        Sentences that fewer pairs are about than the recipe asks for, and at least those that none is about.
     """
 
     lessons: list[Lesson]
     dropped: dict[str, int]
-    uncovered: int
+    uncovered: tuple[int, ...]
 
 
 def select(lessons: Sequence[Lesson], recipe: Recipe, sentences: int, seed: int) -> Selected:
@@ -49,7 +49,7 @@ def select(lessons: Sequence[Lesson], recipe: Recipe, sentences: int, seed: int)
     """
     dropped: Counter[str] = Counter()
     if recipe.selection == "all":
-        return Selected(list(lessons), {}, _uncovered(lessons, sentences))
+        return Selected(list(lessons), {}, _uncovered(lessons, sentences, recipe))
     by_gain = sorted(range(len(lessons)), key=lambda i: (-_gain(lessons[i]), i))
     chosen: list[int] = []
     known: dict[tuple[int, ...], list[set[str]]] = {}
@@ -75,7 +75,7 @@ def select(lessons: Sequence[Lesson], recipe: Recipe, sentences: int, seed: int)
         chosen = _at_random(lessons, tokens, seed)
         dropped = Counter({"not drawn": len(lessons) - len(chosen)})
     kept = [lessons[number] for number in sorted(chosen)]
-    return Selected(kept, dict(dropped), _uncovered(kept, sentences))
+    return Selected(kept, dict(dropped), _uncovered(kept, sentences, recipe))
 
 
 def _at_random(lessons: Sequence[Lesson], tokens: int, seed: int) -> list[int]:
@@ -99,5 +99,6 @@ def _overlap(a: set[str], b: set[str]) -> float:
     return len(a & b) / max(1, len(a | b))
 
 
-def _uncovered(lessons: Sequence[Lesson], sentences: int) -> int:
-    return sentences - len({sentence for lesson in lessons for sentence in lesson.pair.sentences})
+def _uncovered(lessons: Sequence[Lesson], sentences: int, recipe: Recipe) -> tuple[int, ...]:
+    about = Counter(sentence for lesson in lessons for sentence in lesson.pair.sentences)
+    return tuple(number for number in range(sentences) if about[number] < max(1, recipe.coverage))

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from everlong.memory.disk import erase, explained
+from everlong.memory.gate import Worth
 from everlong.memory.lessons import Lesson
 from everlong.memory.pairs import Pair
 from everlong.memory.progress import Account, Progress
@@ -100,7 +101,11 @@ def _values(progress: Progress) -> dict[str, Any]:
             {"pair": asdict(x.pair), "query": x.query, "response": x.response, "ends": x.ends}
             for x in progress.pool
         ],
-        "account": {**vars(progress.account), "dropped": dict(progress.account.dropped)},
+        "account": {
+            **vars(progress.account),
+            "dropped": dict(progress.account.dropped),
+            "worth": {name: asdict(worth) for name, worth in progress.account.worth.items()},
+        },
     }
 
 
@@ -125,7 +130,11 @@ def _read(path: Path) -> Progress:
         [load_file(path / f"adapter-{number}.safetensors") for number in range(values["adapters"])],
         pool,
         [_pair(saved) for saved in values["pairs"]],
-        replace(account, dropped=Counter(account.dropped)),
+        replace(
+            account,
+            dropped=Counter(account.dropped),
+            worth={name: Worth(**worth) for name, worth in values["account"]["worth"].items()},
+        ),
     )
 
 

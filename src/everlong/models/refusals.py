@@ -95,5 +95,6 @@ def refuse_prompt_learning(model: Any) -> None:
         if getattr(config, "is_prompt_learning", False):
             raise UnsupportedModelError(
                 f"adapter {name!r} ({config.peft_type}) hands over keys that are rotated already; "
-                "prompt-learning adapters are not supported, weight adapters such as LoRA are"
+                "prompt-learning adapters are not supported, weight adapters such as LoRA are, and a "
+                "cartridge that Everlong made is: llm.session(memories=[...])"
             )

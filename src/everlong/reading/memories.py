@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
+from everlong.attention.prefix import Prefix
 from everlong.errors import StateError
 
 if TYPE_CHECKING:
@@ -28,12 +29,19 @@ class Memories:
     weights : tuple of float
         By how much each counts.
     adapter : str
-        What the model's adapter made of them is called.
+        What is made of them is called: an adapter of the model's, or a prefix.
+    prefix : Prefix or None
+        What streams begin with, if it is one.
     """
 
     names: tuple[str, ...]
     weights: tuple[float, ...]
     adapter: str
+    prefix: Prefix | None = field(default=None, compare=False, repr=False)
+
+    def values(self) -> dict[str, Any]:
+        """Return what is saved of them, as JSON takes it."""
+        return {"names": self.names, "weights": self.weights, "adapter": self.adapter}
 
 
 class Router(Protocol):
@@ -52,6 +60,11 @@ class Router(Protocol):
 def lasting(known: Memories | Router | None) -> Memories | None:
     """Return what a stream is read with: chosen memories answer, and are put away again."""
     return known if isinstance(known, Memories) else None
+
+
+def beginning(known: Memories | Router | None) -> Prefix | None:
+    """Return what a stream begins with because of what it knows."""
+    return known.prefix if isinstance(known, Memories) else None
 
 
 def route(tape: Tape, known: Memories | Router | None, text: str, chunk: int) -> Tape:
@@ -100,7 +113,7 @@ def to_saved(known: Memories | Router | None) -> dict[str, Any] | None:
     if known is None:
         return None
     if isinstance(known, Memories):
-        return {"names": known.names, "weights": known.weights, "adapter": known.adapter}
+        return known.values()
     return {"names": known.names, "weights": None, "adapter": None}
 
 

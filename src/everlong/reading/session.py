@@ -14,7 +14,7 @@ from everlong.reading.account import Account
 from everlong.reading.attached import AttachedModel
 from everlong.reading.detokenize import checked_stop
 from everlong.reading.interrupt import deferred_interrupt
-from everlong.reading.memories import Memories, Recall, Router, lasting, recalled, route, to_saved
+from everlong.reading.memories import Memories, Recall, Router, beginning, lasting, recalled, route, to_saved
 from everlong.reading.prompts import pinned_text
 from everlong.reading.reports import Generation, Progress, ReadReport, Score, Stats
 from everlong.reading.sampling import GREEDY, Sampling
@@ -146,8 +146,9 @@ class Session:
         tape = self._tape.fork()
         tape.take(text)
         tape.finish()
-        policy = with_sinks(tape.driver.cache.policy, len(tape.queue))
-        tape.driver.cache = self.model.attachment.new_cache(policy)
+        policy = with_sinks(tape.driver.cache.policy, tape.driver.cache.seen + len(tape.queue))
+        prefix = beginning(self.memories)
+        tape.driver.cache = self.model.attachment.new_cache(policy, prefix=prefix)
         tape.use(lasting(self.memories))
         account = Account(self._tape)
         self._tape = account.tape = tape
@@ -328,7 +329,7 @@ class Session:
 
     def _new_tape(self) -> Tape:
         self.model.require_attached()
-        cache = self.model.attachment.new_cache(self._policy)
+        cache = self.model.attachment.new_cache(self._policy, prefix=beginning(self.memories))
         tape = Tape(self.model, cache, self._system, self._surprisal)
         tape.use(lasting(self.memories))
         if self._seed is None:

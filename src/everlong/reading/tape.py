@@ -156,7 +156,7 @@ class Tape:
     def use(self, memories: Memories | None) -> None:
         """Let the model know these by heart in what is run from here on."""
         self.memories = memories
-        self.driver.cache.adapter = None if memories is None else memories.adapter
+        self.driver.cache.adapter = None if memories is None or memories.prefix else memories.adapter
 
     def run_chunk(self, size: int, *, logits: bool) -> Tensor | None:
         """Run the first `size` waiting tokens, Ctrl-C waiting for the end; return surprisal if computed."""
