@@ -2,8 +2,8 @@
 
     python benchmarks/profile_step.py
 
-SmolLM2 in a full window of 1,024 tokens, with weights of each kind, threads that spin briefly (as the
-``everlong`` command has them). Operators are timed by PyTorch's profiler, which makes the small ones look
+SmolLM2 in full windows, with weights of each kind, threads that spin briefly (as the ``everlong`` command has
+them). Operators are timed by PyTorch's profiler, which makes the small ones look
 somewhat longer than they are; what a step takes is measured without it, and what is left of that is Python,
 and threads waking. About a minute on 2 CPU cores, which must be quiet.
 """
@@ -42,29 +42,41 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--window", type=int, default=1024)
+    parser.add_argument("--windows", type=int, nargs="+", default=[1024, 2048])
     parser.add_argument("--output", type=Path, default=RESULTS / "profile_step.json")
-    parser.add_argument("--once", metavar="WEIGHTS", help=argparse.SUPPRESS)
+    parser.add_argument("--once", nargs=2, metavar=("WEIGHTS", "WINDOW"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.once:
-        print(json.dumps(measure(options.model, options.window, options.once)))
+        weights, window = options.once
+        print(json.dumps(measure(options.model, int(window), weights)))
         return
-    rows = Rows(options.output, {"model": options.model, "window": options.window})
+    rows = Rows(options.output, {"model": options.model})
 
-    def once(weights: str) -> Any:
-        words = ["--model", options.model, "--window", options.window, "--once", weights]
+    def once(weights: str, window: int) -> Any:
+        words = ["--model", options.model, "--once", weights, window]
         return in_own_process(__file__, *words, waiting="spin briefly")
 
-    found = {weights: rows.get(weights, lambda w=weights: once(w)) for weights in WEIGHTS}
+    found = {
+        (weights, window): rows.get(f"{weights}, {window}", lambda w=weights, n=window: once(w, n))
+        for window in options.windows
+        for weights in WEIGHTS
+    }
     lines = [
-        f"{options.model}, a full window of {options.window:,} tokens, threads that spin briefly, whatever "
-        "the line above says: milliseconds a step, and calls. A step is the median of "
-        f"{REPEATS} x {STEPS}, the rest the mean of {STEPS} profiled ones; the float head is among the "
-        "products.",
+        f"{options.model}, full windows, recorded steps, threads that spin briefly, whatever the line above "
+        f"says: milliseconds a step, and calls. A step is the median of {REPEATS} x {STEPS}, the rest the mean "
+        f"of {STEPS} profiled ones; the float head is among the products. Besides: the share of a step that is "
+        "neither products nor attention nor head.",
         "",
         *table(
-            ["weights", "a step", *(f"{name} (calls)" for name in (*KINDS, OTHERS)), REST],
-            [[weights, *cells(row)] for weights, row in found.items()],
+            [
+                "weights",
+                "window",
+                "a step",
+                *(f"{name} (calls)" for name in (*KINDS, OTHERS)),
+                REST,
+                "besides",
+            ],
+            [[weights, f"{window:,}", *cells(row)] for (weights, window), row in found.items()],
         ),
     ]
     rows.write_table("Where a step of writing spends its time", lines)
@@ -98,6 +110,7 @@ def cells(row: dict[str, Any]) -> list[str]:
         f"{row['step']:.1f}",
         *(f"{milliseconds:.1f} ({calls:,.0f})" for milliseconds, calls in row["kinds"].values()),
         f"{row['step'] - spent:.1f}",
+        f"{1 - sum(row['kinds'][kind][0] for kind in KINDS) / row['step']:.0%}",
     ]
 
 

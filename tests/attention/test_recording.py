@@ -20,6 +20,8 @@ from everlong.attention.layer_memory import LayerMemory
 from everlong.attention.static_step import StaticStep
 from everlong.errors import StateError
 from everlong.models import lean_layers
+from tests.attention.test_row_adapters import LORAS
+from tests.attention.test_row_adapters import load as load_adapters
 from tests.attention.trace_recorder import RECORDERS, TraceRecorder
 
 W, G = 20, 3
@@ -524,3 +526,35 @@ def test_a_static_step_touches_no_other_device(family, policy):
             logits = handle.model(input_ids=step.ids, use_cache=True, **tiny.cached(step)).logits
         assert logits.device == meta and logits.shape == (1, 1, tiny.VOCAB)
         assert watch.count > 20
+
+
+# --- adapters that streams bring along ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recorder", RECORDERS)
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_each_stream_is_repeated_with_its_own_adapter(family, recorder):
+    """In turn, and switched to another in between."""
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        attach(build(family), POLICIES["lm-infinite"]) as handle,
+    ):
+        load_adapters(handle, LORAS, family)
+        handle.steps.recorder = RECORDERS[recorder]()
+        pairs = []
+        for name in (None, *LORAS):
+            caches = [handle.new_cache() for _ in range(2)]
+            for cache in caches:
+                cache.adapter = name
+                handle.model(tiny.random_ids(1, 30), **tiny.cached(cache))
+            pairs.append(caches)
+        for turn in range(ENOUGH):
+            for caches in pairs:
+                write(handle, *caches, 1, seed=turn)
+        assert handle.steps.recorder.recorded == len(pairs)
+        assert handle.steps.recorder.replayed == len(pairs) * (REPEATED + 1)
+        ours, theirs = pairs[1]
+        for cache in (ours, theirs):
+            cache.adapter = "one layer"
+        assert write(handle, ours, theirs, ENOUGH) == REPEATED + 1

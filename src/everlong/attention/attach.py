@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -91,7 +92,7 @@ class Attachment:
         self.is_attached = True
         embeddings: Any = inner.get_input_embeddings()
         device: torch.device = embeddings.weight.device
-        watch = ModelWatch(model, is_own=lambda hook: getattr(hook, "__self__", None) is self)
+        watch = partial(ModelWatch, model, is_own=lambda hook: getattr(hook, "__self__", None) is self)
         self.steps = StepRecorder(recorder_for(device), watch, self._layers, self.owner)
 
     # --- opening and closing -----------------------------------------------------------------------
@@ -231,9 +232,10 @@ class Attachment:
             )
             return found
 
-        if len(self.adapters):  # a recording knows of one adapter, or none
+        if cache.row_adapters is not None:  # a recording knows of one adapter, or none
             return run(cache, ids)
-        return self.steps.run(cache, ids, run, output)
+        with self.adapters.active(cache.adapter):
+            return self.steps.run(cache, ids, run, output)
 
     # --- generate() --------------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ from everlong.errors import UnsupportedUseError
 from everlong.models.watch import ModelWatch
 
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
+_WATCHED = 8  # adapters
 _ROUNDED = 2e-2  # of the largest number, in half precision
 
 Run = Callable[[PolicyCache, Tensor], Tensor]
@@ -103,18 +104,22 @@ class StepRecorder:
     ----------
     recorder : Recorder or None
         How steps are recorded; None: every step runs by itself.
-    watch : ModelWatch
-        Of the model.
+    watch : callable
+        Returns a new :class:`ModelWatch` of the model.
     layers : Layers
         The model's.
     owner : str
         The attachment.
     """
 
-    def __init__(self, recorder: Recorder | None, watch: ModelWatch, layers: Layers, owner: str) -> None:
+    def __init__(
+        self, recorder: Recorder | None, watch: Callable[[], ModelWatch], layers: Layers, owner: str
+    ) -> None:
         self.recorder = recorder
         self._owner = owner
-        self._watch = watch
+        self._new_watch = watch
+        self._watches: dict[str | None, ModelWatch] = {}
+        """By adapter: with each, the model looks different."""
         self._layers = layers
 
     def run(self, cache: StreamCache, ids: Tensor, run: Run, output: str) -> Tensor:
@@ -171,7 +176,7 @@ class StepRecorder:
         self, cache: StreamCache, ids: Tensor, found: list[Aim], output: str, recorder: Recorder
     ) -> Recorded | None:
         """Return what is known of this step, from now on if it is another one than before; None: nothing."""
-        state = self._watch.state(lying_still=not recorder.follows_tensors)
+        state = self._watch(cache.adapter).state(lying_still=not recorder.follows_tensors)
         known = cache.recorded
         if state is None:
             cache.recorded = None
@@ -182,6 +187,15 @@ class StepRecorder:
         ):
             cache.recorded = Recorded(output, state, StaticStep(cache, found))
         return cache.recorded
+
+    def _watch(self, adapter: str | None) -> ModelWatch:
+        """Return what watches the model while an adapter is active."""
+        found = self._watches.get(adapter)
+        if found is None:
+            if len(self._watches) == _WATCHED:
+                del self._watches[next(iter(self._watches))]
+            found = self._watches[adapter] = self._new_watch()
+        return found
 
     def _record(
         self,

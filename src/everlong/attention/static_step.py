@@ -23,6 +23,7 @@ from everlong.attention.parts import Logits
 from everlong.attention.positions import Angles, working_dtype
 from everlong.attention.token_step import TokenStep, rotated_sinks
 from everlong.errors import InputError, UnsupportedUseError
+from everlong.models.adapters import Span
 
 
 class _Kind:
@@ -85,12 +86,15 @@ class StaticStep(PolicyCache):
     ----------
     ids : Tensor (rows, 1)
         The tokens to run, written by :meth:`aim_at`.
+    adapter : str or None
+        The adapter it runs with.
     """
 
     def __init__(self, cache: StreamCache, found: list[Aim]) -> None:
         super().__init__(cache.owner)
         assert cache.rows is not None and cache.policy.span is not None
         self.pads = _real(cache.pads)
+        self.adapter = cache.adapter
         self._memories = list(cache.memories.values())
         self._held = self._tensors()
         with torch.inference_mode(False):  # later steps, in whatever mode, write into them
@@ -108,6 +112,7 @@ class StaticStep(PolicyCache):
         """Whether the next step of `cache` is this one, with other numbers in its tensors."""
         return (
             ids.shape == self.ids.shape
+            and cache.adapter == self.adapter
             and _real(cache.pads) == self.pads
             and all(ours is theirs for ours, theirs in zip(self._held, self._tensors(), strict=True))
             and all(kind.is_of(aim) for kind, aim in zip(self._kinds, found, strict=True))
@@ -141,6 +146,10 @@ class StaticStep(PolicyCache):
             for memory in self._memories
             for tensor in (memory.keys, memory.values, memory.sink_keys, memory.sink_values)
         ]
+
+    def adapters(self, rows: int, tokens: int) -> list[Span]:
+        """Return the adapter of all tokens of a forward."""
+        return [(self.adapter, rows * tokens)]
 
     # --- one forward -------------------------------------------------------------------------------
 

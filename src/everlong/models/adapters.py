@@ -112,6 +112,18 @@ class Adapters:
         self._lock.release()
 
     @contextmanager
+    def active(self, name: str | None) -> Iterator[None]:
+        """Within the block, forwards of this thread use adapter `name` (None: none), and no others run."""
+        if not self._loaded:
+            yield
+            return
+        self.begin([(name, 1)])
+        try:
+            yield
+        finally:
+            self.end()
+
+    @contextmanager
     def set_aside(self) -> Iterator[None]:
         """Within the block, the model is what it was without any adapter."""
         with self._lock:
