@@ -87,8 +87,8 @@ def test_every_sentence_is_the_target_of_a_pair(text: str) -> None:
             continue
         assert targets, raw
         for item in targets:
-            assert raw.strip().endswith(item.pair.response) and item.pair.response.strip()
-            assert (item.pair.query + item.pair.response).endswith(raw.strip())
+            assert raw.rstrip().endswith(item.pair.response.rstrip()) and item.pair.response.strip()
+            assert (item.pair.query + item.pair.response.rstrip()).endswith(raw.strip())
 
 
 def test_a_sentence_is_asked_for_alone_and_behind_what_stands_before() -> None:
@@ -101,9 +101,15 @@ def test_a_sentence_is_asked_for_alone_and_behind_what_stands_before() -> None:
     assert {(pair.generator, pair.segment, pair.gain) for pair in found} == {("cloze", 3, None)}
 
 
-def test_what_stands_between_two_sentences_is_kept() -> None:
-    found = [item.pair.query for item in elicited_by("cloze", " In: a\nOut: b\n\nIn: c\nOut: d\n")]
-    assert found == ["In:", "In:", "In: a\nOut: b\n\nIn:"]
+def test_what_stands_between_two_sentences_is_kept_and_the_end_of_a_line_is_learned() -> None:
+    found = [item.pair for item in elicited_by("cloze", " In: a\nOut: b\n\nIn: c\nOut: d\n\nIt rained. So.")]
+    assert [(pair.query, pair.response) for pair in found] == [
+        ("In:", " a\nOut: b\n\n"),
+        ("In:", " c\nOut: d\n\n"),
+        ("In: a\nOut: b\n\nIn:", " c\nOut: d\n\n"),
+        ("It", " rained."),
+        ("In: c\nOut: d\n\nIt", " rained."),
+    ]
 
 
 def test_more_words_may_be_given() -> None:

@@ -46,7 +46,8 @@ class Cloze(Generator):
     """The text's own sentences: how one begins is the query, how it goes on the response.
 
     Needs no model that follows instructions. Each sentence is learned by itself, and behind the one before
-    it, so that what it refers to is known; the teacher reads the whole segment.
+    it, so that what it refers to is known; the teacher reads the whole segment. Where a line ends with the
+    sentence, that is learned too: without it a list goes on and on.
 
     Parameters
     ----------
@@ -62,14 +63,16 @@ class Cloze(Generator):
         beginning = segment.text + "\n\n"
         previous = ""
         for number, raw in enumerate(segment.sentences):
-            sentence = raw.strip()
+            begun = raw.lstrip()
+            sentence = begun.rstrip()
+            target = begun if "\n" in begun[len(sentence) :] else sentence
             words = _WORD.findall(sentence)
             if len(words) > self.begin:
                 query = "".join(words[: self.begin])
                 for before in ("", previous) if previous else ("",):
-                    pair = Pair(before + query, sentence[len(query) :], self.name, segment.number, (number,))
+                    pair = Pair(before + query, target[len(query) :], self.name, segment.number, (number,))
                     yield Elicited(pair, beginning, pair.query)
-                previous = raw.lstrip()
+                previous = begun
             elif words:
                 previous += raw
 
