@@ -8,7 +8,7 @@ reads the segment into the one that does not.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -49,7 +49,7 @@ class InfiniteICL:
     Parameters
     ----------
     model : AttachedModel
-        The student, and its own teacher where `teacher` is not given.
+        The student, and its own teacher where `teacher` is not given; its adapters set aside.
     recipe : Recipe
         How.
     seed : int
@@ -75,16 +75,17 @@ class InfiniteICL:
         self.teacher = teacher
         self.force = force
         self.generators: list[Generator] = make_generators(recipe.generators)
+        self._layers = _linear_layers(model.attachment.model)
+        self._anchored: list[Lesson] | None = None  # the same for every segment
 
     def config(self) -> Any:
         """Return the adapter's configuration, PEFT's."""
         from peft import LoraConfig
 
-        base: Any = self.model.attachment.model
         return LoraConfig(
             r=self.recipe.rank,
             lora_alpha=self.recipe.alpha,
-            target_modules=_linear_layers(base),
+            target_modules=self._layers,
             lora_dropout=0.0,
             bias="none",
             task_type="CAUSAL_LM",
@@ -121,6 +122,26 @@ class InfiniteICL:
             The loss is not finite. `on_segment` has seen the last good adapter.
         """
         parts = list(segments([text], self.model.coder, self.recipe.segment_tokens))
+        state = self.learn_segments(parts, start=start, on_progress=on_progress, on_segment=on_segment)
+        if not state.pairs:
+            raise MemoryGateError(
+                f"there is nothing to learn: of {state.account.elicited} pairs about the text, it makes none "
+                "likelier. Use a larger model, teacher=, or generators=('cloze',)"
+            )
+        return state
+
+    def learn_segments(
+        self,
+        parts: Sequence[Segment],
+        *,
+        start: Progress | None = None,
+        on_progress: Callable[[LearnProgress], None] | None = None,
+        on_segment: Callable[[Progress], None] | None = None,
+    ) -> Progress:
+        """Learn segments, at least one, of a text of which there may be more; those before `start` are left.
+
+        Parameters and errors are those of :meth:`learn`; that nothing can be asked about them is none.
+        """
         state = Progress() if start is None else start.copy()
         report = Reporter(on_progress, parts, state)
         with self._seeded(), student(self.model, self.config()) as adapted:
@@ -129,8 +150,11 @@ class InfiniteICL:
             if state.adapters and self.recipe.carry != "separate":
                 _load(adapted, state.adapters[-1])
             with state.account.timed("anchors"), adapted.disable_adapter():
-                anchors = self._anchors()
-            for segment in parts[state.segment :]:
+                if self._anchored is None:
+                    self._anchored = self._anchors()
+            for segment in parts:
+                if segment.number < state.segment:
+                    continue
                 if self.recipe.carry == "separate":
                     _load(adapted, blank)
                 carried = self.recipe.carry == "carried"
@@ -138,7 +162,7 @@ class InfiniteICL:
                 with own:
                     lessons = self._lessons(segment, state, report)
                 if lessons:  # a title, or a list of numbers, may have none
-                    self._train(parameters, [*lessons, *anchors], segment, state, report)
+                    self._train(parameters, [*lessons, *self._anchored], segment, state, report)
                     saved = _state(adapted)
                     state.adapters = [*state.adapters, saved] if self.recipe.carry == "separate" else [saved]
                     state.pool = self._pooled(state.pool, lessons, segment.number)
@@ -146,12 +170,7 @@ class InfiniteICL:
                 state.segment = segment.number + 1
                 if on_segment is not None:
                     on_segment(state.copy())
-        if not state.pairs:
-            raise MemoryGateError(
-                f"there is nothing to learn: of {state.account.elicited} pairs about the text, it makes none "
-                "likelier. Use a larger model, teacher=, or generators=('cloze',)"
-            )
-        report("done", max(0, len(parts) - 1), 1.0)
+        report("done", parts[-1].number, 1.0)
         return state
 
     def _lessons(self, segment: Segment, state: Progress, report: Reporter) -> list[Lesson]:

@@ -49,30 +49,46 @@ def memorize(
         store.folder, described.sha256, base_hash, recipe.values(), seed, helper, model.packed_as
     )
     started = time.perf_counter()
-    learner = InfiniteICL(model, recipe, seed=seed, teacher=teacher, force=force)
     with model.attachment.adapters.set_aside():
+        learner = InfiniteICL(model, recipe, seed=seed, teacher=teacher, force=force)
         progress = learner.learn(
             text, start=unfinished.load(), on_progress=on_progress, on_segment=unfinished.save
         )
-        adapter = _as_one(learner, progress)
-    config: Any = adapter.config
-    values = recipe.values()
-    record = MemoryRecord(
-        name=name,
-        base_model=model.name,
-        base_hash=base_hash,
-        source=replace(described, tokens=progress.account.tokens),
-        segments=progress.segment,
-        recipe=UsedRecipe(recipe_name or "custom", {**values, "seed": seed}),
-        rank=config.r,
-        seconds=max(sum(progress.account.seconds.values()), time.perf_counter() - started),
+        adapter = as_one(learner, progress)
+    record = describe(
+        learner, progress, adapter, described, name=name, base_hash=base_hash, recipe_name=recipe_name
     )
+    record = replace(record, seconds=max(record.seconds, time.perf_counter() - started))
     memory = store.add(record, adapter, progress.pairs, replace=replace_existing)
     unfinished.discard()
     return memory
 
 
-def _as_one(learner: InfiniteICL, progress: Progress) -> Adapter:
+def describe(
+    learner: InfiniteICL,
+    progress: Progress,
+    adapter: Adapter,
+    source: Source,
+    *,
+    name: str,
+    base_hash: str,
+    recipe_name: str,
+) -> MemoryRecord:
+    """Return the record of what a learner made of a source."""
+    config: Any = adapter.config
+    return MemoryRecord(
+        name=name,
+        base_model=learner.model.name,
+        base_hash=base_hash,
+        source=replace(source, tokens=progress.account.tokens),
+        segments=progress.segment,
+        recipe=UsedRecipe(recipe_name or "custom", {**learner.recipe.values(), "seed": learner.seed}),
+        rank=config.r,
+        seconds=sum(progress.account.seconds.values()),
+    )
+
+
+def as_one(learner: InfiniteICL, progress: Progress) -> Adapter:
     """Return what was learned as a single adapter."""
     adapters = [Adapter(learner.config(), tensors) for tensors in progress.adapters]
     return adapters[0] if len(adapters) == 1 else combine(adapters).adapter
