@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from threading import RLock
@@ -27,6 +28,8 @@ class Adapters:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._loaded: dict[str, tuple[Any, Mapping[str, Tensor]]] = {}
+        self._uses: Counter[str] = Counter()
+        self._released: deque[str] = deque()
         self._layers: list[Any] = []
         self._current: str | None = None
         self._lock = RLock()
@@ -47,20 +50,32 @@ class Adapters:
             Its weights, as PEFT saves them.
         """
         with self._lock:
-            if name in self._loaded:
-                return
-            self._loaded[name] = config, tensors
-            try:
-                self._put_in(name)
-            except BaseException:
-                del self._loaded[name]
-                raise
+            if name not in self._loaded:
+                self._loaded[name] = config, tensors
+                try:
+                    self._put_in(name)
+                except BaseException:
+                    del self._loaded[name]
+                    raise
+            self._uses[name] += 1
+
+    def loaded(self, name: str) -> tuple[Any, Mapping[str, Tensor]]:
+        """Return the configuration and the weights of an adapter that is here."""
+        return self._loaded[name]
+
+    def release(self, name: str) -> None:
+        """Take back one :meth:`load`; after the last, the adapter goes when all are next set aside.
+
+        Called by the garbage collector, in the middle of anything: it only takes note.
+        """
+        self._released.append(name)
 
     def begin(self, name: str | None) -> None:
         """Let the forward that begins use adapter `name` (None: none), and no other forward run beside it."""
         self._lock.acquire()
         if name == self._current:
             return
+        assert name is None or name in self._loaded, "whoever uses an adapter holds its Memories"
         for layer in self._layers:
             layer.enable_adapters(name is not None)
             if name is not None:
@@ -77,6 +92,7 @@ class Adapters:
         """Within the block, the model is what it was without any adapter."""
         with self._lock:
             self.remove()
+            self._forget_released()
             try:
                 yield
             finally:
@@ -94,6 +110,13 @@ class Adapters:
                     setattr(self._model.get_submodule(parent), child, layer.get_base_layer())
             self._model.__dict__.pop("peft_config", None)
             self._layers, self._current = [], None
+
+    def _forget_released(self) -> None:
+        while self._released:
+            name = self._released.popleft()
+            self._uses[name] -= 1
+            if not self._uses[name]:
+                del self._loaded[name], self._uses[name]
 
     def _put_in(self, name: str) -> None:
         from peft import inject_adapter_in_model, set_peft_model_state_dict
@@ -126,9 +149,10 @@ class Adapters:
 
 @contextmanager
 def while_peft_wraps() -> Iterator[None]:
-    """Keep to ourselves that PEFT uses names of transformers that will go: the user cannot change it."""
+    """Keep to ourselves what PEFT says of names of transformers that will go, and of a second adapter."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
         yield
 
 

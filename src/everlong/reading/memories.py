@@ -11,7 +11,7 @@ from everlong.errors import StateError
 
 @dataclass(frozen=True)
 class Memories:
-    """What a stream's model knows by heart.
+    """What a stream's model knows by heart; its adapter is on the model for as long as this is held.
 
     Attributes
     ----------
