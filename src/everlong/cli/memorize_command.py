@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
-from rich.console import Console
 
 from everlong.cli.grouping import grouped
+from everlong.cli.learning_bars import learning_bars
 from everlong.cli.options import ModelOptions, OutputOptions, parse_settings
 from everlong.cli.session_options import check_sources, source_of
 from everlong.cli.terminal import notes, output, print_json, pull_progress
@@ -17,7 +16,6 @@ from everlong.models.files import human_bytes
 
 if TYPE_CHECKING:
     from everlong.memory.folder import Memory
-    from everlong.memory.progress import LearnProgress
 
 _RECIPE = "Recipe"
 
@@ -70,7 +68,7 @@ def memorize(
     console = notes(quiet=output_options.quiet)
     with pull_progress(quiet=output_options.quiet) as pulling:
         llm = everlong.load(model.model, **model.loading(pulling))
-    with llm, _bars(console) as report:
+    with llm, learning_bars(console) as report:
         memory = llm.memorize(
             _joined(files),
             name,
@@ -101,34 +99,6 @@ def _joined(files: Sequence[str]) -> Iterator[str]:
         for piece in open_source(source_of(file), 0):
             assert isinstance(piece, str)
             yield piece
-
-
-@contextmanager
-def _bars(console: Console) -> Iterator[Any]:
-    """Show how far learning has come; yields what ``memorize`` takes as ``progress=``."""
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-    columns = (
-        *(TextColumn("{task.description}"), BarColumn(bar_width=24), TaskProgressColumn()),
-        *(TextColumn("{task.fields[note]}"), TimeRemainingColumn()),
-    )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
-        task = bars.add_task("learning", total=1.0, note="")
-        shown: tuple[Any, ...] = ()
-
-        def report(at: LearnProgress) -> None:
-            nonlocal shown
-            dropped = ", ".join(f"{count} {reason}" for reason, count in at.dropped.items())
-            loss = "" if at.loss is None else f", loss {at.loss:.3f}"
-            words = {"elicit": "asking", "teach": "answering", "learn": "learning", "done": "learned"}
-            title = f"segment {at.segment + 1} of {at.segments}: {words[at.stage]}"
-            note = f"{at.kept} of {at.pairs} pairs{f' ({dropped})' if dropped else ''}{loss}"
-            bars.update(task, completed=at.fraction, description=title, note=note)
-            if not console.is_terminal and (at.segment, at.stage) != shown:
-                shown = (at.segment, at.stage)
-                console.print(f"{title}; {note}, {at.tokens_per_second:.1f} tokens/s", soft_wrap=True)
-
-        yield report
 
 
 def _in_words(memory: Memory) -> str:
