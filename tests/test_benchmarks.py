@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The scripts can be imported, for this test only."""
     names = ("common", "speed", "bounded", "real_text", "weights", "writing", "goals", "llama", "start_up")
-    names += ("speculation", "profile_step", "memory_facts")
+    names += ("speculation", "profile_step", "memory_facts", "memory_passing")
     assert not set(names) & set(sys.modules)
     monkeypatch.syspath_prepend(FOLDER)
     yield
