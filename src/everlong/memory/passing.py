@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from typing import Any
 
 import torch
@@ -152,9 +153,10 @@ class PassingLearner:
         self._segments: list[Segment] = []  # whole, and not learned yet
         self._progress = Progress()
         self._adapter: Adapter | None = None  # of all that was learned
-        self._source = Source("", 0, 0)  # what was learned
-        self._created: str | None = None  # when the memory was first kept: by this it is known again
-        self._is_kept = True
+        self._source = Source("", 0, 0)  # what was learned; its hash is one of hashes, of each segment's
+        self._created = datetime.now(UTC).isoformat()  # by this the memory is known again in the store
+        self._was_kept = False  # ever
+        self._is_kept = True  # as it is now
 
     def require_same(self, memorize: Any) -> None:
         """Raise unless ``memorize`` asks for this memory; its ``force`` holds from now on.
@@ -230,6 +232,7 @@ class PassingLearner:
             "segments": [asdict(segment) for segment in self._segments],
             "source": asdict(self._source),
             "created": self._created,
+            "was_kept": self._was_kept,
             "is_kept": self._is_kept,
         }
         written = bytearray(json.dumps(values).encode())
@@ -245,7 +248,8 @@ class PassingLearner:
             Segment(each["number"], tuple(each["sentences"]), each["tokens"]) for each in values["segments"]
         ]
         self._source = Source(**values["source"])
-        self._created, self._is_kept = values["created"], values["is_kept"]
+        self._created = values["created"]
+        self._was_kept, self._is_kept = values["was_kept"], values["is_kept"]
         if self._progress.pairs:
             self._adapter = as_one(self._learner, self._progress)
             self.memories = self._known(self._adapter)
@@ -287,13 +291,14 @@ class PassingLearner:
         """Write the memory to the store, if something was learned since."""
         if self._is_kept or self._adapter is None:
             return
-        if self._created is not None:
-            with suppress(UnknownNameError):  # it was deleted
-                if self._store.get(self._name).record.created != self._created:
-                    raise ConfigurationError(
-                        f"memory {self._name!r} is another one now than that which this session learns: "
-                        "rename that one, and read on"
-                    )
+        is_ours = False
+        with suppress(UnknownNameError):  # none is called so
+            is_ours = self._store.get(self._name).record.created == self._created
+            if self._was_kept and not is_ours:
+                raise ConfigurationError(
+                    f"memory {self._name!r} is another one now than that which this session learns: rename "
+                    "that one, and read on"
+                )
         record = describe(
             self._learner,
             self._progress,
@@ -303,10 +308,10 @@ class PassingLearner:
             base_hash=self._base_hash,
             recipe_name=self._recipe_name,
         )
-        record = replace(record, created=self._created or record.created)
-        may_replace = self._asked.replace or self._created is not None
+        may_replace = is_ours or (self._asked.replace and not self._was_kept)
+        record = replace(record, created=self._created)
         self._store.add(record, self._adapter, self._progress.pairs, replace=may_replace)
-        self._created, self._is_kept = record.created, True
+        self._was_kept = self._is_kept = True
 
 
 def _asked(memorize: Any) -> Learning:
