@@ -41,9 +41,8 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The scripts can be imported, for this test only."""
     names = ("common", "speed", "bounded", "real_text", "weights", "writing", "goals", "llama", "start_up")
     names += ("speculation", "profile_step", "memories", "naive")
-    names += tuple(
-        f"memory_{name}" for name in ("facts", "skills", "grounded", "sequence", "cost", "routing")
-    )
+    memories = ("facts", "skills", "grounded", "sequence", "cost", "routing", "passing")
+    names += tuple(f"memory_{name}" for name in memories)
     assert not set(names) & set(sys.modules)
     monkeypatch.syspath_prepend(FOLDER)
     yield

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     )
     from everlong.llm import LLM, load
     from everlong.memory.folder import Memory
+    from everlong.memory.passing import Learning
     from everlong.memory.record import MemoryRecord
     from everlong.memory.store import MemoryStore
     from everlong.models.catalogue import CATALOGUE
@@ -36,6 +37,7 @@ _HOMES = {
     ),
     "everlong.llm": ("LLM", "load"),
     "everlong.memory.folder": ("Memory",),
+    "everlong.memory.passing": ("Learning",),
     "everlong.memory.record": ("MemoryRecord",),
     "everlong.memory.store": ("MemoryStore",),
     "everlong.models.catalogue": ("CATALOGUE",),
@@ -50,6 +52,7 @@ __all__ = [
     "Attachment",
     "FullAttention",
     "LMInfinite",
+    "Learning",
     "Memory",
     "MemoryRecord",
     "MemoryStore",

@@ -19,6 +19,7 @@ from everlong.models.loading import load_model
 from everlong.models.packing import Weights, choose_weights, pack
 from everlong.reading.attached import AttachedModel
 from everlong.reading.memories import Memories, Router
+from everlong.reading.passing import Learners
 from everlong.reading.reports import Generation
 from everlong.reading.sampling import GREEDY, Sampling
 from everlong.reading.session import Session
@@ -108,7 +109,8 @@ class LLM:
         memory_weights : sequence of float, optional
             By how much each counts; 1 by default.
         store : MemoryStore, optional
-            Where names are looked up, by default that of ``EVERLONG_HOME``.
+            Where names are looked up, and what is learned in passing is kept; by default that of
+            ``EVERLONG_HOME``.
 
         Raises
         ------
@@ -127,6 +129,7 @@ class LLM:
             surprisal=surprisal,
             seed=seed,
             memories=known,
+            learners=partial(self._learners, store),
         )
 
     def memorize(
@@ -209,6 +212,12 @@ class LLM:
         from everlong.memory.store import MemoryStore
 
         return known_memories(self._attached, memories, weights, store or MemoryStore())
+
+    def _learners(self, store: MemoryStore | None) -> Learners:
+        from everlong.memory.passing import PassingLearners
+        from everlong.memory.store import MemoryStore
+
+        return PassingLearners(self._attached, store or MemoryStore())
 
     def stream_together(
         self,
@@ -293,7 +302,8 @@ class LLM:
     def restore(self, path: str | Path, *, store: MemoryStore | None = None) -> Session:
         """Go on with a session that was saved to `path` by ``session.save(path)``.
 
-        Its memories, if it has any, are looked up in `store`; with "auto" they are those that are there now.
+        The memories it was begun with, if any, are looked up in `store`; with "auto" they are those that are
+        there now. What it learned while reading is in its file, and goes on in `store`.
 
         Raises
         ------
@@ -302,7 +312,9 @@ class LLM:
         StateError
             It is of other weights, another tokenizer, or another format.
         """
-        return Session.restore(self._attached, path, partial(self._recall, store))
+        return Session.restore(
+            self._attached, path, partial(self._recall, store), partial(self._learners, store)
+        )
 
     def close(self) -> None:
         """Give the model back exactly as it was; its sessions end. A second call does nothing."""

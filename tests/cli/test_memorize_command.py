@@ -123,3 +123,26 @@ def test_a_saved_chat_goes_on_choosing(everlong, home, handbook, tmp_path, monke
     assert everlong("chat", "--memory", "auto", "--state", state, *few, stdin="Hi\n").code == 0
     again = everlong("chat", "--state", state, *few, stdin="Who sells honey to Bennet?\n")
     assert "(memory: bees)" in again.err
+
+
+def test_reading_learns_what_leaves_the_window_and_the_rest_unless_it_goes_on(everlong, home, handbook):
+    words = ["--memorize", "novel", "--recipe", "temp-lora", "--set", "window=40"]
+    state = home.parent / "novel.state"
+    waits = everlong("read", handbook, *words, "--state", state)
+    assert waits.code == 0 and not MemoryStore().list(), waits.err
+    done = everlong("read", handbook, *words[:4], "--state", state)
+    assert done.code == 0 and not MemoryStore().list(), done.err  # a segment is longer than both
+    done = everlong("read", handbook, *words, "--ask", "Who?", "--max-new-tokens", "4")
+    assert done.code == 0, done.err
+    assert f"memory novel: {len(TEXT)} tokens learned in 1 segment\n" in done.err
+    assert "handbook.md: segment 1: learning" in done.err
+    assert MemoryStore().get("novel").record.source.characters == len(TEXT)
+    refused = everlong("read", handbook, *words)
+    assert refused.code == 2 and "there is a memory 'novel' already" in refused.err
+    assert everlong("read", handbook, *words, "--replace").code == 0
+    unknown = everlong("read", handbook, "--memorize", "a", "--recipe", "infinite")
+    assert unknown.code == 2 and "unknown recipe" in unknown.err
+    cartridge = everlong("read", handbook, "--memorize", "a", "--recipe", "cartridge")
+    assert cartridge.code == 2 and "not learned in passing" in cartridge.err
+    chooses = everlong("read", handbook, "--memorize", "a", "--memory", "auto")
+    assert chooses.code == 2 and "chooses a memory for each answer" in chooses.err

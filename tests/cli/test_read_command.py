@@ -80,11 +80,11 @@ def test_a_state_file_is_not_silently_read_under_other_options(everlong, novel, 
 def test_ctrl_c_saves_what_was_read(everlong, novel, tmp_path, folder, monkeypatch):
     state, read = tmp_path / "novel.state", Session.read
 
-    def interrupted(session, source, progress):
+    def interrupted(session, source, progress, **rest):
         def stop(at):
             raise KeyboardInterrupt
 
-        return read(session, source, progress=stop)
+        return read(session, source, progress=stop, **rest)
 
     monkeypatch.setattr(Session, "read", interrupted)
     result = everlong("read", novel, "--state", state, *WINDOW)

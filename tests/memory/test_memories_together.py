@@ -8,6 +8,7 @@ import torch
 from everlong import LLM, FullAttention, LMInfinite
 from everlong.models.fingerprint import weights_hash
 from everlong.reading import Sampling
+from everlong.reading.memories import Memories
 from everlong.reading.rows import read_all
 from tests import tiny
 from tests.memory.adapters import adapter_of, record
@@ -146,7 +147,7 @@ def test_a_memory_that_is_not_plain_lora_writes_in_forwards_of_its_own(llm, stoc
     llm.handle.adapters.load("dora", config, peft.get_peft_model_state_dict(adapted))
     sessions = new_sessions(llm, stocked)
     for number in (1, 4):
-        sessions[number]._tape.driver.cache.adapter = "dora"
+        sessions[number]._memories = Memories(("dora",), (1.0,), "dora")
     with counted(llm) as shapes:
         answers = llm.ask_together(sessions, QUESTIONS, max_new_tokens=5)
     assert len(shapes) == 2 * 5 and {2, 3} == {tokens for _, tokens in shapes[2:]}

@@ -59,16 +59,12 @@ def forwards(llm, monkeypatch):
     """The adapter of each forward."""
     real, used = llm.handle.adapters.begin, []
 
-    def begin(name):
-        used.append(name)
-        real(name)
+    def begin(spans):
+        used.extend(name for name, _ in spans)
+        real(spans)
 
     monkeypatch.setattr(llm.handle.adapters, "begin", begin)
     return used
-
-
-def adapter_named(llm, store, name):
-    return llm.session(memories=[name], store=store).memories.adapter
 
 
 @pytest.mark.usefixtures("surer")
@@ -83,14 +79,14 @@ def test_the_memory_that_is_like_the_question_answers_and_the_base_model_what_is
 
 @pytest.mark.usefixtures("surer")
 def test_only_what_waits_when_the_model_is_to_write_is_read_with_the_memory(llm, stocked, forwards):
-    bees = adapter_named(llm, stocked, "bees")
+    bees = llm.session(memories=["bees"], store=stocked).memories
     session, bare = llm.session(memories="auto", store=stocked, chunk=16), llm.session(chunk=16)
     for each in (session, bare):
         each.read(TEXT * 12)
     assert set(forwards) == {None}
     forwards.clear()
     session.ask(ABOUT_BEES, max_new_tokens=4)
-    assert set(forwards) == {None, bees} and set(forwards[-3:]) == {bees}
+    assert set(forwards) == {None, bees.adapter} and set(forwards[-3:]) == {bees.adapter}
     assert torch.equal(next_logits(session), next_logits(bare))
     session.chat(ABOUT_BEES, max_new_tokens=4)
     forwards.clear()

@@ -142,7 +142,7 @@ def rewritten(path: Path, change: Any) -> None:
 
 def test_an_unknown_format_is_refused(llm: LLM, saved: Path) -> None:
     rewritten(saved, lambda header, tensors: header.update(format=99))
-    with pytest.raises(StateError, match="format 99.*reads 2"):
+    with pytest.raises(StateError, match="format 99.*reads 3"):
         llm.restore(saved)
 
 

@@ -97,6 +97,11 @@ class StreamCache(PolicyCache):
         return max(memory.held for memory in self.memories.values())
 
     @property
+    def first_kept(self) -> int:
+        """Index of the first token, sinks aside, that stands in the window of some layer."""
+        return min(memory.first for memory in self.memories.values())
+
+    @property
     def recallable(self) -> int:
         """Tokens per row that left the window and can be recalled."""
         return max(0 if m.tier is None else len(m.tier) for m in self.memories.values())

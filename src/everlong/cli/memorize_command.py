@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
-from rich.console import Console
 
 from everlong.cli.grouping import grouped
+from everlong.cli.learning_bars import learning_bars, uncovered_in_words
 from everlong.cli.options import ModelOptions, OutputOptions, parse_settings
 from everlong.cli.session_options import check_sources, source_of
-from everlong.cli.terminal import duration, notes, output, print_json, pull_progress
+from everlong.cli.terminal import notes, output, print_json, pull_progress
 from everlong.models.files import human_bytes
 
 if TYPE_CHECKING:
     from everlong.memory.folder import Memory
-    from everlong.memory.progress import LearnProgress
 
 _RECIPE = "Recipe"
 
@@ -70,7 +68,7 @@ def memorize(
     console = notes(quiet=output_options.quiet)
     with pull_progress(quiet=output_options.quiet) as pulling:
         llm = everlong.load(model.model, **model.loading(pulling))
-    with llm, _bars(console) as report:
+    with llm, learning_bars(console) as report:
         memory = llm.memorize(
             _joined(files),
             name,
@@ -103,54 +101,11 @@ def _joined(files: Sequence[str]) -> Iterator[str]:
             yield piece
 
 
-@contextmanager
-def _bars(console: Console) -> Iterator[Any]:
-    """Show how far learning has come; yields what ``memorize`` takes as ``progress=``."""
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
-
-    columns = (
-        *(TextColumn("{task.description}"), BarColumn(bar_width=24), TaskProgressColumn()),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
-        task = bars.add_task("learning", total=1.0, note="")
-        shown: tuple[Any, ...] = ()
-
-        def report(at: LearnProgress) -> None:
-            nonlocal shown
-            words = {"elicit": "asking", "teach": "answering", "learn": "learning", "done": "learned"}
-            title = f"segment {at.segment + 1} of {at.segments}: {words[at.stage]}"
-            note = _note(at)
-            bars.update(task, completed=at.fraction, description=title, note=note)
-            if not console.is_terminal and (at.segment, at.stage) != shown:
-                shown = (at.segment, at.stage)
-                console.print(f"{title}; {note}", soft_wrap=True)
-
-        yield report
-
-
-def _note(at: LearnProgress) -> str:
-    dropped = ", ".join(f"{count} {reason}" for reason, count in at.dropped.items())
-    parts = [f"{at.kept} of {at.pairs} pairs{f' ({dropped})' if dropped else ''}"]
-    if at.uncovered:
-        parts.append(_uncovered(at.uncovered, at.sentences))
-    if at.loss is not None:
-        parts.append(f"loss {at.loss:.3f}")
-    parts.append(f"{at.tokens_per_second:.1f} tokens/s")
-    if at.seconds_left:
-        parts.append(f"{duration(at.seconds_left)} left")
-    return ", ".join(parts)
-
-
-def _uncovered(uncovered: int, sentences: int) -> str:
-    return f"{uncovered} of {sentences} sentences not covered"
-
-
 def _in_words(memory: Memory) -> str:
     record = memory.record
     measured = record.measured or {}
     lacking = measured.get("uncovered", 0)
-    covered = f"{_uncovered(lacking, measured['sentences'])}; " if lacking else ""
+    covered = f"{uncovered_in_words(lacking, measured['sentences'])}; " if lacking else ""
     return (
         f"{memory.name}: {record.source.tokens:,} tokens of {record.base_model} learned in "
         f"{record.segments} segment{'s' if record.segments != 1 else ''}, {len(memory.pairs()):,} pairs, "

@@ -39,8 +39,11 @@ from everlong.models.files import human_bytes
 
 if TYPE_CHECKING:
     from everlong.llm import LLM
+    from everlong.memory.passing import Learning
     from everlong.reading.reports import Generation
     from everlong.reading.session import Session
+
+_LEARNING = "Learning"
 
 
 def register(app: typer.Typer) -> None:
@@ -64,6 +67,22 @@ def read(
     ] = None,
     system: System = None,
     memory: MemoryOption = None,
+    memorize: Annotated[
+        str | None,
+        typer.Option(
+            "--memorize",
+            metavar="NAME",
+            help="Learn what leaves the window into this memory, which the model then knows by heart.",
+            rich_help_panel=_LEARNING,
+        ),
+    ] = None,
+    recipe: Annotated[
+        str, typer.Option("--recipe", help="How that is learned.", rich_help_panel=_LEARNING)
+    ] = "infinite-icl",
+    replace: Annotated[
+        bool,
+        typer.Option("--replace", help="Replace a memory of that name.", rich_help_panel=_LEARNING),
+    ] = False,
     weights: WeightsOption = "auto",
     surprisal: Annotated[
         bool, typer.Option("--surprisal", help="Report perplexity too; it takes the model's head.")
@@ -76,11 +95,15 @@ def read(
 
     Each question is answered from the end of the stream by itself; several are written at the same time, and
     the first is shown as it is written. Ctrl-C ends the reading; with `--state` what was read is saved, and
-    the same command with the rest of the text goes on.
+    the same command with the rest of the text goes on. With `--memorize` what leaves the window is learned;
+    what is in it at the end is learned too, unless `--state` is there to go on.
     """
+    from everlong.memory.passing import Learning
+
     console = notes(quiet=output_options.quiet)
     arguments = writing.arguments()
     _check(files, state)
+    learning = None if memorize is None else Learning(memorize, recipe, replace=replace)
     with open_llm(model, method, weights=weights, quiet=output_options.quiet) as llm:
         if dry_run:
             _estimate(llm, files, surprisal=surprisal, as_json=output_options.as_json)
@@ -94,7 +117,7 @@ def read(
             seed=writing.seed,
             memories=memory,
         )
-        _read(session, files, state, console)
+        _read(session, files, state, console, learning)
         answers = _answers(llm, session, ask or [], arguments, console, silent=output_options.as_json)
         if output_options.as_json:
             shown = [_as_json(question, answer) for question, answer in zip(ask or [], answers, strict=True)]
@@ -107,7 +130,9 @@ def _check(files: Sequence[str], state: Path | None) -> None:
     check_state(state)
 
 
-def _read(session: Session, files: Sequence[str], state: Path | None, console: Console) -> None:
+def _read(
+    session: Session, files: Sequence[str], state: Path | None, console: Console, learning: Learning | None
+) -> None:
     """Read the files one after another; whatever ends it, what was read is saved."""
     from everlong.cli.reading_bars import ReadingBars
 
@@ -115,7 +140,21 @@ def _read(session: Session, files: Sequence[str], state: Path | None, console: C
     try:
         for file in files:
             with ReadingBars(console) as bars:
-                session.read(source_of(file), progress=partial(bars.reading, file))
+                session.read(
+                    source_of(file),
+                    progress=partial(bars.reading, file),
+                    memorize=learning or False,
+                    learn_progress=partial(bars.learning, file),
+                )
+        if learning is not None and state is None:
+            with ReadingBars(console) as bars:
+                learned = session.memorize(progress=partial(bars.learning, files[-1]))
+            console.print(
+                f"memory {learned.name}: {learned.tokens:,} tokens learned in {learned.segments} "
+                f"segment{'s'[: learned.segments != 1]}",
+                soft_wrap=True,
+                markup=False,
+            )
     finally:
         if state is not None and session.stats.tokens_read > before:
             session.save(state)

@@ -8,9 +8,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
+from everlong.cli.learning_bars import pairs_in_words, stage_in_words
 from everlong.models.files import human_bytes
 
 if TYPE_CHECKING:
+    from everlong.memory.progress import LearnProgress
     from everlong.reading.reports import Progress
 
 _STEPS = 4  # lines per method where there is no terminal to draw a bar in
@@ -35,6 +37,7 @@ class ReadingBars:
         self._name = ""
         self._writes = False
         self._shown = 0
+        self._learning = ""  # what was printed of it last
 
     def __enter__(self) -> ReadingBars:
         return self
@@ -60,6 +63,15 @@ class ReadingBars:
         elif at.total and at.tokens * _STEPS // at.total > self._shown:
             self._shown = at.tokens * _STEPS // at.total
             self._console.print(f"{name}: {at.tokens:,} of {at.total:,} tokens, {note}", soft_wrap=True)
+
+    def learning(self, name: str, at: LearnProgress) -> None:
+        """Show how far what left the window of `name` is learned."""
+        words, pairs = stage_in_words(at), pairs_in_words(at)
+        if self._bars is not None:
+            self._bars.update(self._task, note=f"{words}; {pairs}")
+        elif words != self._learning:
+            self._learning = words
+            self._console.print(f"{name}: {words}; {pairs}", markup=False, soft_wrap=True)
 
     def writing(self, name: str, piece: str) -> None:
         """Show a piece of what `name` writes."""

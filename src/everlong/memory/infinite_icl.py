@@ -51,7 +51,7 @@ class InfiniteICL:
     Parameters
     ----------
     model : AttachedModel
-        The student, and its own teacher where `teacher` is not given.
+        The student, and its own teacher where `teacher` is not given; its adapters set aside.
     recipe : Recipe
         How.
     seed : int
@@ -78,6 +78,8 @@ class InfiniteICL:
         self.force = force
         self.generators: list[Generator] = make_generators(recipe.generators)
         self.is_cartridge = recipe.kind == "cartridge"
+        self._layers = _linear_layers(model.attachment.model)
+        self._anchored: list[Lesson] | None = None  # the same for every segment
 
     def config(self, prefix: int = 0) -> Any:
         """Return the adapter's configuration, PEFT's; a cartridge's, of `prefix` tokens."""
@@ -85,11 +87,10 @@ class InfiniteICL:
 
         if self.is_cartridge:
             return cartridge.config_of(self.model, prefix)
-        base: Any = self.model.attachment.model
         return LoraConfig(
             r=self.recipe.rank,
             lora_alpha=self.recipe.alpha,
-            target_modules=_linear_layers(base),
+            target_modules=self._layers,
             lora_dropout=0.0,
             bias="none",
             task_type="CAUSAL_LM",
@@ -126,6 +127,26 @@ class InfiniteICL:
             The loss is not finite. `on_segment` has seen the last good adapter.
         """
         parts = list(segments([text], self.model.coder, self.recipe.segment_tokens))
+        state = self.learn_segments(parts, start=start, on_progress=on_progress, on_segment=on_segment)
+        if not state.pairs:
+            raise MemoryGateError(
+                f"there is nothing to learn: of {state.account.elicited} pairs about the text, it makes none "
+                "likelier. Use a larger model, teacher=, or generators=('cloze',)"
+            )
+        return state
+
+    def learn_segments(
+        self,
+        parts: Sequence[Segment],
+        *,
+        start: Progress | None = None,
+        on_progress: Callable[[LearnProgress], None] | None = None,
+        on_segment: Callable[[Progress], None] | None = None,
+    ) -> Progress:
+        """Learn segments, at least one, of a text of which there may be more; those before `start` are left.
+
+        Parameters and errors are those of :meth:`learn`; that nothing can be asked about them is none.
+        """
         state = Progress() if start is None else start.copy()
         report = Reporter(on_progress, parts, state)
         first = torch.empty(0)
@@ -138,15 +159,18 @@ class InfiniteICL:
             if state.adapters and self.recipe.carry != "separate":
                 _load(adapted, state.adapters[-1])
             with state.account.timed("anchors"), self._without(adapted):
-                anchors = self._anchors()
-            for segment in parts[state.segment :]:
+                if self._anchored is None:
+                    self._anchored = self._anchors()
+            for segment in parts:
+                if segment.number < state.segment:
+                    continue
                 if self.recipe.carry == "separate":
                     _load(adapted, blank)
                 carried = self.recipe.carry == "carried"
                 with nullcontext() if carried else self._without(adapted):
                     lessons = self._lessons(segment, state, report)
                 if lessons:  # a title, or a list of numbers, may have none
-                    self._train(adapted, [*lessons, *anchors], segment, state, report)
+                    self._train(adapted, [*lessons, *self._anchored], segment, state, report)
                     saved = _state(adapted)
                     state.adapters = [*state.adapters, saved] if self.recipe.carry == "separate" else [saved]
                     state.pool = self._pooled(state.pool, lessons, segment.number)
@@ -154,12 +178,7 @@ class InfiniteICL:
                 state.segment = segment.number + 1
                 if on_segment is not None:
                     on_segment(state.copy())
-        if not state.pairs:
-            raise MemoryGateError(
-                f"there is nothing to learn: of {state.account.elicited} pairs about the text, it makes none "
-                "likelier. Use a larger model, teacher=, or generators=('cloze',)"
-            )
-        report("done", max(0, len(parts) - 1), 1.0)
+        report("done", parts[-1].number, 1.0)
         return state
 
     def _lessons(self, segment: Segment, state: Progress, report: Reporter) -> list[Lesson]:

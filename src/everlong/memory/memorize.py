@@ -50,33 +50,49 @@ def memorize(
         store.folder, described.sha256, base_hash, recipe.values(), seed, helper, model.packed_as
     )
     started = time.perf_counter()
-    learner = InfiniteICL(model, recipe, seed=seed, teacher=teacher, force=force)
     with model.attachment.adapters.set_aside():
+        learner = InfiniteICL(model, recipe, seed=seed, teacher=teacher, force=force)
         progress = learner.learn(
             text, start=unfinished.load(), on_progress=on_progress, on_segment=unfinished.save
         )
         adapter = as_one(learner, progress)
+    record = describe(
+        learner, progress, adapter, described, name=name, base_hash=base_hash, recipe_name=recipe_name
+    )
+    record = replace(record, seconds=max(record.seconds, time.perf_counter() - started))
+    memory = store.add(record, adapter, progress.pairs, replace=replace_existing)
+    unfinished.discard()
+    return memory
+
+
+def describe(
+    learner: InfiniteICL,
+    progress: Progress,
+    adapter: Adapter,
+    source: Source,
+    *,
+    name: str,
+    base_hash: str,
+    recipe_name: str,
+) -> MemoryRecord:
+    """Return the record of what a learner made of a source."""
     config: Any = adapter.config
-    values = recipe.values()
-    record = MemoryRecord(
+    return MemoryRecord(
         name=name,
-        base_model=model.name,
+        base_model=learner.model.name,
         base_hash=base_hash,
-        source=replace(described, tokens=progress.account.tokens),
+        source=replace(source, tokens=progress.account.tokens),
         segments=progress.segment,
-        recipe=UsedRecipe(recipe_name or "custom", {**values, "seed": seed}),
-        rank=None if recipe.kind == "cartridge" else config.r,
-        kind=recipe.kind,
+        recipe=UsedRecipe(recipe_name or "custom", {**learner.recipe.values(), "seed": learner.seed}),
+        rank=None if learner.is_cartridge else config.r,
+        kind=learner.recipe.kind,
         measured={
             "worth": {kind: worth.values() for kind, worth in progress.account.worth.items()},
             "sentences": progress.account.sentences,
             "uncovered": progress.account.uncovered,
         },
-        seconds=max(sum(progress.account.seconds.values()), time.perf_counter() - started),
+        seconds=sum(progress.account.seconds.values()),
     )
-    memory = store.add(record, adapter, progress.pairs, replace=replace_existing)
-    unfinished.discard()
-    return memory
 
 
 def as_one(learner: InfiniteICL, progress: Progress) -> Adapter:

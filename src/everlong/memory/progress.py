@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from everlong.memory.gate import Worth
@@ -145,33 +146,100 @@ class Progress:
             ),
         )
 
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return tensors and JSON-able values for :meth:`restored`."""
+        tensors = {
+            f"adapters.{number}.{name}": tensor
+            for number, adapter in enumerate(self.adapters)
+            for name, tensor in adapter.items()
+        }
+        for number, lesson in enumerate(self.pool):
+            tensors[f"pool.{number}.tokens"] = lesson.tokens.to(torch.int32)
+            tensors[f"pool.{number}.log_probs"] = lesson.log_probs
+            if lesson.hidden is not None:
+                tensors[f"pool.{number}.hidden"] = lesson.hidden
+        return tensors, {
+            "segment": self.segment,
+            "adapters": len(self.adapters),
+            "pairs": [asdict(pair) for pair in self.pairs],
+            "pool": [
+                {"pair": asdict(x.pair), "query": x.query, "response": x.response, "ends": x.ends}
+                for x in self.pool
+            ],
+            "account": {
+                **vars(self.account),
+                "dropped": dict(self.account.dropped),
+                "worth": {kind: asdict(worth) for kind, worth in self.account.worth.items()},
+            },
+        }
+
+    @classmethod
+    def restored(cls, tensors: Mapping[str, Tensor], values: dict[str, Any]) -> Progress:
+        """Rebuild what :meth:`state` returned."""
+        adapters: list[dict[str, Tensor]] = [{} for _ in range(values["adapters"])]
+        for name, tensor in tensors.items():
+            kind, _, rest = name.partition(".")
+            if kind == "adapters":
+                number, _, weight = rest.partition(".")
+                adapters[int(number)][weight] = tensor
+        pool = [
+            Lesson(
+                _pair(saved["pair"]),
+                saved["query"],
+                saved["response"],
+                tensors[f"pool.{number}.tokens"].long(),
+                tensors[f"pool.{number}.log_probs"],
+                tensors.get(f"pool.{number}.hidden"),
+                saved["ends"],
+            )
+            for number, saved in enumerate(values["pool"])
+        ]
+        account = Account(**values["account"])
+        account.dropped = Counter(account.dropped)
+        account.worth = {kind: Worth(**worth) for kind, worth in values["account"]["worth"].items()}
+        return cls(values["segment"], adapters, pool, [_pair(saved) for saved in values["pairs"]], account)
+
+
+def _pair(values: dict[str, Any]) -> Pair:
+    return Pair(**{**values, "sentences": tuple(values["sentences"])})
+
 
 class Reporter:
-    """Tells a caller where learning stands."""
+    """Tells a caller where learning stands.
+
+    Parameters
+    ----------
+    call : callable or None
+        Who is told.
+    parts : sequence of Segment
+        All that are known, in order; those before `state` stands are learned.
+    state : Progress
+        Kept up by who learns.
+    """
 
     def __init__(
-        self, call: Callable[[LearnProgress], None] | None, parts: list[Segment], state: Progress
+        self, call: Callable[[LearnProgress], None] | None, parts: Sequence[Segment], state: Progress
     ) -> None:
         self._call = call
-        self._parts = parts
+        self._tokens = {part.number: part.tokens for part in parts}
         self._state = state
         self._started = time.perf_counter()
-        self._before = sum(part.tokens for part in parts[: state.segment])
-        self._total = sum(part.tokens for part in parts)
+        self._before = self._until(state.segment)
+        self._total = sum(self._tokens.values())
 
     def __call__(self, stage: Stage, segment: int, share: float, loss: float | None = None) -> None:
         """Tell of a stage of a segment, `share` of which is done."""
         if self._call is None:
             return
         account = self._state.account
-        done = sum(part.tokens for part in self._parts[:segment]) + share * self._parts[segment].tokens
+        done = self._until(segment) + share * self._tokens[segment]
         seconds = time.perf_counter() - self._started
         pace = (done - self._before) / seconds if seconds else 0.0
         self._call(
             LearnProgress(
                 stage,
                 segment,
-                len(self._parts),
+                max(self._tokens) + 1,
                 account.elicited,
                 account.kept,
                 dict(account.dropped),
@@ -183,3 +251,6 @@ class Reporter:
                 (self._total - done) / pace if pace else None,
             )
         )
+
+    def _until(self, segment: int) -> int:
+        return sum(tokens for number, tokens in self._tokens.items() if number < segment)

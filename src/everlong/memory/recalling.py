@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import weakref
 from collections.abc import Sequence
 
 from everlong.errors import ConfigurationError
 from everlong.memory.adapter import Adapter
 from everlong.memory.cartridge import WEIGHTS, prefix_of
 from everlong.memory.combine import combine
-from everlong.memory.compatible import WEIGHTS_FILE
 from everlong.memory.folder import Memory
 from everlong.memory.store import MemoryStore
-from everlong.models.files import sha256_of
 from everlong.reading.attached import AttachedModel
 from everlong.reading.memories import Memories
 
@@ -60,15 +59,11 @@ def recall_memories(
     together: Adapter = adapters[0]
     if len(found) > 1 or shares != [1.0]:
         together = combine(adapters, shares).adapter
-    key = hashlib.sha256(
-        repr([(sha256_of(m.path / WEIGHTS_FILE), w) for m, w in zip(found, shares, strict=True)]).encode()
-    ).hexdigest()[:16]
-    names = tuple(memory.name for memory in found)
+    names = [memory.name for memory in found]
+    called = adapter_name("", list(zip(adapters, shares, strict=True)))
     if found[0].record.kind == "cartridge":
-        prefix = prefix_of(model, together.tensors[WEIGHTS])
-        return Memories(names, tuple(shares), f"memory-{key}", prefix)
-    model.attachment.adapters.load(f"memory-{key}", together.config, together.tensors)
-    return Memories(names, tuple(shares), f"memory-{key}")
+        return Memories(tuple(names), tuple(shares), called, prefix_of(model, together.tensors[WEIGHTS]))
+    return put_on(model, names, shares, together, called)
 
 
 def why_foreign(model: AttachedModel, memory: Memory) -> str | None:
@@ -79,3 +74,38 @@ def why_foreign(model: AttachedModel, memory: Memory) -> str | None:
         f"memory {memory.name!r} was learned by {memory.record.base_model!r}, with other weights "
         f"than those of {model.name!r} here: load that model, or learn the text again"
     )
+
+
+def put_on(
+    model: AttachedModel, names: Sequence[str], weights: Sequence[float], adapter: Adapter, name: str
+) -> Memories:
+    """Put an adapter on a model for as long as somebody holds what is returned.
+
+    Parameters
+    ----------
+    model : AttachedModel
+        The model.
+    names, weights : sequence
+        Of the memories that it was made of.
+    adapter : Adapter
+        All of them.
+    name : str
+        What it is called there; see :func:`adapter_name`.
+    """
+    adapters = model.attachment.adapters
+    adapters.load(name, adapter.config, adapter.tensors)
+    memories = Memories(tuple(names), tuple(weights), name)
+    weakref.finalize(memories, adapters.release, name).atexit = False
+    return memories
+
+
+def adapter_name(before: str, parts: Sequence[tuple[Adapter, float]]) -> str:
+    """Return what the adapter is called that is made of one called `before` ("": none) and of others."""
+    name = before
+    for adapter, weight in parts:
+        digest = hashlib.sha256(f"{name} {weight}".encode())
+        for key, tensor in sorted(adapter.tensors.items()):
+            digest.update(key.encode())
+            digest.update(tensor.float().contiguous().numpy().tobytes())
+        name = f"memory-{digest.hexdigest()[:16]}"
+    return name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from everlong.errors import InputError
 from everlong.reading.tokens import TextCoder
@@ -69,50 +70,107 @@ def segments(pieces: Iterable[str], coder: TextCoder, most: int) -> Iterator[Seg
     ----------
     pieces : iterable of str
         The text.
-    coder : TextCoder
-        Counts tokens.
-    most : int
-        Tokens of a segment at most. A sentence that is longer is cut between words, a longer word anywhere.
+    coder, most
+        As of :class:`Cutter`.
 
     Raises
     ------
     InputError
         The text has hardly a token, or the tokenizer makes a token of nearly every character.
     """
-    number = characters = tokens = 0
-    held: list[tuple[str, int]] = []
-    for sentence, count in _counted(pieces, coder, most):
-        characters, tokens = characters + len(sentence), tokens + count
-        if held and sum(n for _, n in held) + count > most:
-            if not _is_blank(held):
-                yield _segment(number, held)
-                number += 1
-            held = []
-        held.append((sentence, count))
-        if tokens >= 256 and tokens > _SHATTERED * characters:
-            raise InputError(
-                f"the tokenizer makes {tokens:,} tokens of the first {characters:,} characters: it does not "
-                "know this script, and the model hardly the language; use a model that was trained on it"
-            )
-    if tokens < _FEWEST:
-        raise InputError(f"the text has {tokens} tokens: there is nothing in it to remember")
-    if held and not _is_blank(held):
-        yield _segment(number, held)
+    cutter = Cutter(coder, most)
+    for piece in pieces:
+        yield from cutter.feed(piece)
+    last = cutter.finish()
+    if cutter.tokens < _FEWEST:
+        raise InputError(f"the text has {cutter.tokens} tokens: there is nothing in it to remember")
+    yield from last
 
 
-def _is_blank(held: list[tuple[str, int]]) -> bool:
-    """Whether there is nothing but white space, as much of it as a segment has tokens."""
-    return not any(sentence.strip() for sentence, _ in held)
+class Cutter:
+    """Takes a text in pieces and gives the segments that are whole.
 
+    Parameters
+    ----------
+    coder : TextCoder
+        Counts tokens.
+    most : int
+        Tokens of a segment at most. A sentence that is longer is cut between words, a longer word anywhere.
+    """
 
-def _segment(number: int, held: list[tuple[str, int]]) -> Segment:
-    return Segment(number, tuple(sentence for sentence, _ in held), sum(count for _, count in held))
+    def __init__(self, coder: TextCoder, most: int) -> None:
+        self._coder = coder
+        self._most = most
+        self._number = self._characters = 0
+        self._held: list[tuple[str, int]] = []  # sentences, and their numbers of tokens
+        self._rest = ""  # the last known sentence, which waits for its end
+        self.tokens = 0
+        """In all sentences so far."""
 
+    @property
+    def waiting(self) -> int:
+        """Tokens taken that no segment has yet, about."""
+        return sum(count for _, count in self._held) + len(self._coder.encode_after(self._rest))
 
-def _counted(pieces: Iterable[str], coder: TextCoder, most: int) -> Iterator[tuple[str, int]]:
-    """Yield sentences with their numbers of tokens, none longer than `most`."""
-    for sentence in _sentences(pieces):
-        yield from _cut(sentence, coder, most)
+    def feed(self, piece: str) -> list[Segment]:
+        """Take a piece of the text; return the segments that it makes whole.
+
+        Raises
+        ------
+        InputError
+            The tokenizer makes a token of nearly every character.
+        """
+        *whole, self._rest = split_sentences(self._rest + piece) or [""]
+        return [segment for sentence in whole for segment in self._put(sentence)]
+
+    def finish(self) -> list[Segment]:
+        """End the text; return what segments are left of it."""
+        rest, self._rest = self._rest, ""
+        found = list(self._put(rest)) if rest.strip() else []
+        return [*found, *self._close()]
+
+    def drop(self) -> None:
+        """Forget what no segment has yet."""
+        self._held, self._rest = [], ""
+
+    def state(self) -> dict[str, Any]:
+        """Return JSON-able values for :meth:`load`."""
+        return {
+            "number": self._number,
+            "characters": self._characters,
+            "tokens": self.tokens,
+            "held": self._held,
+            "rest": self._rest,
+        }
+
+    def load(self, values: dict[str, Any]) -> None:
+        """Take over what :meth:`state` returned."""
+        self._number, self._characters = values["number"], values["characters"]
+        self.tokens, self._rest = values["tokens"], values["rest"]
+        self._held = [(sentence, count) for sentence, count in values["held"]]
+
+    def _put(self, sentence: str) -> Iterator[Segment]:
+        for part, count in _cut(sentence, self._coder, self._most):
+            self._characters += len(part)
+            self.tokens += count
+            if self._held and sum(n for _, n in self._held) + count > self._most:
+                yield from self._close()
+            self._held.append((part, count))
+            if self.tokens >= 256 and self.tokens > _SHATTERED * self._characters:
+                raise InputError(
+                    f"the tokenizer makes {self.tokens:,} tokens of the first {self._characters:,} "
+                    "characters: it does not know this script, and the model hardly the language; use a "
+                    "model that was trained on it"
+                )
+
+    def _close(self) -> list[Segment]:
+        """Return the segment that is held; none, if it is white space, as much as a segment has tokens."""
+        held, self._held = self._held, []
+        if not any(sentence.strip() for sentence, _ in held):
+            return []
+        self._number += 1
+        sentences = tuple(sentence for sentence, _ in held)
+        return [Segment(self._number - 1, sentences, sum(count for _, count in held))]
 
 
 def _cut(text: str, coder: TextCoder, most: int) -> Iterator[tuple[str, int]]:
@@ -126,13 +184,3 @@ def _cut(text: str, coder: TextCoder, most: int) -> Iterator[tuple[str, int]]:
     size = -(-len(units) // (-(-count // most) + 1))
     for start in range(0, len(units), size):
         yield from _cut("".join(units[start : start + size]), coder, most)
-
-
-def _sentences(pieces: Iterable[str]) -> Iterator[str]:
-    """Yield the sentences of a text that arrives in pieces; the last known one waits for its end."""
-    rest = ""
-    for piece in pieces:
-        *whole, rest = split_sentences(rest + piece) or [""]
-        yield from whole
-    if rest.strip():
-        yield rest

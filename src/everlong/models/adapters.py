@@ -7,6 +7,7 @@ off, and to what the model's own layers make of some tokens is added what the ad
 from __future__ import annotations
 
 import warnings
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ class Adapters:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._loaded: dict[str, tuple[Any, Mapping[str, Tensor]]] = {}
+        self._uses: Counter[str] = Counter()
+        self._released: deque[str] = deque()
         self._layers: list[Any] = []
         self._current: str | None | tuple[Span, ...] = None
         self._hooks: list[Any] = []  # on the layers, while tokens differ
@@ -60,14 +63,25 @@ class Adapters:
             Its weights, as PEFT saves them.
         """
         with self._lock:
-            if name in self._loaded:
-                return
-            self._loaded[name] = config, tensors
-            try:
-                self._put_in(name)
-            except BaseException:
-                del self._loaded[name]
-                raise
+            if name not in self._loaded:
+                self._loaded[name] = config, tensors
+                try:
+                    self._put_in(name)
+                except BaseException:
+                    del self._loaded[name]
+                    raise
+            self._uses[name] += 1
+
+    def loaded(self, name: str) -> tuple[Any, Mapping[str, Tensor]]:
+        """Return the configuration and the weights of an adapter that is here."""
+        return self._loaded[name]
+
+    def release(self, name: str) -> None:
+        """Take back one :meth:`load`; after the last, the adapter goes when all are next set aside.
+
+        Called by the garbage collector, in the middle of anything: it only takes note.
+        """
+        self._released.append(name)
 
     def group(self, name: str | None) -> str | None:
         """Say which forwards adapter `name` may be used in: any two with the same answer run together.
@@ -96,6 +110,9 @@ class Adapters:
             (name, sum(count for _, count in same)) for name, same in groupby(spans, itemgetter(0))
         )
         wanted = joined[0][0] if len(joined) == 1 else joined
+        assert all(name is None or name in self._loaded for name, _ in joined), (
+            "whoever uses an adapter holds its Memories"
+        )
         self._lock.acquire()
         if wanted == self._current:
             return
@@ -128,6 +145,7 @@ class Adapters:
         """Within the block, the model is what it was without any adapter."""
         with self._lock:
             self.remove()
+            self._forget_released()
             try:
                 yield
             finally:
@@ -146,6 +164,14 @@ class Adapters:
             self._model.__dict__.pop("peft_config", None)
             self._unhook()
             self._layers, self._current = [], None
+
+    def _forget_released(self) -> None:
+        while self._released:
+            name = self._released.popleft()
+            self._uses[name] -= 1
+            if not self._uses[name]:
+                del self._loaded[name], self._uses[name]
+                self._alone.discard(name)
 
     def _put_in(self, name: str) -> None:
         from peft import inject_adapter_in_model, set_peft_model_state_dict
@@ -263,9 +289,10 @@ def _is_plain(layer: Any, name: str) -> bool:
 
 @contextmanager
 def while_peft_wraps() -> Iterator[None]:
-    """Keep to ourselves that PEFT uses names of transformers that will go: the user cannot change it."""
+    """Keep to ourselves what PEFT says of names of transformers that will go, and of a second adapter."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
         yield
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from everlong.reading.reports import Progress, ReadReport, perplexity
+from everlong.reading.reports import Learned, Progress, ReadReport, perplexity
 from everlong.reading.tape import Tape
 
 
@@ -24,11 +24,11 @@ class Account:
         self._nll_sum, self._nll_count = driver.nll_sum, driver.nll_count
         self._started = time.perf_counter()
 
-    def report(self) -> ReadReport:
+    def report(self, learned: Learned | None = None) -> ReadReport:
         """Return the outcome."""
         seconds = time.perf_counter() - self._started
         tokens = self.tape.read - self._read
-        return ReadReport(tokens, seconds, tokens / seconds, self._perplexity(), self.tape.stats())
+        return ReadReport(tokens, seconds, tokens / seconds, self._perplexity(), self.tape.stats(), learned)
 
     def progress(self, fraction: float | None, finished: bool = False) -> Progress:
         """Return how far it has come, `fraction` of the source being taken, if that is known."""

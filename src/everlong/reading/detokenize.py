@@ -52,6 +52,11 @@ class Detokenizer:
         self._take(text)
         return self._give(len(self._text) - max(self._begun_stop(), _open_cluster(self._text)))
 
+    @property
+    def unfinished(self) -> int:
+        """Tokens taken last that do not make whole characters yet."""
+        return len(self._group)
+
     def finish(self) -> str:
         """Return what text is left."""
         if self._group:

@@ -20,7 +20,7 @@ Recall = Callable[[Sequence[str], Sequence[float] | None], "Memories | Router"]
 
 @dataclass(frozen=True)
 class Memories:
-    """What a stream's model knows by heart.
+    """What a stream's model knows by heart; its adapter is on the model for as long as this is held.
 
     Attributes
     ----------

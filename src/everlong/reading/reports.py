@@ -74,6 +74,26 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class Learned:
+    """What a session learns in passing.
+
+    Attributes
+    ----------
+    name : str
+        Of the memory.
+    segments, tokens : int
+        Learned so far.
+    waiting : int
+        Tokens that have left the window and do not fill a segment yet, about.
+    """
+
+    name: str
+    segments: int
+    tokens: int
+    waiting: int
+
+
+@dataclass(frozen=True)
 class ReadReport:
     """The outcome of a read.
 
@@ -88,6 +108,8 @@ class ReadReport:
         Of the tokens run, to the power of their mean surprisal; None unless asked for.
     stats : Stats
         The session's accounts afterwards.
+    learned : Learned or None
+        Where the memory stands that the text goes into; None: it goes into none.
     """
 
     tokens: int
@@ -95,6 +117,7 @@ class ReadReport:
     tokens_per_second: float
     perplexity: float | None
     stats: Stats
+    learned: Learned | None = None
 
 
 @dataclass(frozen=True, eq=False)

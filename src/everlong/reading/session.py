@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Self
@@ -12,20 +11,23 @@ from everlong.attention import Policy, make_policy, policy_options, with_sinks
 from everlong.errors import ConfigurationError, InputError, StateError, UnknownNameError
 from everlong.reading.account import Account
 from everlong.reading.attached import AttachedModel
-from everlong.reading.detokenize import checked_stop
+from everlong.reading.intake import read
 from everlong.reading.interrupt import deferred_interrupt
 from everlong.reading.memories import Memories, Recall, Router, beginning, lasting, recalled, route, to_saved
+from everlong.reading.passing import Learner, Learners, begin_learning, learn_what_left
 from everlong.reading.prompts import pinned_text
-from everlong.reading.reports import Generation, Progress, ReadReport, Score, Stats
-from everlong.reading.sampling import GREEDY, Sampling
+from everlong.reading.reports import Learned, Progress, ReadReport, Score, Stats
+from everlong.reading.sampling import Sampling
 from everlong.reading.scoring import score
+from everlong.reading.session_writing import SessionWriting
 from everlong.reading.source import Source, open_source
 from everlong.reading.state import read_state, write_state
 from everlong.reading.tape import Tape
-from everlong.reading.writing import checked_count, checked_speculation, drained, write
+
+_LEARNER = "learner."  # before the names of its tensors in a saved state
 
 
-class Session:
+class Session(SessionWriting):
     """One stream of text through one model. Made by ``llm.session()``; for one thread at a time.
 
     What is read is tokenised as the whole text would be: the end of it, which may still merge with what
@@ -48,8 +50,11 @@ class Session:
         Of the random draws. A fork of a session with a seed draws what its original would; without one,
         each fork and each question draws something new.
     memories : Memories or Router, optional
-        What the model knows by heart in this stream; or what chooses it, each time the model is to write.
-        What is chosen reads what waits then, a question above all, and writes; the rest is read without.
+        What the model knows by heart in this stream from the beginning; or what chooses it, each time the
+        model is to write. What is chosen reads what waits then, a question above all, and writes; the rest is
+        read without.
+    learners : callable, optional
+        Gives what makes what learns the text that leaves the window.
     """
 
     def __init__(
@@ -62,6 +67,7 @@ class Session:
         surprisal: bool = False,
         seed: int | None = None,
         memories: Memories | Router | None = None,
+        learners: Callable[[], Learners] | None = None,
     ) -> None:
         if not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1:
             raise ConfigurationError(f"chunk={chunk!r} cannot work: it must be a whole number of at least 1")
@@ -74,16 +80,26 @@ class Session:
         self.chunk = chunk
         self._surprisal = surprisal
         self._seed = seed
-        self.memories = memories
+        self._memories = memories
+        self._learners = learners
+        self._learner: Learner | None = None
         self._tape = self._new_tape()
 
     # --- reading -----------------------------------------------------------------------------------
 
-    def read(self, source: Source, *, progress: Callable[[Progress], None] | None = None) -> ReadReport:
+    def read(
+        self,
+        source: Source,
+        *,
+        progress: Callable[[Progress], None] | None = None,
+        memorize: Any = False,
+        learn_progress: Callable[[Any], None] | None = None,
+    ) -> ReadReport:
         """Read a text of any length into the stream.
 
-        Ctrl-C takes effect between chunks. What was taken from the source by then stays read, and
-        ``session.read(file)`` goes on where an open file stands.
+        Ctrl-C takes effect between chunks, and in the middle of learning. What was taken from the source by
+        then stays read, what was being learned is learned later, and ``session.read(file)`` goes on where an
+        open file stands.
 
         Parameters
         ----------
@@ -92,35 +108,60 @@ class Session:
             as they are: without a start token, and outside a turn if none is open.
         progress : callable, optional
             Called after each chunk.
+        memorize : bool, str or Learning
+            Whether to learn, segment by segment, what of this text leaves the window, into a memory that the
+            model knows by heart from then on; or its name, or all about it. What is still in the window waits
+            until more is read, or for :meth:`memorize`.
+        learn_progress : callable, optional
+            Called now and then while that is learned, with a ``LearnProgress``.
 
         Raises
         ------
         InputError
             What cannot be read, or nothing at all. What was taken before the bad place stays read.
+        ConfigurationError
+            Nothing ever leaves the window to be learned, the memory's name is taken, the session learns into
+            another memory, or was begun with what no other can grow beside: a cartridge, or "auto".
+        MemoryGateError
+            The first segment is worth nothing to the model that reads it.
         """
         self.model.require_attached()
-        opened = open_source(source, self.model.vocabulary)
-        tape, account = self._tape, Account(self._tape)
-        tape.use(lasting(self.memories))
+        self._tape.use(lasting(self.memories))
+        with closing(open_source(source, self.model.vocabulary)) as opened:
+            learner = None if memorize is False else self._learner_for(memorize, source)
+            return read(self._tape, opened, self.chunk, progress, learner, learn_progress)
 
-        def run_whole_chunks(fraction: float | None) -> None:
-            while len(tape.queue) > self.chunk:
-                tape.run_chunk(self.chunk, logits=False)
-                if progress is not None:
-                    progress(account.progress(fraction))
+    def _learner_for(self, memorize: Any, source: Any) -> Learner:
+        if self._learner is None:
+            policy = self._tape.driver.cache.policy
+            self._learner = begin_learning(self._learners, memorize, source, policy, self.memories)
+        else:
+            self._learner.require_same(memorize)
+        return self._learner
 
-        with closing(opened):
-            for piece in opened:
-                with deferred_interrupt():
-                    tape.take(piece)
-                run_whole_chunks(opened.fraction)
+    def memorize(self, *, progress: Callable[[Any], None] | None = None) -> Learned:
+        """Learn the rest of what was read to be memorized: what fills no segment, and what is in the window.
+
+        The text ends here: what is read later does not merge with it.
+
+        Parameters
+        ----------
+        progress : callable, optional
+            Called now and then, with a ``LearnProgress``.
+
+        Raises
+        ------
+        StateError
+            Nothing was read so.
+        """
+        self.model.require_attached()
+        if self._learner is None:
+            raise StateError("there is nothing to learn: read(text, memorize=True) first")
         with deferred_interrupt():
-            tape.accept(tape.text.settle())
-        run_whole_chunks(1.0)
-        tape.run_all(self.chunk, logits=not tape.text.tail)
-        if progress is not None:
-            progress(account.progress(None, finished=True))
-        return account.report()
+            self._tape.finish()
+        self._tape.run_all(self.chunk, logits=True)
+        learn_what_left(self._tape, self._learner, progress, rest=True)
+        return self._learner.report()
 
     def pin(self, text: str) -> ReadReport:
         """Read a text that is never forgotten: its tokens, and the turn's opening, become sinks.
@@ -170,128 +211,6 @@ class Session:
 
     # --- writing -----------------------------------------------------------------------------------
 
-    def stream(
-        self,
-        max_new_tokens: int = 256,
-        *,
-        sampling: Sampling = GREEDY,
-        stop: str | Sequence[str] = (),
-        speculate: str | None = None,
-    ) -> Generator[str, None, Generation]:
-        """Go on writing, and yield the text as it comes: whole characters, never a part of a stop string.
-
-        Parameters
-        ----------
-        max_new_tokens : int
-            Tokens to write at most.
-        sampling : Sampling
-            How each is chosen; the likeliest by default.
-        stop : str or sequence of str
-            Texts at which to stop; they are not given out.
-        speculate : {"prompt-lookup", "lookahead"}, optional
-            Guess tokens to come and run several at once; what is written stays the same.
-
-        Returns
-        -------
-        generator of str
-            Its return value is the :class:`Generation`.
-
-        Raises
-        ------
-        InputError
-            Nothing was read, and the model has no start token to begin from.
-        UnsupportedUseError
-            The session computes surprisal, or its policy does not take the way to speculate.
-        NumericalError
-            The logits are not finite.
-        """
-        count = checked_count(max_new_tokens)
-        strings = checked_stop(stop)
-        way, started = checked_speculation(speculate, self._tape), time.perf_counter()
-        return write(self.to_go_on(), self.chunk, count, sampling, strings, way, started)
-
-    def generate(
-        self,
-        max_new_tokens: int = 256,
-        *,
-        sampling: Sampling = GREEDY,
-        stop: str | Sequence[str] = (),
-        speculate: str | None = None,
-    ) -> Generation:
-        """Go on writing and return the whole; parameters and errors as of :meth:`stream`."""
-        return drained(self.stream(max_new_tokens, sampling=sampling, stop=stop, speculate=speculate))
-
-    def stream_answer(
-        self,
-        question: str,
-        *,
-        keep: bool = False,
-        max_new_tokens: int = 256,
-        sampling: Sampling = GREEDY,
-        stop: str | Sequence[str] = (),
-        speculate: str | None = None,
-    ) -> Generator[str, None, Generation]:
-        """Answer a question as :meth:`ask` does, and yield the text as it comes."""
-        count = checked_count(max_new_tokens)
-        strings = checked_stop(stop)
-        way, started = checked_speculation(speculate, self._tape), time.perf_counter()
-        tape = self.to_answer(question, keep=keep)
-        return write(tape, self.chunk, count, sampling, (*tape.form.stop, *strings), way, started)
-
-    def ask(
-        self,
-        question: str,
-        *,
-        keep: bool = False,
-        max_new_tokens: int = 256,
-        sampling: Sampling = GREEDY,
-        stop: str | Sequence[str] = (),
-        speculate: str | None = None,
-    ) -> Generation:
-        """Answer a question about what was read.
-
-        The question ends the user's turn in which the text was read. A model without a chat template is
-        given ``Question: ... Answer:``.
-
-        Parameters
-        ----------
-        question : str
-            The question.
-        keep : bool
-            Whether question and answer stay in the stream; by default the session stays as it is.
-        max_new_tokens, sampling, stop, speculate
-            As of :meth:`stream`.
-        """
-        return drained(
-            self.stream_answer(
-                question,
-                keep=keep,
-                max_new_tokens=max_new_tokens,
-                sampling=sampling,
-                stop=stop,
-                speculate=speculate,
-            )
-        )
-
-    def chat(
-        self,
-        message: str,
-        *,
-        max_new_tokens: int = 256,
-        sampling: Sampling = GREEDY,
-        stop: str | Sequence[str] = (),
-        speculate: str | None = None,
-    ) -> Generation:
-        """Say something and return the answer; both stay in the stream. Parameters as of :meth:`ask`."""
-        return self.ask(
-            message,
-            keep=True,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            stop=stop,
-            speculate=speculate,
-        )
-
     def to_go_on(self) -> Tape:
         """Return the session's tape, ready for the model to write on it."""
         self.model.require_attached()
@@ -314,18 +233,23 @@ class Session:
     # --- copies, state, accounts -------------------------------------------------------------------
 
     def fork(self) -> Session:
-        """Return an independent copy."""
+        """Return an independent copy. What it learns in passing goes into a memory of its own."""
         self.model.require_attached()
         copy = object.__new__(type(self))
         copy.__dict__.update(self.__dict__)
-        copy._tape = self._tape.fork()
+        copy._tape, copy._memories, copy._learner = self._tape.fork(), self.memories, None
         if self._seed is None:
             copy._tape.generator.seed()
         return copy
 
     def reset(self) -> None:
-        """Forget everything read, written and pinned; the session's options and its system text stay."""
+        """Forget everything read, written and pinned; the session's options and its system text stay.
+
+        So does what was learned; what still waited to be is forgotten.
+        """
         self._tape = self._new_tape()
+        if self._learner is not None:
+            self._learner.drop()
 
     def _new_tape(self) -> Tape:
         self.model.require_attached()
@@ -353,13 +277,23 @@ class Session:
             "chunk": self.chunk,
             "surprisal": self._surprisal,
             "seed": self._seed,
-            "memories": to_saved(self.memories),
+            "memories": to_saved(self._memories),
         }
+        learned = {} if self._learner is None else self._learner.state()
+        tensors |= {f"{_LEARNER}{name}": tensor for name, tensor in learned.items()}
         write_state(path, self.model, tensors, {"options": options, "tape": tape})
 
     @classmethod
-    def restore(cls, model: AttachedModel, path: str | Path, recall: Recall | None = None) -> Self:
-        """Rebuild a session that :meth:`save` wrote, `recall` loading its memories; see ``llm.restore``.
+    def restore(
+        cls,
+        model: AttachedModel,
+        path: str | Path,
+        recall: Recall | None = None,
+        learners: Callable[[], Learners] | None = None,
+    ) -> Self:
+        """Rebuild a session that :meth:`save` wrote; see ``llm.restore``.
+
+        `recall` loads the memories it was begun with, `learners` makes again what it learned in passing.
 
         Raises
         ------
@@ -375,9 +309,14 @@ class Session:
             policy = None if options["policy"] is None else make_policy(*options["policy"])
             rest = {name: options[name] for name in ("system", "chunk", "surprisal", "seed")}
             memories = recalled(options["memories"], recall)
-            session = cls(model, policy=policy, memories=memories, **rest)
+            session = cls(model, policy=policy, memories=memories, learners=learners, **rest)
             session._tape = Tape.restored(model, tensors, saved["tape"])
-            session._tape.use(lasting(memories))
+            learned = {k.removeprefix(_LEARNER): t for k, t in tensors.items() if k.startswith(_LEARNER)}
+            if learned:
+                if learners is None:
+                    raise StateError("the session learned what it read: restore it by llm.restore()")
+                session._learner = learners().restored(learned, lasting(memories))
+            session._tape.use(lasting(session.memories))
         except UnknownNameError:
             raise
         except KeyError as error:
@@ -385,6 +324,11 @@ class Session:
                 f"{path} is not complete: {error} is missing; restore an earlier copy"
             ) from error
         return session
+
+    @property
+    def memories(self) -> Memories | Router | None:
+        """What the model knows by heart now, begun with or learned since; or what chooses it."""
+        return self._memories if self._learner is None else self._learner.memories
 
     @property
     def stats(self) -> Stats:

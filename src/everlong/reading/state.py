@@ -17,7 +17,7 @@ from torch import Tensor
 from everlong.errors import InputError, StateError
 from everlong.reading.attached import AttachedModel
 
-FORMAT = 2
+FORMAT = 3
 """Version of what is written; raised when older versions of Everlong could not read it."""
 
 _KEY = "everlong"  # of the header's metadata

@@ -18,6 +18,7 @@ from everlong.reading.memories import Memories
 from everlong.reading.reports import Stats, perplexity
 from everlong.reading.sampling import LONGEST_REPETITION_WINDOW
 from everlong.reading.tokens import TokenStream
+from everlong.reading.trail import Trail
 
 Place = Literal["start", "raw", "user", "assistant"]
 """Where the tape stands: nothing on it; outside any turn; in the user's turn; in the assistant's."""
@@ -49,7 +50,8 @@ class Tape:
         self.place: Place = "start"
         self.written = 0
         self.memories: Memories | None = None
-        """What the model knows by heart in what is run."""
+        """What the model knows by heart in what is run; see :meth:`use`."""
+        self.trail = Trail()
         self.generator = torch.Generator(device=model.device)
         self.form = model.form(with_system=system is not None)
         self._system = system
@@ -71,21 +73,24 @@ class Tape:
 
     def accept(self, ids: list[int]) -> None:
         """Let tokens wait to be run."""
+        self.trail.accept(ids, self.driver.cache.seen + len(self.queue))
         self.queue += ids
         self._accepted += len(ids)
         self._is_reading = self._is_reading or bool(ids)
 
-    def take(self, piece: str | list[int]) -> None:
-        """Take a piece of a text, or of ids."""
+    def take(self, piece: str | list[int], *, learns: bool = False) -> None:
+        """Take a piece of a text, or of ids, which is to be learned when it leaves the window, or is not."""
         if isinstance(piece, str):
             self.begin_text()
             self._turn_has_text = True
+            self._turn_trail(learns)
             self.accept(self.text.feed(piece))
         else:
             if self.place == "start":
                 self.place = "raw"
             self._turn_has_text = True
             self.finish()
+            self._turn_trail(learns)
             self.accept(piece)
 
     def finish(self) -> None:
@@ -97,6 +102,7 @@ class Tape:
         if self.place == "start":
             self._open()
         elif self.place == "assistant":
+            self._turn_trail(False)
             self._markup(self.form.to_user)
             self.place, self._turn_has_text = "user", False
 
@@ -120,6 +126,7 @@ class Tape:
             self.finish()
             self._open(anew=False)
         self.begin_text()
+        self._turn_trail(False)
         self.accept(self.text.feed(self.form.question(question, after_text=self._turn_has_text)))
         self._markup(self.form.to_assistant)
         self.finish()
@@ -127,6 +134,7 @@ class Tape:
 
     def _open(self, anew: bool = True) -> None:
         """Begin the conversation, with the start token where the tape begins with it."""
+        self._turn_trail(False)
         bos = self.model.coder.bos
         if self.form.is_chat:
             opening = self.model.coder.split_markup(self.form.before_system)
@@ -140,6 +148,9 @@ class Tape:
             self.accept(self.text.feed(self._system))
             self._markup(self.form.after_system)
         self.place, self._turn_has_text = "user", False
+
+    def _turn_trail(self, learns: bool) -> None:
+        self.trail.turn(learns, lambda: self.text.held)
 
     def _markup(self, rendered: str) -> None:
         for piece in self.model.coder.split_markup(rendered):
@@ -199,7 +210,7 @@ class Tape:
         )
 
     def fork(self) -> Tape:
-        """Return an independent copy, its random draws included."""
+        """Return an independent copy, its random draws included; nothing on it is to be learned."""
         copy = Tape(self.model, self.driver.cache, self._system, False)
         copy.driver = self.driver.fork()
         copy.text = self.text.fork()
@@ -235,6 +246,7 @@ class Tape:
             "seconds": driver.seconds,
             "tokens": driver.tokens,
             "is_reading": self._is_reading,
+            "trail": self.trail.state(),
         }
         return tensors, values
 
@@ -257,6 +269,7 @@ class Tape:
             driver.nll_sum, driver.nll_count = float(values["nll"][0]), int(values["nll"][1])
             driver.seconds, driver.tokens = float(values["seconds"]), int(values["tokens"])
             tape._is_reading = bool(values["is_reading"])
+            tape.trail = Trail.restored(values["trail"])
             _restore_generator(tape.generator, tensors["generator"].cpu(), values["generator_device"])
         except (KeyError, TypeError, ValueError, IndexError) as error:
             if isinstance(error, StateError):
