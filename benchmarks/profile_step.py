@@ -63,9 +63,9 @@ def main() -> None:
     }
     lines = [
         f"{options.model}, full windows, recorded steps, threads that spin briefly, whatever the line above "
-        f"says: milliseconds a step, and calls. A step is the median of {REPEATS} x {STEPS}, the rest the mean "
-        f"of {STEPS} profiled ones; the float head is among the products. Besides: the share of a step that is "
-        "neither products nor attention nor head.",
+        f"says: milliseconds a step, and calls. A step is the median of {REPEATS} x {STEPS}, the rest the "
+        f"mean of {STEPS} profiled ones; the float head is among the products. Besides: the share of a step "
+        "that is neither products nor attention nor head.",
         "",
         *table(
             [
