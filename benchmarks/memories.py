@@ -119,7 +119,9 @@ def _refusal(llm: LLM, text: str) -> str | None:
 
 
 def gate_line(gates: Sequence[dict[str, Any]]) -> str:
-    """Return what :func:`gate` found of several texts, as a sentence."""
+    """Return what :func:`gate` found of several texts, as a sentence; nothing of none."""
+    if not gates:
+        return ""
     kinds = dict.fromkeys(kind for row in gates for kind in row["gain"])
     gains = {kind: [row["gain"][kind] for row in gates if kind in row["gain"]] for kind in kinds}
     worth = ", ".join(f"{sum(some) / len(some):.2f} to {kind} pairs" for kind, some in gains.items())

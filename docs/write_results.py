@@ -211,11 +211,11 @@ def memories() -> list[str]:
         "last 10 %, matching examples": "the last tenth of the text, with examples",
         "10 % by lexical search, matching examples": "the tenth that a lexical search finds, with examples",
         "raw text": "an adapter trained on the raw text",
-        "hard labels": "a memory",
         "soft labels": "a memory, learned with soft labels",
-        "soft labels of another document": "such a memory of another document",
-        "soft labels + last 10 %": "such a memory, and the last tenth",
-        "soft labels + 10 % by lexical search": "such a memory, and the tenth that is found",
+        "hard labels": "a memory, learned with hard labels",
+        "hard labels of another document": "such a memory of another document",
+        "hard labels + last 10 %": "such a memory, and the last tenth",
+        "hard labels + 10 % by lexical search": "such a memory, and the tenth that is found",
     }
     cells = [
         [name, *(share([row[key][form] for row in every if key in row]) for form in FORMS)]
