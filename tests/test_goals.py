@@ -171,11 +171,15 @@ def test_a_step_is_profiled_by_kinds_of_operators(
     assert calls[profile_step.OTHERS] > 20
     script = Script("profile_step", monkeypatch, tmp_path / "profile_step.json")
     monkeypatch.setattr(script.module, "in_own_process", lambda *words, waiting: found)
-    script.run()
-    assert measured(capsys) == ["float", "int8", "int4"]
-    spent = sum(milliseconds for milliseconds, _ in found["kinds"].values())
-    assert script.table(0)[1][1] == f"{found['step']:.1f}"
-    assert script.table(0)[1][-1] == f"{found['step'] - spent:.1f}"
+    script.run("--windows", "30", "50")
+    assert measured(capsys) == [
+        f"{kind}, {window}" for window in (30, 50) for kind in ("float", "int8", "int4")
+    ]
+    spent = {kind: milliseconds for kind, (milliseconds, _) in found["kinds"].items()}
+    step, others = found["step"], spent[profile_step.OTHERS]
+    assert script.table(0)[1][1:3] == ["30", f"{step:.1f}"]
+    rest = step - sum(spent.values())
+    assert script.table(0)[1][-2:] == [f"{rest:.1f}", f"{(others + rest) / step:.0%}"]
 
 
 # --- llama.cpp ----------------------------------------------------------------------------------------
