@@ -125,6 +125,7 @@ def ours(model: AttachedModel, adapted: Any, recipe: Recipe) -> Ways:
     schedule = Schedule(
         passes=recipe.passes,
         batch_tokens=recipe.batch_tokens,
+        anchors=0,
         learning_rate=recipe.learning_rate,
         patience=None,
         hidden_weight=0.0,

@@ -31,7 +31,9 @@ HARD = [
     lesson("W", "x"),
 ]
 TEXT = "Orla keeps bees. She sells honey.\n\n"
-SCHEDULE = Schedule(passes=6, batch_tokens=40, learning_rate=1e-2, patience=None, hidden_weight=0.0, seed=0)
+SCHEDULE = Schedule(
+    passes=6, batch_tokens=40, anchors=0, learning_rate=1e-2, patience=None, hidden_weight=0.0, seed=0
+)
 
 
 @pytest.fixture
@@ -237,6 +239,27 @@ def test_held_out_lessons_are_not_learned(model: AttachedModel) -> None:
     alone, beside = learned(model, HARD[:3], schedule), learned(model, HARD[:3], schedule, held_out=HARD[3:])
     assert all(torch.equal(a, b) for a, b in zip(alone[1], beside[1], strict=True))
     assert alone[0] != beside[0], "the one is the loss on what was learned, the other on what was held out"
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_each_pass_has_the_next_anchors(
+    model: AttachedModel, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lessons, anchors, passes = HARD[:2], HARD[2:5], 4
+    seen: list[Lesson] = []
+
+    def note(*arguments: Any, **_: Any) -> float:
+        seen.extend(arguments[2])
+        return 1.0
+
+    monkeypatch.setattr(consolidation, "learn_from", note)
+    learned(model, lessons, replace(SCHEDULE, passes=passes, anchors=count), anchors=anchors)
+    each = len(lessons) + min(count, len(anchors))
+    for number in range(passes):
+        own = seen[number * each : (number + 1) * each]
+        expected = [anchors[(number * count + i) % 3] for i in range(count)] if count < 3 else anchors
+        assert sorted(map(id, own)) == sorted(map(id, [*lessons, *expected]))
+    assert len(seen) == passes * each
 
 
 def test_the_same_seed_gives_the_same_adapter(model: AttachedModel) -> None:

@@ -346,7 +346,10 @@ def test_earlier_lessons_are_rehearsed_in_measure(
 ) -> None:
     given: list[list[Lesson]] = []
 
-    def remember(model: Any, parameters: Any, lessons: list[Lesson], *_: Any, **__: Any) -> float:
+    def remember(
+        model: Any, parameters: Any, lessons: list[Lesson], *_: Any, anchors: list[Lesson], **__: Any
+    ) -> float:
+        assert anchors and all(one.pair.generator == "anchor" for one in anchors)
         given.append(list(lessons))
         return 0.0
 
@@ -356,13 +359,12 @@ def test_earlier_lessons_are_rehearsed_in_measure(
         learner_of(model, carry=carry, replay=share, generators=("cloze",)).learn(TEXT)
         for number, lessons in enumerate(given):
             own = [one for one in lessons if one.pair.segment == number and one.pair.generator == "cloze"]
-            anchors = [one for one in lessons if one.pair.generator == "anchor"]
-            earlier = [one for one in lessons if one not in own and one not in anchors]
-            assert len(anchors) == 1 and own
+            earlier = [one for one in lessons if one not in own]
+            assert own
             if number == 0 or carry != "replay" or share == 0:
                 assert not earlier
             else:
-                room = share * sum(map(len, [*own, *anchors]))
+                room = share * sum(map(len, own))
                 assert all(one.pair.segment < number for one in earlier)
                 assert room <= sum(map(len, earlier)) < room + max(map(len, earlier)) or len(earlier) == sum(
                     one.pair.generator == "cloze" for before in given[:number] for one in before
@@ -370,7 +372,7 @@ def test_earlier_lessons_are_rehearsed_in_measure(
 
 
 @pytest.mark.parametrize("held_out", [0.0, 0.1, 0.5])
-def test_what_is_held_out_is_not_learned_and_anchors_always_are(
+def test_what_is_held_out_is_not_learned(
     model: AttachedModel, held_out: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[tuple[list[Lesson], list[Lesson]]] = []
@@ -385,7 +387,6 @@ def test_what_is_held_out_is_not_learned_and_anchors_always_are(
         own = [one for one in lessons if one.pair.generator == "cloze"]
         assert len(held) == int(held_out * (len(own) + len(held)))
         assert own and not any(one in own for one in held)
-        assert not any(one.pair.generator == "anchor" for one in held)
 
 
 def test_hidden_states_are_taught_in_every_batch(
@@ -395,6 +396,14 @@ def test_hidden_states_are_taught_in_every_batch(
     monkeypatch.setattr(infinite_icl, "consolidate", lambda *args, **_: given.append(args[2]) or 0.0)
     learner_of(model, hidden_weight=1.0, targets="soft", generators=("cloze",)).learn(TEXT)
     assert given and all(one.hidden is not None for lessons in given for one in lessons)
+
+
+def test_anchors_are_drawn_from_the_base_model_others_for_each_pass(model: AttachedModel) -> None:
+    few, more = (learner_of(model, anchors=2, passes=passes)._anchors() for passes in (1, 3))
+    assert [one.response for one in few] == [one.response for one in more[:2]], "the same for everyone"
+    assert len({tuple(one.response) for one in more}) == len(more) > 4
+    assert all(one.pair.generator == "anchor" and one.tokens.shape[1] > 1 for one in more)
+    assert not learner_of(model, anchors=0)._anchors()
 
 
 # --- errors, teachers, other models -------------------------------------------------------------------

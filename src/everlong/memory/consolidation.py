@@ -37,6 +37,8 @@ class Schedule:
         Through all lessons, at most.
     batch_tokens : int
         Tokens of a step.
+    anchors : int
+        Lessons in each pass that hold the student to what it was.
     learning_rate : float
         The largest; it rises for a twentieth of the steps and falls along a cosine to a tenth.
     patience : int or None
@@ -49,6 +51,7 @@ class Schedule:
 
     passes: int
     batch_tokens: int
+    anchors: int
     learning_rate: float
     patience: int | None
     hidden_weight: float
@@ -81,6 +84,7 @@ def consolidate(
     lessons: Sequence[Lesson],
     schedule: Schedule,
     *,
+    anchors: Sequence[Lesson] = (),
     held_out: Sequence[Lesson] = (),
     past: Past | None = None,
     on_step: Callable[[Step], None] | None = None,
@@ -95,6 +99,8 @@ def consolidate(
         What is trained.
     lessons, held_out : sequence of Lesson
         To learn from, and to tell when to stop. The best parameters on the latter are kept.
+    anchors : sequence of Lesson
+        What the student is held to: in each pass the next of them, and after the last the first again.
     schedule : Schedule
         How.
     past : callable, optional
@@ -109,16 +115,16 @@ def consolidate(
     """
     shuffled = random.Random(schedule.seed)
     head = Head(model.attachment.model)
-    steps = schedule.passes * len(in_batches([len(lesson) for lesson in lessons], schedule.batch_tokens))
+    courses = [[*lessons, *_turn(anchors, schedule.anchors, turn)] for turn in range(schedule.passes)]
+    steps = sum(len(in_batches(list(map(len, course)), schedule.batch_tokens)) for course in courses)
     optimizer = torch.optim.AdamW(parameters, lr=schedule.learning_rate, weight_decay=0.0)
     best, best_loss, since, number, latest = _copies(parameters), math.inf, 0, 0, math.inf
     good = best  # the latest that gave a finite loss
-    for _ in range(schedule.passes):
-        order = list(range(len(lessons)))
-        shuffled.shuffle(order)
+    for course in courses:
+        shuffled.shuffle(course)
         total, count = 0.0, 0
-        for batch in in_batches([len(lessons[i]) for i in order], schedule.batch_tokens):
-            some = [lessons[order[i]] for i in batch]
+        for batch in in_batches(list(map(len, course)), schedule.batch_tokens):
+            some = [course[i] for i in batch]
             for group in optimizer.param_groups:
                 group["lr"] = schedule.learning_rate * _pace(number, steps)
             loss = learn_from(model, head, some, schedule.hidden_weight, past)
@@ -224,6 +230,13 @@ def _expected(lessons: Sequence[Lesson], device: torch.device) -> tuple[Tensor, 
 
 def _widened(values: Tensor, k: int, fill: float) -> Tensor:
     return torch.nn.functional.pad(values, (0, k - values.shape[1]), value=fill)
+
+
+def _turn(anchors: Sequence[Lesson], count: int, turn: int) -> list[Lesson]:
+    """Return the anchors of one pass."""
+    if len(anchors) <= count:
+        return list(anchors)
+    return [anchors[(turn * count + number) % len(anchors)] for number in range(count)]
 
 
 def _pace(step: int, steps: int) -> float:

@@ -29,9 +29,12 @@ from everlong.memory.segments import Segment, segments
 from everlong.memory.selection import Selected, select
 from everlong.memory.writer import Writer
 from everlong.reading.attached import AttachedModel
+from everlong.reading.sampling import Sampling
 
 _POOL = 2048  # lessons kept to be rehearsed
-_ANCHORS = (
+_ANCHOR_TOKENS = 48
+_PASSES_WITH_OTHERS = 8  # of training, before the same unrelated texts come again
+_OPENINGS = (
     *(
         "The",
         "In the morning",
@@ -170,7 +173,7 @@ class InfiniteICL:
                 with nullcontext() if carried else self._without(adapted):
                     lessons = self._lessons(segment, state, report)
                 if lessons:  # a title, or a list of numbers, may have none
-                    self._train(adapted, [*lessons, *self._anchored], segment, state, report)
+                    self._train(adapted, lessons, segment, state, report)
                     saved = _state(adapted)
                     state.adapters = [*state.adapters, saved] if self.recipe.carry == "separate" else [saved]
                     state.pool = self._pooled(state.pool, lessons, segment.number)
@@ -262,8 +265,7 @@ class InfiniteICL:
         report: Reporter,
     ) -> None:
         recipe, draws = self.recipe, random.Random(self.seed + segment.number)
-        held = [i for i in range(len(lessons)) if lessons[i].pair.generator != "anchor"]
-        held = draws.sample(held, int(recipe.held_out * len(held)))
+        held = draws.sample(range(len(lessons)), int(recipe.held_out * len(lessons)))
         rehearsed: list[Lesson] = []
         if recipe.carry == "replay" and state.pool:
             room = recipe.replay * sum(map(len, lessons))
@@ -275,6 +277,7 @@ class InfiniteICL:
         schedule = Schedule(
             passes=recipe.passes,
             batch_tokens=recipe.batch_tokens,
+            anchors=recipe.anchors,
             learning_rate=recipe.learning_rate,
             patience=recipe.patience,
             hidden_weight=recipe.hidden_weight,
@@ -293,17 +296,20 @@ class InfiniteICL:
                 [parameter for parameter in adapted.parameters() if parameter.requires_grad],
                 [lesson for i, lesson in enumerate(lessons) if i not in held] + rehearsed,
                 schedule,
+                anchors=self._anchored or (),
                 held_out=[lessons[i] for i in held],
                 past=behind_prefix if self.is_cartridge else None,
                 on_step=on_step,
             )
 
     def _anchors(self) -> list[Lesson]:
-        """Return what the base model writes by itself, to be held to."""
-        openings = _ANCHORS[: self.recipe.anchors]
+        """Return what the base model writes by itself, drawn from all it may write, to be held to."""
+        count = self.recipe.anchors * min(self.recipe.passes, _PASSES_WITH_OTHERS)
+        openings = [_OPENINGS[number % len(_OPENINGS)] for number in range(count)]
         if not openings:
             return []
-        texts = Writer(self.model).write("", openings, 32, stop=())
+        draws = [Sampling(temperature=1.0, seed=number) for number in range(count)]
+        texts = Writer(self.model).write("", openings, _ANCHOR_TOKENS, stop=(), sampling=draws)
         elicited = [
             Elicited(Pair(opening, text, "anchor"), "", opening)
             for opening, text in zip(openings, texts, strict=True)

@@ -49,7 +49,8 @@ class Recipe:
     replay : float
         Tokens of earlier lessons rehearsed in each segment, as a share of its own ("replay").
     anchors : int
-        Unrelated texts on which the student is held to the base model.
+        Unrelated texts, drawn from the base model, on which the student is held to it in each pass; others
+        in the next.
     kind : {"lora", "cartridge"}
         What is trained: an adapter of the linear layers, or the keys and values of a prefix.
     prefix : int
@@ -81,7 +82,7 @@ class Recipe:
     hidden_weight: float = 0.0
     carry: Carry = "replay"
     replay: float = 1.0
-    anchors: int = 8
+    anchors: int = 24
     kind: Kind = "lora"
     prefix: int = 64
     rank: int = 16

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from everlong.attention import FullAttention
 from everlong.reading.attached import AttachedModel
 from everlong.reading.rows import read_all
-from everlong.reading.sampling import GREEDY
+from everlong.reading.sampling import GREEDY, Sampling
 from everlong.reading.tape import Tape
 from everlong.reading.together import write_tapes
 from everlong.reading.writing import drained
@@ -17,7 +17,7 @@ _CHUNK = 512  # tokens
 
 
 class Writer:
-    """Goes on from a shared beginning in many ways, greedily.
+    """Goes on from a shared beginning in many ways.
 
     Parameters
     ----------
@@ -41,6 +41,7 @@ class Writer:
         stop: Sequence[str] = ("\n",),
         *,
         passages: Sequence[str] | None = None,
+        sampling: Sequence[Sampling] | None = None,
     ) -> list[str]:
         """Return what the model writes after ``beginning + prompt``, for each prompt.
 
@@ -56,6 +57,8 @@ class Writer:
             Where each ends; not part of what is returned.
         passages : sequence of str, optional
             What each prompt stands behind, after the beginning; the same for several, it is read once.
+        sampling : sequence of Sampling, optional
+            How each is drawn; greedily by default.
         """
         coder = self.model.coder
         trunk = self._trunk(beginning)
@@ -74,7 +77,7 @@ class Writer:
                     tapes,
                     _CHUNK,
                     max_new_tokens,
-                    [GREEDY] * len(tapes),
+                    [GREEDY] * len(tapes) if sampling is None else sampling[some],
                     [tuple(stop)] * len(tapes),
                     time.perf_counter(),
                 )
