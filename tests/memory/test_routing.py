@@ -13,8 +13,7 @@ from everlong.memory.pairs import Pair
 from everlong.memory.routing import Routing, entropy
 from everlong.models.fingerprint import weights_hash
 from tests import tiny
-from tests.memory.adapters import lora, record
-from tests.memory.test_recalling import adapter_of
+from tests.memory.adapters import adapter_of, lora, record
 from tests.reading.conftest import ids_of, next_logits
 
 BEES = [Pair("Who keeps the bees?", " Orla Finch", "questions"), Pair("Orla sells", " honey.", "cloze")]
