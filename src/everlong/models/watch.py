@@ -16,8 +16,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from everlong.models.packing import PackedLinear
+
 _HOLDERS = itemgetter("_parameters", "_buffers", "_modules")
 _HOOKS = itemgetter("_forward_hooks", "_forward_pre_hooks")
+_PACKED = itemgetter("_everlong_product", "_everlong_most")
 _GLOBAL_HOOKS = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
 _KNOWN = ("torch", "transformers", "everlong")
 """Packages whose modules do not change what they compute by plain attributes."""
@@ -79,6 +82,8 @@ class _Snapshot:
             vars(module) for module in self._modules if type(module).__module__.split(".")[0] not in _KNOWN
         )
         self._switches = [_switches(attributes) for attributes in foreign]
+        self._packable = [vars(module) for module in self._modules if type(module) is PackedLinear]
+        self._packed = self._packed_weights()
         self._training = self._training_flags()
         self._addresses = self._tensor_addresses()
         self.can_be_recorded = (
@@ -99,6 +104,7 @@ class _Snapshot:
             and (not lying_still or self._tensor_addresses() == self._addresses)
             and _are_the_same(map(type, self._modules), self._classes)
             and _are_the_same(self._own_forwards(), self._forwards)
+            and _are_the_same(self._packed_weights(), self._packed)
             and self._training_flags() == self._training
             and all(look(attributes) == values for look, attributes, values in self._switches)
         )
@@ -116,6 +122,10 @@ class _Snapshot:
 
     def _own_forwards(self) -> list[Any]:
         return [attributes.get("forward") for attributes in self._attributes]
+
+    def _packed_weights(self) -> list[Any]:
+        """Return what packed layers multiply few rows with, and up to how many."""
+        return list(chain.from_iterable(map(_PACKED, self._packable)))
 
     def _training_flags(self) -> list[bool]:
         return list(map(_is_training, self._attributes))
