@@ -1,9 +1,12 @@
 """What a tape of calls keeps, leaves out, and refuses."""
 
+import random
+
 import pytest
 import torch
 from torch.nn import functional as F
 
+from everlong.attention.call_notes import tensors_in
 from everlong.attention.call_tape import CallTapes
 from everlong.errors import UnsupportedUseError
 
@@ -32,6 +35,7 @@ STEPS = {
     "set by index": lambda x: _set(x * 1),
     "as it is": lambda x: x.to(torch.float32).contiguous() * 1,
     "an embedding": lambda x: F.embedding(x.clamp(0, 2).long(), torch.arange(12.0).view(3, 4)).sum(1),
+    "nought, and not always": lambda x: x.abs().long() // 4 + 0,
     "a result that is a view": lambda x: (x + 1)[:, 1:],
 }
 
@@ -44,7 +48,7 @@ def _set(x):
 @pytest.mark.parametrize("step", STEPS)
 def test_what_is_repeated_is_what_is_computed_of_other_numbers(step):
     given, replay, result, _ = recorded(STEPS[step])
-    for numbers in (-X, X.roll(1, -1), X * 0.25):
+    for numbers in (-X, X.roll(1, -1), X * 0.25, X * 10):
         given.copy_(numbers)
         replay()
         torch.testing.assert_close(result, STEPS[step](numbers.clone()), atol=0, rtol=0)
@@ -74,6 +78,86 @@ def test_nothing_is_allocated_where_pytorch_can_write_in_place():
     replay()
     assert result.data_ptr() == at
     assert torch.equal(result, (given * 3).exp())
+
+
+def _layers(x, count=12):
+    """Layers whose outputs are added to what goes through all of them."""
+    for number in range(count):
+        halves = (x * 2).split(2, -1)
+        mixed = torch.cat([halves[1].tanh(), halves[0]], -1) + number
+        x = x + F.silu(mixed).mul_(0.5) * x.abs()
+    return x
+
+
+def test_outputs_that_are_not_needed_at_once_lie_in_the_same_memory():
+    given, replay, result, calls = recorded(_layers)
+    arguments = (call.args + (call.keywords.get("out"),) for call in calls)
+    places = {x.data_ptr() for x in tensors_in(list(arguments))}
+    assert len(places) < 12, "as many as one layer needs"
+    assert len(calls) - len(set(map(id, calls))) > len(calls) // 2, "layers repeat the same calls"
+    for numbers in (-X, X.roll(1, -1)):
+        given.copy_(numbers)
+        replay()
+        torch.testing.assert_close(result, _layers(numbers), atol=0, rtol=0)
+
+
+CHAINED = [
+    lambda first, second: first + second,
+    lambda first, second: torch.cat([first[:, 2:], second[:, :2]], -1),
+    lambda first, _: torch.special.erf(first),
+    lambda first, _: first.flip(-1)[:, :4],
+    lambda first, _: F.embedding(first.abs().long().clamp(max=3)[0], X.T).T,
+    lambda first, second: second.mul_(0.5),
+    lambda first, second: second[:, 1:3].add_(first[:, :2] * 1),
+]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_chain_of_calls_is_repeated_right(seed):
+    def run(x):
+        draw, made = random.Random(seed), [x, x * 2]
+        for _ in range(40):
+            output = draw.choice(CHAINED)(draw.choice(made), draw.choice(made[1:]))
+            if output.shape == x.shape:
+                made.append(output)
+        return made[-1] + made[len(made) // 2]
+
+    given, replay, result, _ = recorded(run)
+    for numbers in (-X, X.roll(1, -1), X * 3):
+        given.copy_(numbers)
+        replay()
+        torch.testing.assert_close(result, run(numbers.clone()), atol=0, rtol=0)
+
+
+def test_what_somebody_else_holds_on_to_is_left_alone():
+    held = []
+
+    def run(x):
+        x = x + 1
+        held.append(x * 2)
+        x = x + held[0]
+        held.append((x * 3)[:, 1:])
+        return (x * 4) * (x * 5) + held[1].sum()
+
+    given, replay, _, _ = recorded(run)
+    given.copy_(-X)
+    replay()
+    assert torch.equal(held[0], (1 - X) * 2)
+    assert torch.equal(held[1], ((1 - X) * 9)[:, 1:])
+
+
+def test_what_only_the_next_call_reads_is_handed_on_to_it():
+    index = torch.tensor([2, 0])
+
+    def run(x):
+        return F.embedding(index, x.T * 2).tanh()
+
+    given, replay, result, calls = recorded(run)
+    assert len(calls) == 2, "doubled; and looked up, which no tensor can be given for, on the way to the rest"
+    assert len(recorded(lambda x: (rows := F.embedding(index, x.T * 2)).tanh() + rows)[3]) == 4
+    given.copy_(X.roll(1, -1))
+    replay()
+    assert torch.equal(result, run(given))
 
 
 def test_weights_may_change_and_move():

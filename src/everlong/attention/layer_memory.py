@@ -176,24 +176,18 @@ class LayerMemory:
 
     def follow(self, rotation: Rotation, n: int) -> None:
         """Bring the stored keys to this forward's table and, when the frame is long, to a new origin."""
-        old = Rotation(self.frequencies, self.layout)
-        self.layout = rotation.layout
-        new = rotation.frequencies
-        if (
-            self.frequencies is not None
-            and new is not None
-            and not new.same_as(self.frequencies)
-            and self.seen
-        ):
+        old, new = self.frequencies, rotation.frequencies
+        if old is not None and new is not None and not new.same_as(old) and self.seen:
             assert self.keys is not None
+            before = Rotation(old, self.layout)
             tokens = torch.arange(self.held)
             if self.window is not None and self.local is not None and self.seen > self.window:
                 ring = torch.arange(self.seen - self.local, self.seen)
                 tokens[self.sinks + (ring - self.sinks) % self.local] = ring
             at = tokens + (self.start - self.origin)
             held = self.keys[:, :, : self.held]
-            held.copy_(rotation(old.undo(held, at), at))
-        self.frequencies = new
+            held.copy_(rotation(before.undo(held, at), at))
+        self.frequencies, self.layout = new, rotation.layout
         if self.local is not None and self.keys is not None and self.frame(self.seen + n) > FRAME:
             shift = self.frame(max(0, self.seen - self.local))
             if shift > 0:

@@ -37,23 +37,30 @@ class _Kind:
         first = next(iter(aim.memories.values()))
         assert first.keys is not None
         self._like = torch.empty(0, dtype=first.keys.dtype)  # angles are computed on the CPU
+        self._sink_count = first.sinks
         device, dtype = first.keys.device, working_dtype(first.keys)
         self._slot = torch.zeros(1, dtype=torch.long, device=device)
-        here = aim.rotation.angles(aim.place.at, self._like)
+        self._has_sinks = aim.place.sinks is not None
+        self._tables: Angles = None
         self._here: Angles = None
         self._sinks: Angles = None
-        self._has_sinks = aim.place.sinks is not None
-        if here is not None:
-            width = here[0].shape[-1]
-            self._here = _pair(1, width, dtype, device)
-            self._sinks = _pair(first.sinks, width, dtype, device) if self._has_sinks else None
+        angles = self._angles(aim)
+        if angles is not None:
+            cos, sin = self._tables = _like(angles[0], dtype, device), _like(angles[1], dtype, device)
+            self._here, self._sinks = (cos[:1], sin[:1]), (cos[1:], sin[1:])
 
     def aim_at(self, aim: Aim) -> None:
         """Write where the next token goes."""
         self._slot.fill_(aim.place.slot)
-        _copy(self._here, aim.rotation.angles(aim.place.at, self._like))
-        if aim.place.sinks is not None:
-            _copy(self._sinks, aim.rotation.angles(aim.place.sinks, self._like))
+        _copy(self._tables, self._angles(aim))
+
+    def _angles(self, aim: Aim) -> Angles:
+        """Return what rotates the token, and behind it the sinks, each to where it stands."""
+        at, sinks = aim.place.at, aim.place.sinks
+        if sinks is None:
+            return aim.rotation.angles(at, self._like)
+        places = [sinks] * self._sink_count if isinstance(sinks, int) else [int(place) for place in sinks]
+        return aim.rotation.angles(torch.tensor([at, *places]), self._like)
 
     def step(self) -> TokenStep:
         """Return the step, the sinks rotated to where they are to stand."""
@@ -205,12 +212,11 @@ def _real(pads: tuple[int, ...] | None) -> tuple[int, ...] | None:
     return pads if pads and any(pads) else None
 
 
-def _pair(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    cos, sin = torch.zeros(2, rows, width, dtype=dtype, device=device)
-    return cos, sin
-
-
 def _copy(into: Angles, angles: Angles) -> None:
     if into is not None and angles is not None:
         for ours, theirs in zip(into, angles, strict=True):
             ours.copy_(theirs, non_blocking=True)
+
+
+def _like(table: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.zeros(table.shape, dtype=dtype, device=device)

@@ -80,10 +80,11 @@ class TokenStep:
         self, memory: LayerMemory, query: Tensor, key: Tensor, value: Tensor, **logits: Unpack[Logits]
     ) -> Tensor:
         """Put the token into a layer's memory, and attend; parameters as of :meth:`Forward.attend`."""
+        turned_query, turned_key = self._turned(query, key)
         if self.slot is None:
-            memory.put(self.rotation.turned(key, self.here), value, key, self.pads)
+            memory.put(turned_key, value, key, self.pads)
         else:
-            memory.put_at(self.slot, self.rotation.turned(key, self.here), value)
+            memory.put_at(self.slot, turned_key, value)
         keys, values = memory.keys, memory.values
         assert keys is not None and values is not None
         if self.sinks:
@@ -93,7 +94,15 @@ class TokenStep:
                 values.narrow(2, 0, memory.sinks).copy_(memory.sink_values)
         if self.slots < keys.shape[2]:
             keys, values = keys.narrow(2, 0, self.slots), values.narrow(2, 0, self.slots)
-        return attend_all(self.rotation.turned(query, self.here), keys, values, **logits)
+        return attend_all(turned_query, keys, values, **logits)
+
+    def _turned(self, query: Tensor, key: Tensor) -> list[Tensor]:
+        """Rotate a query and a key to where they stand: as one where they lie one behind the other."""
+        both = _as_one(query, key)
+        if both is None:
+            return [self.rotation.turned(x, self.here) for x in (query, key)]
+        heads = [query.shape[1], key.shape[1]]
+        return [*self.rotation.turned(both, self.here).split_with_sizes(heads, 1)]
 
 
 def token_step(
@@ -164,6 +173,21 @@ def rotated_sinks(memories: Sequence[LayerMemory], rotation: Rotation, angles: A
     keys = [memory.sink_keys for memory in memories if memory.sink_keys is not None]
     turned = rotation.turned(torch.cat(keys), angles)
     return dict(zip(map(id, memories), torch.split(turned, len(keys[0])), strict=True))
+
+
+def _as_one(first: Tensor, second: Tensor) -> Tensor | None:
+    """Return the heads of two tensors as a view of both; None: they do not lie one behind the other."""
+    rows, heads, *others = first.shape
+    places = zip(second.shape, first.stride(), second.stride(), strict=True)
+    if (
+        [rows, *others] != [second.shape[0], *second.shape[2:]]
+        or second.storage_offset() != first.storage_offset() + heads * first.stride(1)
+        or any(ours != theirs for size, ours, theirs in places if size > 1)
+        or first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr()
+        or first.dtype != second.dtype
+    ):
+        return None
+    return first.as_strided((rows, heads + second.shape[1], *others), first.stride())
 
 
 def _as_positions(positions: list[int]) -> Positions | None:

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import count
 from threading import Lock
 from typing import Any, Literal, get_args
 
@@ -36,6 +37,8 @@ _WORTH_IT = 32 * 2**20  # bytes of float weights: fewer fit into a processor's c
 _LOSSLESS = 2.0**-8  # of a group's span: the rounding of a bfloat16 scale
 _KINDS: dict[str, type[Packed]] = {"int8": Int8, "int4": Int4}
 _one_packs = Lock()  # of threads that write with one model
+_changes = count(1)
+_latest_change = 0
 
 
 class Product:
@@ -137,6 +140,7 @@ class Packing:
             layer.__class__ = nn.Linear
             _discard(layer)
         self._layers = []
+        _note_change()
 
 
 def pack(model: nn.Module, kind: Literal["int8", "int4"]) -> Packing:
@@ -185,6 +189,7 @@ def pack(model: nn.Module, kind: Literal["int8", "int4"]) -> Packing:
     except BaseException:
         packing.undo()
         raise
+    _note_change()
     return packing
 
 
@@ -196,10 +201,23 @@ def by_float_weights(model: nn.Module) -> Iterator[None]:
     try:
         for layer in layers:
             layer.__dict__["_everlong_most"] = -1
+        _note_change()
         yield
     finally:
-        for layer, count in zip(layers, most, strict=True):
-            layer.__dict__["_everlong_most"] = count
+        for layer, rows in zip(layers, most, strict=True):
+            layer.__dict__["_everlong_most"] = rows
+        _note_change()
+
+
+def times_packed() -> int:
+    """Return a number that is another one after any layer, of any model, was packed otherwise."""
+    return _latest_change
+
+
+def _note_change() -> None:
+    """Tell that layers are packed otherwise now; called after it is so, by any thread."""
+    global _latest_change
+    _latest_change = next(_changes)
 
 
 def _discard(layer: nn.Module) -> None:

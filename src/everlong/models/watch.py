@@ -10,23 +10,29 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 from itertools import chain
-from operator import is_, itemgetter
+from operator import is_, itemgetter, methodcaller
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+from torch.utils.hooks import RemovableHandle
 
-from everlong.models.packing import PackedLinear
+from everlong.models.packing import PackedLinear, times_packed
 
 _HOLDERS = itemgetter("_parameters", "_buffers", "_modules")
 _HOOKS = itemgetter("_forward_hooks", "_forward_pre_hooks")
 _PACKED = itemgetter("_everlong_product", "_everlong_most")
 _GLOBAL_HOOKS = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
 _KNOWN = ("torch", "transformers", "everlong")
-"""Packages whose modules do not change what they compute by plain attributes."""
+"""Packages whose modules compute the same when a plain attribute changes, or one more part is added."""
 _PLAIN = (bool, int, float, str, type(None))
 _OF_ALL = frozenset(vars(nn.Module()))
+_ALWAYS_ALIKE = frozenset(
+    (nn.Linear, PackedLinear, nn.Embedding, nn.LayerNorm, nn.SiLU, nn.GELU, nn.ModuleList)
+)
+"""Modules that do the same in training."""
 _is_training = itemgetter("training")
+_forward = methodcaller("get", "forward")
 
 
 class ModelWatch:
@@ -69,21 +75,24 @@ class _Snapshot:
         self._modules = list(model.modules())
         self._classes = list(map(type, self._modules))
         self._attributes = list(map(vars, self._modules))
-        self._forwards = self._own_forwards()
-        holders = list(chain.from_iterable(map(_HOLDERS, self._attributes)))
-        self._holders = list(filter(None, holders))
-        self._empty = [holder for holder in holders if not holder]
+        self._sizes = list(map(len, self._attributes))
+        self._replaced = [attributes for attributes in self._attributes if "forward" in attributes]
+        self._forwards = list(map(_forward, self._replaced))
+        foreign = [vars(module) for module in self._modules if not _is_known(module)]
+        self._switches = [_switches(attributes) for attributes in foreign]
+        self._holders = list(filter(None, chain.from_iterable(map(_HOLDERS, self._attributes))))
+        self._empty = [holder for holder in chain.from_iterable(map(_HOLDERS, foreign)) if not holder]
         self._held = list(self._all_held())
         self._tensors = [held for held in self._held if isinstance(held, Tensor)]
+        self._handles = RemovableHandle.next_id
         self._hooks = [*chain.from_iterable(map(_HOOKS, self._attributes)), *_GLOBAL_HOOKS]
-        hooks = [hook for those in self._hooks for hook in those.values()]
+        self._hooked = list(filter(None, self._hooks))
+        hooks = [hook for those in self._hooked for hook in those.values()]
         self._hook_count = len(hooks)
-        foreign = (
-            vars(module) for module in self._modules if type(module).__module__.split(".")[0] not in _KNOWN
-        )
-        self._switches = [_switches(attributes) for attributes in foreign]
         self._packable = [vars(module) for module in self._modules if type(module) is PackedLinear]
+        self._times_packed = times_packed()
         self._packed = self._packed_weights()
+        self._trainable = [vars(module) for module in self._modules if type(module) not in _ALWAYS_ALIKE]
         self._training = self._training_flags()
         self._addresses = self._tensor_addresses()
         self.can_be_recorded = (
@@ -98,13 +107,13 @@ class _Snapshot:
         """Whether the model still looks like this. Runs before every step that is repeated."""
         return (
             not any(self._empty)
-            and sum(map(len, self._hooks)) == self._hook_count
+            and self._has_its_hooks()
             and sum(map(len, self._holders)) == len(self._held)
             and all(map(is_, self._all_held(), self._held))
             and (not lying_still or self._tensor_addresses() == self._addresses)
             and _are_the_same(map(type, self._modules), self._classes)
-            and _are_the_same(self._own_forwards(), self._forwards)
-            and _are_the_same(self._packed_weights(), self._packed)
+            and self._has_its_forwards()
+            and self._is_packed_alike()
             and self._training_flags() == self._training
             and all(look(attributes) == values for look, attributes, values in self._switches)
         )
@@ -120,15 +129,37 @@ class _Snapshot:
         except RuntimeError:
             return None
 
-    def _own_forwards(self) -> list[Any]:
-        return [attributes.get("forward") for attributes in self._attributes]
+    def _has_its_forwards(self) -> bool:
+        """Whether no module was given another forward: all are looked at if any has got an attribute."""
+        sizes = list(map(len, self._attributes))
+        if sizes != self._sizes:
+            if sum("forward" in attributes for attributes in self._attributes) != len(self._replaced):
+                return False
+            self._sizes = sizes
+        return _are_the_same(map(_forward, self._replaced), self._forwards)
+
+    def _has_its_hooks(self) -> bool:
+        """Whether there are as many hooks as there were: counted if any has been added to any module."""
+        if RemovableHandle.next_id != self._handles:
+            if sum(map(len, self._hooks)) != self._hook_count:
+                return False
+            self._handles = RemovableHandle.next_id
+        return sum(map(len, self._hooked)) == self._hook_count
+
+    def _is_packed_alike(self) -> bool:
+        """Whether packed layers multiply with the same: all are looked at if any has been packed."""
+        if times_packed() != self._times_packed:
+            if not _are_the_same(self._packed_weights(), self._packed):
+                return False
+            self._times_packed = times_packed()
+        return True
 
     def _packed_weights(self) -> list[Any]:
         """Return what packed layers multiply few rows with, and up to how many."""
         return list(chain.from_iterable(map(_PACKED, self._packable)))
 
     def _training_flags(self) -> list[bool]:
-        return list(map(_is_training, self._attributes))
+        return list(map(_is_training, self._trainable))
 
 
 def _are_the_same(ours: Iterable[Any], theirs: list[Any]) -> bool:
@@ -144,6 +175,11 @@ def _switches(attributes: dict[str, Any]) -> tuple[Callable[[Any], list[Any]], d
         return [attributes.get(name) for name in names]
 
     return look, attributes, copy.deepcopy(look(attributes))
+
+
+def _is_known(module: nn.Module) -> bool:
+    """Whether a module looks at no more than it was built with."""
+    return type(module).__module__.split(".")[0] in _KNOWN
 
 
 def _is_plain(value: Any) -> bool:
