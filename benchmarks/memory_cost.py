@@ -43,7 +43,7 @@ from everlong.reading.attached import AttachedModel
 
 WAYS = ("ours", "naive")
 STEPS = ("elicit", "teach", "select", "consolidate")
-SETTINGS: dict[str, Any] = {"targets": "soft", "anchors": 0}
+SETTINGS: dict[str, Any] = {"targets": "soft", "anchors": 0, "readings": 0}
 """Changes to the recipe "infinite-icl"."""
 
 
@@ -125,7 +125,6 @@ def ours(model: AttachedModel, adapted: Any, recipe: Recipe) -> Ways:
     schedule = Schedule(
         passes=recipe.passes,
         batch_tokens=recipe.batch_tokens,
-        anchors=0,
         learning_rate=recipe.learning_rate,
         patience=None,
         hidden_weight=0.0,

@@ -31,9 +31,7 @@ HARD = [
     lesson("W", "x"),
 ]
 TEXT = "Orla keeps bees. She sells honey.\n\n"
-SCHEDULE = Schedule(
-    passes=6, batch_tokens=40, anchors=0, learning_rate=1e-2, patience=None, hidden_weight=0.0, seed=0
-)
+SCHEDULE = Schedule(passes=6, batch_tokens=40, learning_rate=1e-2, patience=None, hidden_weight=0.0, seed=0)
 
 
 @pytest.fixture
@@ -241,11 +239,11 @@ def test_held_out_lessons_are_not_learned(model: AttachedModel) -> None:
     assert alone[0] != beside[0], "the one is the loss on what was learned, the other on what was held out"
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 7])
+@pytest.mark.parametrize("turns", [[], [[]], [[2]], [[2, 3], [4]], [[2], [3], [4], [2, 4], [3]]])
 def test_each_pass_has_the_next_anchors(
-    model: AttachedModel, count: int, monkeypatch: pytest.MonkeyPatch
+    model: AttachedModel, turns: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lessons, anchors, passes = HARD[:2], HARD[2:5], 4
+    lessons, anchors, passes = HARD[:2], [[HARD[i] for i in turn] for turn in turns], 4
     seen: list[Lesson] = []
 
     def note(*arguments: Any, **_: Any) -> float:
@@ -253,13 +251,12 @@ def test_each_pass_has_the_next_anchors(
         return 1.0
 
     monkeypatch.setattr(consolidation, "learn_from", note)
-    learned(model, lessons, replace(SCHEDULE, passes=passes, anchors=count), anchors=anchors)
-    each = len(lessons) + min(count, len(anchors))
+    learned(model, lessons, replace(SCHEDULE, passes=passes), anchors=anchors)
     for number in range(passes):
-        own = seen[number * each : (number + 1) * each]
-        expected = [anchors[(number * count + i) % 3] for i in range(count)] if count < 3 else anchors
-        assert sorted(map(id, own)) == sorted(map(id, [*lessons, *expected]))
-    assert len(seen) == passes * each
+        expected = [*lessons, *(anchors[number % len(anchors)] if anchors else [])]
+        own, seen = seen[: len(expected)], seen[len(expected) :]
+        assert sorted(map(id, own)) == sorted(map(id, expected))
+    assert not seen
 
 
 def test_the_same_seed_gives_the_same_adapter(model: AttachedModel) -> None:

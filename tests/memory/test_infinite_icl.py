@@ -13,6 +13,7 @@ import torch
 
 from everlong.errors import InputError, MemoryGateError, NumericalError
 from everlong.memory import consolidation, infinite_icl
+from everlong.memory.anchors import READING, UNRELATED
 from everlong.memory.consolidation import loss_of, student
 from everlong.memory.elicitation import Generator
 from everlong.memory.infinite_icl import InfiniteICL
@@ -51,6 +52,7 @@ def recipe_of(**changes: Any) -> Recipe:
         "passes": 8,
         "batch_tokens": 256,
         "anchors": 1,
+        "readings": 0,
     }
     return Recipe(**{**fields, **changes})
 
@@ -131,12 +133,12 @@ def test_soft_targets_of_what_stands_in_the_text_are_learned(model: AttachedMode
 def test_it_goes_on_from_each_segment_as_if_it_had_not_stopped(
     model: AttachedModel, carry: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def taught(self: Any, elicited: Any) -> list[Lesson]:  # every third pair is worth nothing
+    def taught(self: Any, elicited: Any, **_: Any) -> list[Lesson]:  # every third pair is worth nothing
         found = _TEACH(self, elicited)
         return [replace(one, pair=replace(one.pair, gain=float(i % 3))) for i, one in enumerate(found)]
 
     monkeypatch.setattr(Teacher, "teach", taught)
-    settings = {"carry": carry, "held_out": 0.4, "passes": 2, "hidden_weight": 0.1}
+    settings = {"carry": carry, "held_out": 0.4, "passes": 2, "hidden_weight": 0.1, "readings": 2}
     recipe = recipe_of(generators=("cloze",), selection="gain", targets="soft", **settings)
     stops: list[Progress] = []
     whole = InfiniteICL(model, recipe, force=True).learn(TEXT, on_segment=stops.append)
@@ -161,13 +163,16 @@ def test_only_an_adapter_that_is_carried_along_teaches_what_follows(
     ids = [256, *TEXT.encode()]
     base, differ = plain_logits(model, ids), []
 
-    def watched(self: Any, elicited: Any) -> list[Lesson]:
-        if elicited[0].pair.generator != "anchor":
-            differ.append(not torch.allclose(plain_logits(model, ids), base, atol=1e-4))
-        return _TEACH(self, elicited)
+    def watched(self: Any, elicited: Any, *, gain: bool = True) -> list[Lesson]:
+        differs = not torch.allclose(plain_logits(model, ids), base, atol=1e-4)
+        if gain:
+            differ.append(differs)
+        else:
+            assert not differs, "what the student is held to is the base model's"
+        return _TEACH(self, elicited, gain=gain)
 
     monkeypatch.setattr(Teacher, "teach", watched)
-    learner_of(model, carry=carry, passes=1).learn(TEXT)
+    learner_of(model, carry=carry, passes=1, generators=("cloze",)).learn(TEXT)
     assert differ == [False, *[carry == "carried"] * (len(differ) - 1)] and len(differ) > 2
 
 
@@ -202,12 +207,12 @@ def with_gains(monkeypatch: pytest.MonkeyPatch, *gains: float) -> None:
     """Let the pairs of each segment be worth this to the teacher."""
     left = list(gains)
 
-    def taught(self: Any, elicited: Any) -> list[Lesson]:
-        found = _TEACH(self, elicited)
-        if not found or found[0].pair.generator == "anchor":
+    def taught(self: Any, elicited: Any, *, gain: bool = True) -> list[Lesson]:
+        found = _TEACH(self, elicited, gain=gain)
+        if not found or not gain:
             return found
-        gain = left.pop(0)
-        return [replace(one, pair=replace(one.pair, gain=gain)) for one in found]
+        worth = left.pop(0)
+        return [replace(one, pair=replace(one.pair, gain=worth)) for one in found]
 
     monkeypatch.setattr(Teacher, "teach", taught)
 
@@ -347,9 +352,9 @@ def test_earlier_lessons_are_rehearsed_in_measure(
     given: list[list[Lesson]] = []
 
     def remember(
-        model: Any, parameters: Any, lessons: list[Lesson], *_: Any, anchors: list[Lesson], **__: Any
+        model: Any, parameters: Any, lessons: list[Lesson], *_: Any, anchors: Any, **__: Any
     ) -> float:
-        assert anchors and all(one.pair.generator == "anchor" for one in anchors)
+        assert anchors and all(one.pair.generator in (UNRELATED, READING) for turn in anchors for one in turn)
         given.append(list(lessons))
         return 0.0
 
@@ -398,12 +403,33 @@ def test_hidden_states_are_taught_in_every_batch(
     assert given and all(one.hidden is not None for lessons in given for one in lessons)
 
 
-def test_anchors_are_drawn_from_the_base_model_others_for_each_pass(model: AttachedModel) -> None:
-    few, more = (learner_of(model, anchors=2, passes=passes)._anchors() for passes in (1, 3))
-    assert [one.response for one in few] == [one.response for one in more[:2]], "the same for everyone"
-    assert len({tuple(one.response) for one in more}) == len(more) > 4
-    assert all(one.pair.generator == "anchor" and one.tokens.shape[1] > 1 for one in more)
-    assert not learner_of(model, anchors=0)._anchors()
+def test_each_pass_has_its_own_anchors_of_the_base_model(
+    model: AttachedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[list[list[Lesson]]] = []
+
+    def remember(*_: Any, anchors: list[list[Lesson]], **__: Any) -> float:
+        given.append(anchors)
+        return 0.0
+
+    monkeypatch.setattr(infinite_icl, "consolidate", remember)
+    learner_of(model, anchors=3, readings=2, passes=4, generators=("cloze",)).learn(TEXT)
+    assert len(given) > 1
+    for turns in given:
+        assert len(turns) == 4
+        kinds = [[one.pair.generator for one in turn] for turn in turns]
+        assert all(kind.count(READING) == 2 and 1 <= kind.count(UNRELATED) <= 3 for kind in kinds)
+        assert all(one.tokens.shape[1] > 1 for turn in turns for one in turn), "distributions, not words"
+        texts = [tuple(one.response) for turn in turns for one in turn if one.pair.generator == UNRELATED]
+        assert len(set(texts)) == len(texts)
+    first, second = ([one for turn in turns for one in turn] for turns in given[:2])
+    assert [x for x in first if x.pair.generator == UNRELATED] == [
+        x for x in second if x.pair.generator == UNRELATED
+    ]
+    assert {x.pair.segment for x in second if x.pair.generator == READING} == {1}
+    given.clear()
+    learner_of(model, anchors=0, readings=0, passes=4, generators=("cloze",)).learn(TEXT)
+    assert given and not any(turn for turns in given for turn in turns)
 
 
 # --- errors, teachers, other models -------------------------------------------------------------------

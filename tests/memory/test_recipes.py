@@ -33,6 +33,7 @@ from everlong.memory.recipes import RECIPES, Recipe, make_recipe
         ({"batch_tokens": 15}, "batch_tokens=15 .*at least 16"),
         ({"coverage": -1}, "coverage=-1"),
         ({"anchors": -1}, "anchors=-1"),
+        ({"readings": 1.5}, "readings=1.5"),
         ({"budget": 0}, "budget=0 .*None or .*at least 1"),
         ({"patience": 1.5}, "patience=1.5 .*None or"),
         ({"learning_rate": 0.0}, "learning_rate=0.0 .*between 0 and 1"),

@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -37,8 +38,6 @@ class Schedule:
         Through all lessons, at most.
     batch_tokens : int
         Tokens of a step.
-    anchors : int
-        Lessons in each pass that hold the student to what it was.
     learning_rate : float
         The largest; it rises for a twentieth of the steps and falls along a cosine to a tenth.
     patience : int or None
@@ -51,7 +50,6 @@ class Schedule:
 
     passes: int
     batch_tokens: int
-    anchors: int
     learning_rate: float
     patience: int | None
     hidden_weight: float
@@ -84,7 +82,7 @@ def consolidate(
     lessons: Sequence[Lesson],
     schedule: Schedule,
     *,
-    anchors: Sequence[Lesson] = (),
+    anchors: Sequence[Sequence[Lesson]] = (),
     held_out: Sequence[Lesson] = (),
     past: Past | None = None,
     on_step: Callable[[Step], None] | None = None,
@@ -99,8 +97,8 @@ def consolidate(
         What is trained.
     lessons, held_out : sequence of Lesson
         To learn from, and to tell when to stop. The best parameters on the latter are kept.
-    anchors : sequence of Lesson
-        What the student is held to: in each pass the next of them, and after the last the first again.
+    anchors : sequence of sequences of Lesson
+        What the student is held to: in each pass the next of these, and after the last the first again.
     schedule : Schedule
         How.
     past : callable, optional
@@ -115,7 +113,8 @@ def consolidate(
     """
     shuffled = random.Random(schedule.seed)
     head = Head(model.attachment.model)
-    courses = [[*lessons, *_turn(anchors, schedule.anchors, turn)] for turn in range(schedule.passes)]
+    turns = list(islice(cycle(anchors or [()]), schedule.passes))
+    courses = [[*lessons, *turn] for turn in turns]
     steps = sum(len(in_batches(list(map(len, course)), schedule.batch_tokens)) for course in courses)
     optimizer = torch.optim.AdamW(parameters, lr=schedule.learning_rate, weight_decay=0.0)
     best, best_loss, since, number, latest = _copies(parameters), math.inf, 0, 0, math.inf
@@ -230,13 +229,6 @@ def _expected(lessons: Sequence[Lesson], device: torch.device) -> tuple[Tensor, 
 
 def _widened(values: Tensor, k: int, fill: float) -> Tensor:
     return torch.nn.functional.pad(values, (0, k - values.shape[1]), value=fill)
-
-
-def _turn(anchors: Sequence[Lesson], count: int, turn: int) -> list[Lesson]:
-    """Return the anchors of one pass."""
-    if len(anchors) <= count:
-        return list(anchors)
-    return [anchors[(turn * count + number) % len(anchors)] for number in range(count)]
 
 
 def _pace(step: int, steps: int) -> float:

@@ -18,34 +18,20 @@ from torch import Tensor
 from everlong.attention import StreamCache
 from everlong.errors import MemoryGateError
 from everlong.memory import cartridge
+from everlong.memory.anchors import readings, unrelated
 from everlong.memory.consolidation import Schedule, Step, consolidate, student
 from everlong.memory.elicitation import Cloze, Generator, make_generators
 from everlong.memory.gate import weighed, without_worth
 from everlong.memory.lessons import Elicited, Lesson, Teacher
-from everlong.memory.pairs import Pair
 from everlong.memory.progress import Account, LearnProgress, Progress, Reporter
 from everlong.memory.recipes import Recipe
 from everlong.memory.segments import Segment, segments
 from everlong.memory.selection import Selected, select
 from everlong.memory.writer import Writer
 from everlong.reading.attached import AttachedModel
-from everlong.reading.sampling import Sampling
 
 _POOL = 2048  # lessons kept to be rehearsed
-_ANCHOR_TOKENS = 48
-_PASSES_WITH_OTHERS = 8  # of training, before the same unrelated texts come again
-_OPENINGS = (
-    *(
-        "The",
-        "In the morning",
-        "There are many",
-        "import",
-        "Question: What is the capital of France?\nAnswer:",
-    ),
-    *("Once upon a time", "She said that", "According to", "Dear", "The number of", "When it rains", "My"),
-    *("A good way to", "He was born in", "It is", "For example", "Question: Who", "1.", "We", "Water"),
-)
-"""How unrelated texts begin; the base model writes on."""
+_TURNS = 8  # passes of training before the student is held to the same again
 
 
 class InfiniteICL:
@@ -82,7 +68,7 @@ class InfiniteICL:
         self.generators: list[Generator] = make_generators(recipe.generators)
         self.is_cartridge = recipe.kind == "cartridge"
         self._layers = _linear_layers(model.attachment.model)
-        self._anchored: list[Lesson] | None = None  # the same for every segment
+        self._anchored: list[Lesson] | None = None  # to unrelated texts, the same for every segment
 
     def config(self, prefix: int = 0) -> Any:
         """Return the adapter's configuration, PEFT's; a cartridge's, of `prefix` tokens."""
@@ -163,7 +149,8 @@ class InfiniteICL:
                 _load(adapted, state.adapters[-1])
             with state.account.timed("anchors"), self._without(adapted):
                 if self._anchored is None:
-                    self._anchored = self._anchors()
+                    texts = unrelated(Writer(self.model), self._turns * self.recipe.anchors)
+                    self._anchored = self._held_to(texts)
             for segment in parts:
                 if segment.number < state.segment:
                     continue
@@ -277,12 +264,14 @@ class InfiniteICL:
         schedule = Schedule(
             passes=recipe.passes,
             batch_tokens=recipe.batch_tokens,
-            anchors=recipe.anchors,
             learning_rate=recipe.learning_rate,
             patience=recipe.patience,
             hidden_weight=recipe.hidden_weight,
             seed=self.seed + segment.number,
         )
+
+        with state.account.timed("anchors"), self._without(adapted):
+            read = self._readings(lessons, segment)
 
         def behind_prefix() -> StreamCache:
             return cartridge.past_of(self.model, adapted.prompt_encoder["memory"].weight)
@@ -296,26 +285,30 @@ class InfiniteICL:
                 [parameter for parameter in adapted.parameters() if parameter.requires_grad],
                 [lesson for i, lesson in enumerate(lessons) if i not in held] + rehearsed,
                 schedule,
-                anchors=self._anchored or (),
+                anchors=self._by_turns(self._anchored or [], read),
                 held_out=[lessons[i] for i in held],
                 past=behind_prefix if self.is_cartridge else None,
                 on_step=on_step,
             )
 
-    def _anchors(self) -> list[Lesson]:
-        """Return what the base model writes by itself, drawn from all it may write, to be held to."""
-        count = self.recipe.anchors * min(self.recipe.passes, _PASSES_WITH_OTHERS)
-        openings = [_OPENINGS[number % len(_OPENINGS)] for number in range(count)]
-        if not openings:
-            return []
-        draws = [Sampling(temperature=1.0, seed=number) for number in range(count)]
-        texts = Writer(self.model).write("", openings, _ANCHOR_TOKENS, stop=(), sampling=draws)
-        elicited = [
-            Elicited(Pair(opening, text, "anchor"), "", opening)
-            for opening, text in zip(openings, texts, strict=True)
-            if text.strip()
+    @property
+    def _turns(self) -> int:
+        return min(self.recipe.passes, _TURNS)
+
+    def _readings(self, lessons: list[Lesson], segment: Segment) -> list[Lesson]:
+        """Return what the student is held to that reads of the segment in other words."""
+        draws = random.Random(self.seed + segment.number)
+        return self._held_to(readings(segment, lessons, self._turns * self.recipe.readings, draws))
+
+    def _by_turns(self, *kinds: list[Lesson]) -> list[list[Lesson]]:
+        """Deal lessons out, some of each kind for each pass."""
+        return [
+            [lesson for some in kinds for lesson in some[turn :: self._turns]] for turn in range(self._turns)
         ]
-        return self._taught_by(self.model).teach(elicited)
+
+    def _held_to(self, elicited: list[Elicited]) -> list[Lesson]:
+        """Return what the base model does itself, as lessons."""
+        return self._taught_by(self.model).teach(elicited, gain=False)
 
     def _taught_by(self, teacher: AttachedModel | None) -> Teacher:
         """Return a model as teacher, if its tokens are the student's; else the student itself."""

@@ -28,16 +28,19 @@ class Elicited:
         What the student is asked, and the response.
     beginning : str
         What the teacher reads first: the segment, or examples; many pairs share it.
-    question : str
-        What it reads then; the response follows.
+    question : str or None
+        What it reads then; the response follows. None: what the student reads.
     is_answer : bool
         Whether the query is a question to be asked as sessions ask, and the response ends there.
+    passage : str
+        What the student reads before the query; mostly nothing.
     """
 
     pair: Pair
     beginning: str
-    question: str
+    question: str | None
     is_answer: bool = False
+    passage: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,8 +116,8 @@ class Teacher:
         self.keeps_hidden = hidden
 
     @torch.inference_mode()
-    def teach(self, elicited: Sequence[Elicited]) -> list[Lesson]:
-        """Turn pairs into lessons; a pair's gain is measured on the way.
+    def teach(self, elicited: Sequence[Elicited], *, gain: bool = True) -> list[Lesson]:
+        """Turn pairs into lessons; a pair's gain is measured on the way, if it is wanted.
 
         A pair whose response has no token to predict is left out: an empty one, or (the query empty, the
         model without a start token) one of a single token.
@@ -140,6 +143,8 @@ class Teacher:
                 taught = self._taught([found[i] for i in batch], hidden[rows])
                 lessons.update(zip([numbers[i] for i in batch], taught, strict=True))
         ordered = [lessons[number] for number in sorted(lessons)]
+        if not gain:
+            return [replace(lesson, pair=replace(lesson.pair, gain=None)) for lesson in ordered]
         without = self.log_likelihood(ordered)
         return [
             replace(lesson, pair=replace(lesson.pair, gain=float(lesson.pair.gain or 0.0) - alone))
@@ -167,6 +172,8 @@ class Teacher:
     def _asked(self, item: Elicited, lesson: Lesson) -> list[int]:
         """Return what is read between the beginning and the response."""
         coder = self.model.coder
+        if item.question is None:
+            return lesson.query[len(coder.bos) :]
         asked = coder.encode_after(item.question) if item.beginning else coder.encode(item.question)
         is_begun = not (item.pair.query or item.is_answer or self.student.coder.bos)
         return [*asked, *lesson.query] if is_begun else asked
@@ -211,20 +218,20 @@ def as_tokens(model: AttachedModel, item: Elicited) -> Lesson:
     query, response = list(coder.bos), coder.encode_after(item.pair.response)
     end: list[int] = []
     if item.is_answer:
-        query, end = _question(model, item.pair.query), _end(model)
-    elif item.pair.query:
-        query += coder.encode(item.pair.query)
+        query, end = _question(model, item.pair.query, item.passage), _end(model)
+    elif item.passage or item.pair.query:
+        query += coder.encode(item.passage + item.pair.query)
     elif not query:  # no start token: the first of the text stands for it
         query, response = response[:1], response[1:]
     nothing = torch.empty(0)
     return Lesson(item.pair, query, [*response, *end], nothing, nothing, ends=bool(end))
 
 
-def _question(model: AttachedModel, question: str) -> list[int]:
-    """Return a question as a session asks it that has read nothing."""
+def _question(model: AttachedModel, question: str, passage: str) -> list[int]:
+    """Return a question as a session asks it that has read a passage, or nothing."""
     form, stream = model.form(with_system=False), TokenStream(model.coder)
     ids = stream.markup(form.before_system) if form.is_chat else list(model.coder.bos)
-    ids += stream.feed(form.question(question, after_text=False))
+    ids += stream.feed(passage + form.question(question, after_text=bool(passage)))
     return [*ids, *stream.markup(form.to_assistant), *stream.finish()]
 
 

@@ -22,6 +22,17 @@ def words_of(text: str) -> list[str]:
     return _WORD.findall(text.casefold())
 
 
+FUNCTION_WORDS = frozenset(
+    words_of(
+        "a about an and any are as at be been by can could did do does for from get had has have he her his "
+        "how i if in is it its many may me most much must my of on or our s she should so some than that the "
+        "their them then there they this to us was we were what when where which who whom whose why will "
+        "with would you your"
+    )
+)
+"""English words that do not say what a text is about, or a question, which is full of them."""
+
+
 class LexicalIndex:
     """Texts that can be searched by their words.
 

@@ -51,6 +51,9 @@ class Recipe:
     anchors : int
         Unrelated texts, drawn from the base model, on which the student is held to it in each pass; others
         in the next.
+    readings : int
+        Pairs about the segment with their names and numbers exchanged, and a passage before them that tells
+        so, on which the student is held to the base model in each pass; others in the next.
     kind : {"lora", "cartridge"}
         What is trained: an adapter of the linear layers, or the keys and values of a prefix.
     prefix : int
@@ -83,6 +86,7 @@ class Recipe:
     carry: Carry = "replay"
     replay: float = 1.0
     anchors: int = 24
+    readings: int = 12
     kind: Kind = "lora"
     prefix: int = 64
     rank: int = 16
@@ -110,7 +114,7 @@ class Recipe:
                 )
         for name, least in (
             *(("segment_tokens", 32), ("top_k", 1), ("alpha", 1), ("passes", 1), ("batch_tokens", 16)),
-            *(("coverage", 0), ("anchors", 0), ("prefix", 2)),
+            *(("coverage", 0), ("anchors", 0), ("readings", 0), ("prefix", 2)),
         ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -152,6 +156,7 @@ for _name, _recipe in {
         targets="hard",
         carry="carried",
         anchors=0,
+        readings=0,
         rank=64,
         alpha=64,
         learning_rate=5e-5,
@@ -164,6 +169,7 @@ for _name, _recipe in {
         targets="hard",
         carry="carried",
         anchors=0,
+        readings=0,
         rank=128,
         alpha=256,
         learning_rate=3e-4,
@@ -171,7 +177,7 @@ for _name, _recipe in {
     ),
     "cartridge": Recipe(kind="cartridge", learning_rate=2e-2),
     "context-distillation": Recipe(
-        generators=("continuation",), selection="all", targets="soft", carry="carried", anchors=0
+        generators=("continuation",), selection="all", targets="soft", carry="carried", anchors=0, readings=0
     ),
 }.items():
     RECIPES.register(_name)(_recipe)

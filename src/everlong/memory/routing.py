@@ -8,7 +8,7 @@ from torch import Tensor
 
 from everlong.errors import ConfigurationError
 from everlong.memory.folder import Memory
-from everlong.memory.lexical import LexicalIndex, words_of
+from everlong.memory.lexical import FUNCTION_WORDS, LexicalIndex, words_of
 from everlong.memory.recalling import recall_memories, why_foreign
 from everlong.memory.record import AUTO
 from everlong.memory.store import MemoryStore
@@ -31,24 +31,15 @@ about the handbook and 16 others the entropy fell for all (gemma-3-270m, from 2.
 that find the memory it fell to half for 13, among them all that were answered right with it; of 6 others that
 do, for 3.
 """
-FUNCTION_WORDS = frozenset(
-    words_of(
-        "a about an and any are as at be been by can could did do does for from get had has have he her his "
-        "how i if in is it its many may me most much must my of on or our s she should so some than that the "
-        "their them then there they this to us was we were what when where which who whom whose why will "
-        "with would you your"
-    )
-)
-"""English words that do not say what a question is about: questions are full of them, texts are not."""
 
 
 class Routing:
     """Chooses for each question the memory that is about it, or none.
 
     An adapter that is always on harms what is unrelated, so two things must hold. One of the memory's own
-    pairs is like the question: BM25 over the pairs of all memories, without :data:`FUNCTION_WORDS`, divided
-    by what a pair of the question's own words would score, is at least :data:`LEAST_LIKENESS`. And the memory
-    makes the model surer: the entropy of the answer's first token falls below :data:`SURER` of that without.
+    pairs is like the question: BM25 over the pairs of all memories, without function words, divided by what a
+    pair of the question's own words would score, is at least :data:`LEAST_LIKENESS`. And the memory makes the
+    model surer: the entropy of the answer's first token falls below :data:`SURER` of that without.
 
     Parameters
     ----------

@@ -1,0 +1,133 @@
+"""What holds a student to what it was: texts that the model writes by itself, and reading.
+
+A model that learns to answer without a text unlearns other things on the way. What it says of other matters
+changes. And it no longer looks at what stands before a question, for while it learned nothing did: though
+another text is before it, it answers from memory. Against either it is held, by the base model's whole
+distribution, to what that does itself: to write on, and to read.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Sequence
+
+from everlong.memory.lessons import Elicited, Lesson
+from everlong.memory.lexical import FUNCTION_WORDS
+from everlong.memory.pairs import Pair
+from everlong.memory.segments import Segment
+from everlong.memory.writer import Writer
+from everlong.reading.sampling import Sampling
+
+UNRELATED, READING = "unrelated", "reading"
+"""What their pairs call themselves."""
+
+_TOKENS = 48  # of an unrelated text
+_PASSAGE = 48  # words of what is read, about
+_ALIKE = 3  # pairs that are asked about one passage
+_WORD = re.compile(r"\w+")
+_OPENINGS = (
+    *("The", "In the morning", "There are many", "Once upon a time", "She said that", "According to", "My"),
+    *("The number of", "When it rains", "A good way to", "He was born in", "It is", "For example", "We"),
+    *("Water", "It was a", "They", "If you want to", "The river", "His father", "Note that", "Dear"),
+    *("Question: What is the capital of France?\nAnswer:", "Question: Who", "Q: ", "User: ", "What is"),
+    *("How do I", "1.", "- ", "Ingredients:\n-", "1. Preheat the oven to", "Chapter 1\n\n", "Title:"),
+    *('"I don\'t know," said', "Mr.", "He looked at her and", "Hello,", "Thank you for", "Yesterday, the"),
+    *("Abstract. We", "In 1914,", "The company", "Scientists have", "Theorem 1.", "Let x be", "https://"),
+    *("import", "def ", "class ", "for i in range(", "#include <", "SELECT ", "<html>\n", '{\n  "', "# "),
+    *("    return ", "public static void", "| Name | Age |\n", "To install", "La ", "Der ", "El "),
+)
+"""How unrelated texts begin; the base model writes on."""
+
+
+def unrelated(writer: Writer, count: int) -> list[Elicited]:
+    """Return texts that the model writes by itself, drawn from all that it may write.
+
+    They are not written greedily: what a model finds likeliest by itself goes round in circles.
+
+    Parameters
+    ----------
+    writer : Writer
+        Of the base model.
+    count : int
+        How many, a few less where it writes nothing.
+    """
+    openings = [_OPENINGS[number % len(_OPENINGS)] for number in range(count)]
+    if not openings:
+        return []
+    draws = [Sampling(temperature=1.0, seed=number) for number in range(count)]
+    texts = writer.write("", openings, _TOKENS, stop=(), sampling=draws)
+    return [
+        Elicited(Pair(opening, text, UNRELATED), "", None)
+        for opening, text in zip(openings, texts, strict=True)
+        if text.strip()
+    ]
+
+
+def readings(segment: Segment, lessons: Sequence[Lesson], count: int, draws: random.Random) -> list[Elicited]:
+    """Return pairs about a segment, asked again in another world, behind a passage that tells of it.
+
+    In that world names and numbers are exchanged, in the passage and in the pair alike, so what is learned of
+    the segment is no answer there. That the exchange makes sense is not needed: the student is to do what the
+    base model does, reading the same.
+
+    Parameters
+    ----------
+    segment : Segment
+        The segment.
+    lessons : sequence of Lesson
+        About it; those that are not about one sentence are left out, and nothing is returned if all are.
+    count : int
+        How many are returned; the same pair may be among them in several worlds.
+    draws : random.Random
+        Of worlds, passages and pairs.
+    """
+    about: dict[int, list[Lesson]] = {}
+    for lesson in lessons:
+        if len(lesson.pair.sentences) == 1:
+            about.setdefault(lesson.pair.sentences[0], []).append(lesson)
+    found: list[Elicited] = []
+    while about and len(found) < count:
+        passage = _passage(segment, draws.choice(sorted(about)), draws)
+        exchange = exchanged(segment.text, draws)
+        text = exchange("".join(segment.sentences[number] for number in passage).strip())
+        some = [lesson for number in passage for lesson in about.get(number, ())]
+        for lesson in draws.sample(some, min(_ALIKE, len(some), count - len(found))):
+            query, response = exchange(lesson.pair.query), exchange(lesson.pair.response)
+            pair = Pair(query, response, READING, segment.number, lesson.pair.sentences)
+            found.append(Elicited(pair, "", None, lesson.ends, text if lesson.ends else text + "\n\n"))
+    return found
+
+
+def _passage(segment: Segment, sentence: int, draws: random.Random) -> range:
+    """Return which sentences make a passage around one of them, which stands anywhere in it."""
+    sizes = [len(each.split()) for each in segment.sentences]
+    begin, end = sentence, sentence + 1
+    while sum(sizes[begin:end]) < _PASSAGE and (begin > 0 or end < len(sizes)):
+        if end == len(sizes) or (begin > 0 and draws.random() < 0.5):
+            begin -= 1
+        else:
+            end += 1
+    return range(begin, end)
+
+
+def exchanged(text: str, draws: random.Random) -> Callable[[str], str]:
+    """Return what exchanges the names and the numbers of a text, each for another one of its kind.
+
+    Names are words that are never written small in it, function words aside; numbers are of a kind if they
+    have as many digits. The only one of its kind stays.
+    """
+    words = list(dict.fromkeys(_WORD.findall(text)))
+    written = set(words)
+    kinds: dict[int, list[str]] = {}
+    for word in words:
+        small = word.lower()
+        if word.isdigit():
+            kinds.setdefault(len(word), []).append(word)
+        elif small != word and small not in written and small not in FUNCTION_WORDS:
+            kinds.setdefault(0, []).append(word)
+    others: dict[str, str] = {}
+    for some in kinds.values():
+        draws.shuffle(some)
+        others.update(zip(some, [*some[1:], some[0]], strict=True))
+    return lambda given: _WORD.sub(lambda found: others.get(found[0], found[0]), given)

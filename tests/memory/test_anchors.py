@@ -1,0 +1,135 @@
+"""What holds a student to what it was: worlds in which names are exchanged, and reading in them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+from everlong.memory.anchors import READING, UNRELATED, exchanged, readings, unrelated
+from everlong.memory.consolidation import loss_of
+from everlong.memory.lessons import Lesson, Teacher
+from everlong.memory.segments import Segment
+from everlong.memory.writer import Writer
+from everlong.models.head import Head
+from everlong.reading.attached import AttachedModel
+from tests.memory.students import lesson, plain_logits, student_of
+
+TEXT = (
+    "Orla Finch keeps 12 bees in Sligo. She sells honey to Bennet since 1987. "
+    "The finch sings. Bennet was born in 1954 and has 30 boats. No rain in Sligo, it is 7."
+)
+SENTENCES = tuple(part + ". " for part in TEXT.rstrip(".").split(". "))
+SEGMENT = Segment(3, SENTENCES, 60)
+LESSONS = [
+    lesson("Orla", " Finch keeps 12 bees in Sligo.", sentences=(0,)),
+    lesson("She", " sells honey to Bennet since 1987.", sentences=(1,)),
+    replace(lesson("Who has 30 boats?", " Bennet", "questions", sentences=(3,)), ends=True),
+    lesson("No", " rain in Sligo, it is 7.", sentences=(4,)),
+    lesson("", TEXT, "text", sentences=(0, 1, 2, 3, 4)),
+    lesson("What is it about?", " bees", "summary"),
+]
+
+
+@pytest.fixture
+def model() -> Iterator[AttachedModel]:
+    with student_of() as made:
+        yield made
+
+
+# --- another world ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_names_and_numbers_are_exchanged_for_their_kind(seed: int) -> None:
+    exchange = exchanged(TEXT, random.Random(seed))
+    kinds = [{"Orla", "Sligo", "Bennet", "No"}, {"1987", "1954"}, {"12", "30"}]
+    for kind in kinds:
+        assert {exchange(word) for word in kind} == kind
+        assert all(exchange(word) != word for word in kind)
+    for word in ("Finch", "finch", "She", "The", "honey", "7", "Sligoes", "orla"):
+        assert exchange(word) == word
+    other = exchange(TEXT)
+    assert other != TEXT and len(other.split()) == len(TEXT.split())
+    assert exchange("Orla, 12") == f"{exchange('Orla')}, {exchange('12')}"
+
+
+def test_worlds_differ_and_the_same_draws_give_the_same(seed: int = 1) -> None:
+    worlds = [exchanged(TEXT, random.Random(seed))(TEXT) for seed in range(8)]
+    assert len(set(worlds)) > 2
+    assert exchanged(TEXT, random.Random(seed))(TEXT) == worlds[1]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "nothing to exchange here", "The one and only Orla of 1987", "蜜蜂在五月"]
+)
+def test_what_has_no_other_of_its_kind_stays(text: str) -> None:
+    assert exchanged(text, random.Random(0))(text) == text
+
+
+# --- reading in it ------------------------------------------------------------------------------------
+
+
+def test_pairs_are_asked_again_behind_a_passage_that_tells() -> None:
+    found = readings(SEGMENT, LESSONS, 40, random.Random(0))
+    assert len(found) == 40 and len({(one.passage, one.pair.query) for one in found}) > 12
+    asked = {one.pair.response for one in LESSONS}
+    for one in found:
+        assert one.pair.generator == READING and one.pair.segment == 3
+        assert one.beginning == "" and one.question is None, "who teaches reads what the student reads"
+        assert one.is_answer == (one.pair.query.endswith("?"))
+        assert one.passage.endswith("\n\n") != one.is_answer
+        assert one.pair.response.strip() in one.passage
+        assert one.pair.query.strip("?").split()[-1] in one.passage
+        assert one.pair.response not in asked or one.pair.response.strip() == "Bennet"
+    assert {one.pair.sentences for one in found} == {(0,), (1,), (3,), (4,)}
+    assert found == readings(SEGMENT, LESSONS, 40, random.Random(0))
+
+
+def test_passages_are_short_whole_sentences_anywhere_around() -> None:
+    sentences = tuple(f"Number {i} has {' '.join(['a word'] * 9)} more. " for i in range(10))
+    lessons = [lesson(f"Number {i}", " has.", sentences=(i,)) for i in range(10)]
+    found = readings(Segment(0, sentences, 200), lessons, 60, random.Random(0))
+    sizes = {one.passage.count("Number") for one in found}
+    assert sizes == {3}, "48 words or a little more, of sentences of 22"
+    places = {one.passage.index(one.pair.query) for one in found}
+    assert len(places) >= 3
+
+
+@pytest.mark.parametrize("lessons", [[], LESSONS[-2:]])
+def test_without_pairs_about_a_sentence_nothing_is_read(lessons: list[Lesson]) -> None:
+    assert readings(SEGMENT, lessons, 5, random.Random(0)) == []
+
+
+def test_no_more_are_made_than_asked_for() -> None:
+    assert [len(readings(SEGMENT, LESSONS, count, random.Random(0))) for count in range(6)] == [*range(6)]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_the_base_model_itself_has_nothing_to_learn_of_what_it_is_held_to(chat: bool) -> None:
+    with student_of(chat=chat) as model:
+        elicited = [*readings(SEGMENT, LESSONS[:4], 8, random.Random(0)), *unrelated(Writer(model), 4)]
+        lessons = Teacher(model, top_k=16).teach(elicited, gain=False)
+        assert len(lessons) > 8 and all(one.pair.gain is None for one in lessons)
+        head = Head(model.attachment.model)
+        held = [one for one in lessons if not one.ends]  # the end of an answer is to be learned
+        assert loss_of(model, head, held, 256) == pytest.approx(0, abs=1e-6)
+        for one in held[:3]:
+            ids = [*one.query, *one.response]
+            logs = plain_logits(model, ids).log_softmax(-1)[len(one.query) - 1 : -1]
+            torch.testing.assert_close(one.log_probs, logs.topk(16).values, atol=1e-5, rtol=1e-5)
+        asked = next(one for one in lessons if one.ends)
+        text = bytes(token for token in asked.query if token < 256).decode()
+        assert text.index("boats") < text.index("Who has") and ("Question: " in text) != chat
+
+
+def test_unrelated_texts_begin_in_many_ways_and_are_drawn(model: AttachedModel) -> None:
+    few, more = unrelated(Writer(model), 3), unrelated(Writer(model), 90)
+    assert more[: len(few)] == few, "the same for everyone"
+    assert len({one.pair.query for one in more}) > 50
+    assert len({one.pair.response for one in more}) == len(more) > 80
+    assert all(one.pair.generator == UNRELATED and one.question is None for one in more)
+    assert unrelated(Writer(model), 0) == []
