@@ -1,4 +1,4 @@
-"""What holds a student to what it was: worlds in which names are exchanged, and reading in them."""
+"""What keeps a student what it was: worlds in which names are exchanged, and reading in them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from everlong.memory.anchors import READING, UNRELATED, exchanged, readings, unrelated
 from everlong.memory.consolidation import loss_of
-from everlong.memory.lessons import Lesson, Teacher
+from everlong.memory.lessons import Lesson, Teacher, as_tokens
 from everlong.memory.segments import Segment
 from everlong.memory.writer import Writer
 from everlong.models.head import Head
@@ -79,7 +79,6 @@ def test_pairs_are_asked_again_behind_a_passage_that_tells() -> None:
     asked = {one.pair.response for one in LESSONS}
     for one in found:
         assert one.pair.generator == READING and one.pair.segment == 3
-        assert one.beginning == "" and one.question is None, "who teaches reads what the student reads"
         assert one.is_answer == (one.pair.query.endswith("?"))
         assert one.passage.endswith("\n\n") != one.is_answer
         assert one.pair.response.strip() in one.passage
@@ -109,21 +108,27 @@ def test_no_more_are_made_than_asked_for() -> None:
 
 
 @pytest.mark.parametrize("chat", [False, True])
-def test_the_base_model_itself_has_nothing_to_learn_of_what_it_is_held_to(chat: bool) -> None:
+def test_questions_stand_behind_their_passage_as_sessions_ask(chat: bool) -> None:
     with student_of(chat=chat) as model:
-        elicited = [*readings(SEGMENT, LESSONS[:4], 8, random.Random(0)), *unrelated(Writer(model), 4)]
-        lessons = Teacher(model, top_k=16).teach(elicited, gain=False)
-        assert len(lessons) > 8 and all(one.pair.gain is None for one in lessons)
-        head = Head(model.attachment.model)
-        held = [one for one in lessons if not one.ends]  # the end of an answer is to be learned
-        assert loss_of(model, head, held, 256) == pytest.approx(0, abs=1e-6)
-        for one in held[:3]:
-            ids = [*one.query, *one.response]
-            logs = plain_logits(model, ids).log_softmax(-1)[len(one.query) - 1 : -1]
-            torch.testing.assert_close(one.log_probs, logs.topk(16).values, atol=1e-5, rtol=1e-5)
-        asked = next(one for one in lessons if one.ends)
-        text = bytes(token for token in asked.query if token < 256).decode()
-        assert text.index("boats") < text.index("Who has") and ("Question: " in text) != chat
+        elicited = readings(SEGMENT, LESSONS[:4], 20, random.Random(0))
+        lessons = [as_tokens(model, one) for one in elicited]
+        for one, made in zip(elicited, lessons, strict=True):
+            text = bytes(token for token in made.query if token < 256).decode()
+            assert text.index(one.passage) < text.rindex(one.pair.query)
+            assert ("Question: " in text) == (one.is_answer and not chat)
+            assert bytes(x for x in made.response if x < 256).decode().startswith(one.pair.response)
+            assert made.ends == one.is_answer
+        alone = as_tokens(model, replace(elicited[0], passage=""))
+        assert len(alone) < len(lessons[0])
+
+
+def test_the_base_model_itself_has_nothing_to_learn_of_what_it_is_held_to(model: AttachedModel) -> None:
+    lessons = Teacher(model, top_k=16).teach(unrelated(Writer(model), 6), gain=False)
+    assert len(lessons) > 3 and all(one.pair.gain is None for one in lessons)
+    assert loss_of(model, Head(model.attachment.model), lessons, 256) == pytest.approx(0, abs=1e-6)
+    for one in lessons[:3]:
+        logs = plain_logits(model, [*one.query, *one.response]).log_softmax(-1)[len(one.query) - 1 : -1]
+        torch.testing.assert_close(one.log_probs, logs.topk(16).values, atol=1e-5, rtol=1e-5)
 
 
 def test_unrelated_texts_begin_in_many_ways_and_are_drawn(model: AttachedModel) -> None:

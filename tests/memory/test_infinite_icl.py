@@ -403,7 +403,7 @@ def test_hidden_states_are_taught_in_every_batch(
     assert given and all(one.hidden is not None for lessons in given for one in lessons)
 
 
-def test_each_pass_has_its_own_anchors_of_the_base_model(
+def test_each_pass_has_its_own_anchors_and_readings(
     model: AttachedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[list[list[Lesson]]] = []
@@ -419,7 +419,8 @@ def test_each_pass_has_its_own_anchors_of_the_base_model(
         assert len(turns) == 4
         kinds = [[one.pair.generator for one in turn] for turn in turns]
         assert all(kind.count(READING) == 2 and 1 <= kind.count(UNRELATED) <= 3 for kind in kinds)
-        assert all(one.tokens.shape[1] > 1 for turn in turns for one in turn), "distributions, not words"
+        wide = {(one.pair.generator, one.tokens.shape[1] > 1) for turn in turns for one in turn}
+        assert wide == {(UNRELATED, True), (READING, False)}, "a distribution, and what the passage says"
         texts = [tuple(one.response) for turn in turns for one in turn if one.pair.generator == UNRELATED]
         assert len(set(texts)) == len(texts)
     first, second = ([one for turn in turns for one in turn] for turns in given[:2])

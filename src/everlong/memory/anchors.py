@@ -1,9 +1,9 @@
-"""What holds a student to what it was: texts that the model writes by itself, and reading.
+"""What keeps a student what it was: texts that the model writes by itself, and reading.
 
 A model that learns to answer without a text unlearns other things on the way. What it says of other matters
-changes. And it no longer looks at what stands before a question, for while it learned nothing did: though
-another text is before it, it answers from memory. Against either it is held, by the base model's whole
-distribution, to what that does itself: to write on, and to read.
+changes: so it is held, by the base model's whole distribution, to what that writes. And it no longer looks at
+what stands before a question, for while it learned nothing did: though another text is before it, it answers
+from memory. So it goes on reading, of worlds in which its memory is wrong.
 """
 
 from __future__ import annotations
@@ -67,9 +67,8 @@ def unrelated(writer: Writer, count: int) -> list[Elicited]:
 def readings(segment: Segment, lessons: Sequence[Lesson], count: int, draws: random.Random) -> list[Elicited]:
     """Return pairs about a segment, asked again in another world, behind a passage that tells of it.
 
-    In that world names and numbers are exchanged, in the passage and in the pair alike, so what is learned of
-    the segment is no answer there. That the exchange makes sense is not needed: the student is to do what the
-    base model does, reading the same.
+    In that world names and numbers are exchanged, in the passage and in the pair alike: the response is what
+    the passage says, and what is learned of the segment is no answer. It need not make sense.
 
     Parameters
     ----------

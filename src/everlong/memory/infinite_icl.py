@@ -22,7 +22,7 @@ from everlong.memory.anchors import readings, unrelated
 from everlong.memory.consolidation import Schedule, Step, consolidate, student
 from everlong.memory.elicitation import Cloze, Generator, make_generators
 from everlong.memory.gate import weighed, without_worth
-from everlong.memory.lessons import Elicited, Lesson, Teacher
+from everlong.memory.lessons import Elicited, Lesson, Teacher, as_tokens
 from everlong.memory.progress import Account, LearnProgress, Progress, Reporter
 from everlong.memory.recipes import Recipe
 from everlong.memory.segments import Segment, segments
@@ -150,7 +150,7 @@ class InfiniteICL:
             with state.account.timed("anchors"), self._without(adapted):
                 if self._anchored is None:
                     texts = unrelated(Writer(self.model), self._turns * self.recipe.anchors)
-                    self._anchored = self._held_to(texts)
+                    self._anchored = self._taught_by(self.model).teach(texts, gain=False)
             for segment in parts:
                 if segment.number < state.segment:
                     continue
@@ -270,9 +270,6 @@ class InfiniteICL:
             seed=self.seed + segment.number,
         )
 
-        with state.account.timed("anchors"), self._without(adapted):
-            read = self._readings(lessons, segment)
-
         def behind_prefix() -> StreamCache:
             return cartridge.past_of(self.model, adapted.prompt_encoder["memory"].weight)
 
@@ -285,7 +282,7 @@ class InfiniteICL:
                 [parameter for parameter in adapted.parameters() if parameter.requires_grad],
                 [lesson for i, lesson in enumerate(lessons) if i not in held] + rehearsed,
                 schedule,
-                anchors=self._by_turns(self._anchored or [], read),
+                anchors=self._by_turns(self._anchored or [], self._readings(lessons, segment)),
                 held_out=[lessons[i] for i in held],
                 past=behind_prefix if self.is_cartridge else None,
                 on_step=on_step,
@@ -296,19 +293,16 @@ class InfiniteICL:
         return min(self.recipe.passes, _TURNS)
 
     def _readings(self, lessons: list[Lesson], segment: Segment) -> list[Lesson]:
-        """Return what the student is held to that reads of the segment in other words."""
+        """Return what the student goes on reading while it learns a segment: responses as they stand."""
         draws = random.Random(self.seed + segment.number)
-        return self._held_to(readings(segment, lessons, self._turns * self.recipe.readings, draws))
+        elicited = readings(segment, lessons, self._turns * self.recipe.readings, draws)
+        return [as_tokens(self.model, item).hard() for item in elicited]
 
     def _by_turns(self, *kinds: list[Lesson]) -> list[list[Lesson]]:
         """Deal lessons out, some of each kind for each pass."""
         return [
             [lesson for some in kinds for lesson in some[turn :: self._turns]] for turn in range(self._turns)
         ]
-
-    def _held_to(self, elicited: list[Elicited]) -> list[Lesson]:
-        """Return what the base model does itself, as lessons."""
-        return self._taught_by(self.model).teach(elicited, gain=False)
 
     def _taught_by(self, teacher: AttachedModel | None) -> Teacher:
         """Return a model as teacher, if its tokens are the student's; else the student itself."""

@@ -52,8 +52,8 @@ class Recipe:
         Unrelated texts, drawn from the base model, on which the student is held to it in each pass; others
         in the next.
     readings : int
-        Pairs about the segment with their names and numbers exchanged, and a passage before them that tells
-        so, on which the student is held to the base model in each pass; others in the next.
+        Pairs about the segment with their names and numbers exchanged, asked in each pass behind a passage
+        that tells so; others in the next. They keep the student reading.
     kind : {"lora", "cartridge"}
         What is trained: an adapter of the linear layers, or the keys and values of a prefix.
     prefix : int
