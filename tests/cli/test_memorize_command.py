@@ -146,3 +146,19 @@ def test_reading_learns_what_leaves_the_window_and_the_rest_unless_it_goes_on(ev
     assert cartridge.code == 2 and "not learned in passing" in cartridge.err
     chooses = everlong("read", handbook, "--memorize", "a", "--memory", "auto")
     assert chooses.code == 2 and "chooses a memory for each answer" in chooses.err
+
+
+def test_how_reading_learns_can_be_said(everlong, home, handbook):
+    words = ["--memorize", "a", "--recipe", "temp-lora", "--set", "window=40"]
+    settings = ["--recipe-set", "passes=1", "--recipe-set", "rank=8"]
+    done = everlong("read", handbook, *words, *settings, "--force")
+    assert done.code == 0, done.err
+    recipe = MemoryStore().get("a").record.recipe.values
+    assert (recipe["passes"], recipe["rank"], recipe["generators"]) == (1, 8, ["text"])
+    unknown = everlong("read", handbook, *words, "--recipe-set", "pases=1")
+    assert unknown.code == 2 and "did you mean 'passes'" in unknown.err
+    odd = everlong("read", handbook, *words, "--recipe-set", "passes")
+    assert odd.code == 2 and "--recipe-set takes KEY=VALUE" in odd.err
+    for alone in (["--recipe-set", "passes=1"], ["--replace"], ["--force"]):
+        nothing = everlong("read", handbook, *alone)
+        assert nothing.code == 2 and "give --memorize NAME too" in nothing.err

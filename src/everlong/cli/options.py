@@ -243,8 +243,11 @@ class OutputOptions:
     quiet: Quiet = False
 
 
-def parse_settings(settings: list[str] | None) -> dict[str, str]:
-    """Turn ``["window=2048", "sinks=4"]`` into a dictionary for ``make_policy``.
+_EXAMPLES = {"--set": "window=2048", "--recipe-set": "generators=cloze"}
+
+
+def parse_settings(settings: list[str] | None, option: str = "--set") -> dict[str, str]:
+    """Turn ``["window=2048", "sinks=4"]``, given to `option`, into a dictionary for ``make_policy``.
 
     Raises
     ------
@@ -256,8 +259,10 @@ def parse_settings(settings: list[str] | None) -> dict[str, str]:
         key, equals, value = setting.partition("=")
         key = key.strip()
         if not equals or not key:
-            raise ConfigurationError(f"--set takes KEY=VALUE, such as --set window=2048; got {setting!r}")
+            raise ConfigurationError(
+                f"{option} takes KEY=VALUE, such as {option} {_EXAMPLES[option]}; got {setting!r}"
+            )
         if key in parsed:
-            raise ConfigurationError(f"--set {key} is given twice: {parsed[key]!r} and {value.strip()!r}")
+            raise ConfigurationError(f"{option} {key} is given twice: {parsed[key]!r} and {value.strip()!r}")
         parsed[key] = value.strip()
     return parsed

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -21,6 +21,7 @@ from everlong.cli.options import (
     System,
     WeightsOption,
     WritingOptions,
+    parse_settings,
 )
 from everlong.cli.session_options import (
     account,
@@ -35,6 +36,7 @@ from everlong.cli.session_options import (
     source_of,
 )
 from everlong.cli.terminal import duration, notes, output, print_json
+from everlong.errors import ConfigurationError
 from everlong.models.files import human_bytes
 
 if TYPE_CHECKING:
@@ -79,9 +81,24 @@ def read(
     recipe: Annotated[
         str, typer.Option("--recipe", help="How that is learned.", rich_help_panel=_LEARNING)
     ] = "infinite-icl",
+    recipe_settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--recipe-set",
+            metavar="KEY=VALUE",
+            help="A setting of the recipe, such as generators=cloze. May be given several times.",
+            rich_help_panel=_LEARNING,
+        ),
+    ] = None,
     replace: Annotated[
         bool,
         typer.Option("--replace", help="Replace a memory of that name.", rich_help_panel=_LEARNING),
+    ] = False,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force", help="Go on where the text is worth nothing to the model.", rich_help_panel=_LEARNING
+        ),
     ] = False,
     weights: WeightsOption = "auto",
     surprisal: Annotated[
@@ -99,11 +116,19 @@ def read(
     what is in it at the end is learned too, unless `--state` is there to go on.
     """
     from everlong.memory.passing import Learning
+    from everlong.memory.recipes import make_recipe
 
     console = notes(quiet=output_options.quiet)
     arguments = writing.arguments()
     _check(files, state)
-    learning = None if memorize is None else Learning(memorize, recipe, replace=replace)
+    learning = None
+    changes = cast(dict[str, Any], parse_settings(recipe_settings, "--recipe-set"))
+    if memorize is not None:
+        learning = Learning(memorize, make_recipe(recipe, **changes), replace=replace, force=force)
+    elif changes or replace or force:
+        raise ConfigurationError(
+            "--recipe-set, --replace and --force say how to learn: give --memorize NAME too"
+        )
     with open_llm(model, method, weights=weights, quiet=output_options.quiet) as llm:
         if dry_run:
             _estimate(llm, files, surprisal=surprisal, as_json=output_options.as_json)
