@@ -35,6 +35,9 @@ STEPS = {
     "set by index": lambda x: _set(x * 1),
     "as it is": lambda x: x.to(torch.float32).contiguous() * 1,
     "an embedding": lambda x: F.embedding(x.clamp(0, 2).long(), torch.arange(12.0).view(3, 4)).sum(1),
+    "numbers seen as others": lambda x: F.embedding(torch.tensor([1]), x.T * 2).view(torch.int32).float(),
+    "conjugates": lambda x: (y := torch.complex(x, x * 2)) * (y * 3).conj() + y.conj().imag + y.imag,
+    "named outputs": lambda x: torch.stack(torch.aminmax(x * 3, dim=1)),
     "nought, and not always": lambda x: x.abs().long() // 4 + 0,
     "a result that is a view": lambda x: (x + 1)[:, 1:],
 }
@@ -137,13 +140,17 @@ def test_what_somebody_else_holds_on_to_is_left_alone():
         held.append(x * 2)
         x = x + held[0]
         held.append((x * 3)[:, 1:])
-        return (x * 4) * (x * 5) + held[1].sum()
+        held.append(F.embedding(torch.tensor([1, 2]), x.T))
+        held.append(torch.aminmax(x * 1, dim=1)[0])
+        return (x * 4) * (x * 5) + held[1].sum() + held[2].tanh().sum() + held[3]
 
     given, replay, _, _ = recorded(run)
     given.copy_(-X)
     replay()
     assert torch.equal(held[0], (1 - X) * 2)
     assert torch.equal(held[1], ((1 - X) * 9)[:, 1:])
+    assert torch.equal(held[2], ((1 - X) * 3).T[1:3])
+    assert torch.equal(held[3], ((1 - X) * 3).amin(1))
 
 
 def test_what_only_the_next_call_reads_is_handed_on_to_it():
@@ -183,10 +190,16 @@ def test_weights_may_change_and_move():
         lambda x: x.nonzero(),
         lambda x: torch.where(x > 0)[0],
         lambda x: x.repeat_interleave(x[0].long().clamp(min=0), 1),
+        lambda x: (x * 1).t_().sum(),
+        lambda x: torch.topk(x, 2, out=(x.new_empty(1, 2), torch.empty(1, 2, dtype=torch.long)))[0],
+        lambda x: torch._foreach_add_([x * 1], 1) or x,
     ],
-    ids=["if", "item", "mask", "float", "tolist", "nonzero", "where", "repeat_interleave"],
+    ids=[
+        *("if", "item", "mask", "float", "tolist", "nonzero", "where", "repeat_interleave"),
+        *("in another shape", "several given to write to", "a list written to"),
+    ],
 )
-def test_what_depends_on_numbers_is_refused(look):
+def test_what_depends_on_numbers_or_changes_more_than_one_is_refused(look):
     with pytest.raises(UnsupportedUseError, match="cannot be recorded"):
         recorded(look)
 

@@ -153,12 +153,14 @@ def test_how_reading_learns_can_be_said(everlong, home, handbook):
     settings = ["--recipe-set", "passes=1", "--recipe-set", "rank=8"]
     done = everlong("read", handbook, *words, *settings, "--force")
     assert done.code == 0, done.err
-    recipe = MemoryStore().get("a").record.recipe.values
+    recipe = MemoryStore().get("a").record.recipe
+    assert recipe.name == "temp-lora"
+    recipe = recipe.values
     assert (recipe["passes"], recipe["rank"], recipe["generators"]) == (1, 8, ["text"])
     unknown = everlong("read", handbook, *words, "--recipe-set", "pases=1")
     assert unknown.code == 2 and "did you mean 'passes'" in unknown.err
     odd = everlong("read", handbook, *words, "--recipe-set", "passes")
     assert odd.code == 2 and "--recipe-set takes KEY=VALUE" in odd.err
-    for alone in (["--recipe-set", "passes=1"], ["--replace"], ["--force"]):
+    for alone in (["--recipe-set", "passes=1"], ["--recipe", "lift"], ["--replace"], ["--force"]):
         nothing = everlong("read", handbook, *alone)
         assert nothing.code == 2 and "give --memorize NAME too" in nothing.err

@@ -232,6 +232,24 @@ def test_the_best_on_what_is_held_out_is_kept(model: AttachedModel, monkeypatch:
         assert not torch.equal(parts[3][1], parts[5][1])
 
 
+def test_hidden_states_are_taught_beside_lessons_that_have_none(model: AttachedModel) -> None:
+    head = Head(model.attachment.model)
+    told, untold = soft(model, hidden=True)[:2], HARD[:2]
+
+    def gradient(lessons: list[Lesson], weight: float) -> Tensor:
+        torch.manual_seed(0)
+        with student(model, config()) as adapted:
+            parameters = trained_parts(adapted)
+            learn_from(model, head, lessons, weight)
+            return torch.cat([parameter.grad.flatten() for parameter in parameters])
+
+    both, rows = [*told, *untold], [sum(len(x.response) for x in some) for some in (told, untold)]
+    added = gradient(both, 1.0) - gradient(both, 0.0)
+    alone = gradient(told, 1.0) - gradient(told, 0.0)
+    assert float(added.abs().max()) > 0
+    torch.testing.assert_close(added, alone * rows[0] / sum(rows), rtol=1e-3, atol=1e-7)
+
+
 def test_held_out_lessons_are_not_learned(model: AttachedModel) -> None:
     schedule = replace(SCHEDULE, passes=1)
     alone, beside = learned(model, HARD[:3], schedule), learned(model, HARD[:3], schedule, held_out=HARD[3:])

@@ -418,16 +418,16 @@ def test_each_pass_has_its_own_anchors_and_readings(
     for turns in given:
         assert len(turns) == 4
         kinds = [[one.pair.generator for one in turn] for turn in turns]
-        assert all(kind.count(READING) == 2 and 1 <= kind.count(UNRELATED) <= 3 for kind in kinds)
-        wide = {(one.pair.generator, one.tokens.shape[1] > 1) for turn in turns for one in turn}
-        assert wide == {(UNRELATED, True), (READING, False)}, "a distribution, and what the passage says"
+        assert all(kind.count(READING) <= 2 and 1 <= kind.count(UNRELATED) <= 3 for kind in kinds)
         texts = [tuple(one.response) for turn in turns for one in turn if one.pair.generator == UNRELATED]
         assert len(set(texts)) == len(texts)
+    every = [one for turns in given for turn in turns for one in turn]
+    wide = {(one.pair.generator, one.tokens.shape[1] > 1) for one in every}
+    assert wide == {(UNRELATED, True), (READING, False)}, "a distribution, and what the passage says"
     first, second = ([one for turn in turns for one in turn] for turns in given[:2])
     assert [x for x in first if x.pair.generator == UNRELATED] == [
         x for x in second if x.pair.generator == UNRELATED
     ]
-    assert {x.pair.segment for x in second if x.pair.generator == READING} == {1}
     given.clear()
     learner_of(model, anchors=0, readings=0, passes=4, generators=("cloze",)).learn(TEXT)
     assert given and not any(turn for turns in given for turn in turns)

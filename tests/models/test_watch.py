@@ -25,6 +25,7 @@ def _swap_hooks(model):
 CHANGES = {
     "a parameter": lambda m: setattr(m.model.norm, "weight", nn.Parameter(m.model.norm.weight.detach() * 2)),
     "a bias where there was none": _bias,
+    "the first module of a container": lambda m: m.model.extra.__setitem__("a", nn.Linear(2, 2)),
     "a module": lambda m: setattr(m.model.layers[0].mlp, "act_fn", nn.GELU()),
     "a layer less": lambda m: m.model.layers.__delitem__(1),
     "a class": lambda m: setattr(m.model.norm, "__class__", type("Norm", (type(m.model.norm),), {})),
@@ -40,7 +41,9 @@ CHANGES = {
 
 @pytest.fixture
 def model():
-    return tiny.build("llama", **WIDE)
+    made = tiny.build("llama", **WIDE)
+    made.model.extra = nn.ModuleDict()
+    return made
 
 
 @pytest.mark.parametrize("change", CHANGES)

@@ -53,8 +53,8 @@ class Note:
     def with_tensors(self, by: Callable[[Tensor], Tensor]) -> Note:
         """Return the same with other tensors, each found by the one that it stands for."""
         function, arguments, named = self.call.func, self.call.args, self.call.keywords
-        call = partial(function, *exchanged(arguments, by), **exchanged(named, by))
-        return replace(self, call=call, copied=exchanged(self.copied, by))
+        call = partial(function, *mapped(arguments, by), **mapped(named, by))
+        return replace(self, call=call, copied=mapped(self.copied, by))
 
     def storing(self) -> Call:
         """Return what repeats the call and keeps its outputs."""
@@ -88,12 +88,21 @@ def shortest(notes: list[Note], made: dict[int, Tensor], result: Tensor) -> list
     held: dict[int, dict[int, Tensor]] = {}
     for tensor in chain(made.values(), *(note.tensors for note in notes)):
         held.setdefault(storage_of(tensor), {})[id(tensor)] = tensor
-    inner = {key: list(held[key].values()) for key in made if key != storage_of(result)}
+    inner = {
+        key: list(held[key].values())
+        for key in made
+        if key != storage_of(result) and not _is_held_elsewhere(key, len(held[key]))
+    }
     notes = _needed(notes, made, result)
     handed_on = _handed_on(notes, inner)
     _share_memory(notes, inner)
     one_of_all = _one_of_all(chain.from_iterable(inner.values()))
     return _joined([note.with_tensors(one_of_all) for note in notes], handed_on)
+
+
+def _is_held_elsewhere(storage: int, tensors: int) -> bool:
+    """Whether more than so many tensors, and the object by which Python knows it, hold on to a storage."""
+    return _holders_of is None or _holders_of(storage) > tensors + 1
 
 
 def _needed(notes: list[Note], made: dict[int, Tensor], result: Tensor) -> list[Note]:
@@ -136,10 +145,8 @@ def _share_memory(notes: list[Note], inner: dict[int, list[Tensor]]) -> None:
     notes : list of Note
         The calls.
     inner : dict of int to list of Tensor
-        All tensors that are known to lie in each storage; one that somebody else holds too is left alone.
+        All tensors that lie in each storage.
     """
-    if _holders_of is None:
-        return
     first: dict[int, int] = {}
     last: dict[int, int] = {}
     for number, note in enumerate(notes):
@@ -150,8 +157,6 @@ def _share_memory(notes: list[Note], inner: dict[int, list[Tensor]]) -> None:
     free_after: dict[int, int] = {}  # a place's latest user's last call
     for storage, begin in first.items():
         own = inner[storage][0].untyped_storage()
-        if _holders_of(storage) > len(inner[storage]) + 1:  # `own` is the one
-            continue
         for number, place in enumerate(places):
             if (place.device, place.nbytes()) == (own.device, own.nbytes()) and free_after[number] < begin:
                 for tensor in inner[storage]:
@@ -168,7 +173,7 @@ def _one_of_all(tensors: Iterable[Tensor]) -> Callable[[Tensor], Tensor]:
     names: dict[int, Tensor] = {}
     known: dict[Any, Tensor] = {}
     for tensor in tensors:
-        names[id(tensor)] = known.setdefault((storage_of(tensor), tensor.dtype, *_lies(tensor)), tensor)
+        names[id(tensor)] = known.setdefault((storage_of(tensor), *_lies(tensor)), tensor)
     return lambda tensor: names.get(id(tensor), tensor)
 
 
@@ -203,14 +208,14 @@ def _described(value: Any) -> Any:
     return id(value) if isinstance(value, Tensor) or callable(value) else (type(value), repr(value))
 
 
-def exchanged(values: Any, by: Callable[[Tensor], Tensor]) -> Any:
+def mapped(values: Any, by: Callable[[Tensor], Tensor]) -> Any:
     """Return arguments with other tensors, those in sequences and dictionaries too."""
     if isinstance(values, Tensor):
         return by(values)
     if isinstance(values, dict):
-        return {name: exchanged(value, by) for name, value in values.items()}
-    if type(values) in (tuple, list):
-        return type(values)(exchanged(value, by) for value in values)
+        return {name: mapped(value, by) for name, value in values.items()}
+    if isinstance(values, (tuple, list)):
+        return (list if isinstance(values, list) else tuple)(mapped(value, by) for value in values)
     return values
 
 
@@ -230,5 +235,12 @@ def storage_of(tensor: Tensor) -> int:
 
 
 def _lies(tensor: Tensor) -> tuple[Any, ...]:
-    """Return how a tensor lies in its memory."""
-    return tensor.storage_offset(), tensor.shape, tensor.stride()
+    """Return how a tensor lies in its memory, and is to be understood."""
+    return (
+        tensor.storage_offset(),
+        tensor.shape,
+        tensor.stride(),
+        tensor.dtype,
+        tensor.is_conj(),
+        tensor.is_neg(),
+    )

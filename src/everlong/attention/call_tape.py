@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from everlong.attention.call_notes import Call, Note, exchanged, shortest, storage_of, tensors_in
+from everlong.attention.call_notes import Call, Note, mapped, shortest, storage_of, tensors_in
 from everlong.errors import UnsupportedUseError
 from everlong.models.collector import paused
 
@@ -25,6 +25,8 @@ _LOOKS = {"item", "tolist", "numpy", "equal", "allclose", "is_nonzero"} | {
 """What lets Python look at the numbers of a tensor, and decide by them."""
 _SIZES = {"nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "bincount"}
 """What returns more or less, depending on numbers."""
+_RESHAPING = {"t_", "transpose_", "swapaxes_", "swapdims_", "squeeze_", "unsqueeze_", "resize_"}
+"""What makes a tensor lie another way, in place: repeated, it would lie another way again."""
 _COPY = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "clone", "contiguous"}
 _MAY_DO_NOTHING = _COPY | {"requires_grad_", "detach_"}
 _HOLDERS = (torch, torch._C._nn)  # of functions that may take `out`
@@ -65,10 +67,14 @@ class _Tape(TorchFunctionMode):
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
         if name in _LOOKS or _depends_in_size(name, args):
             raise UnsupportedUseError(f"{name}() lets numbers decide what comes next: it cannot be recorded")
+        if name in _RESHAPING or name.startswith("_foreach") or isinstance(kwargs.get("out"), (tuple, list)):
+            raise UnsupportedUseError(
+                f"{name}() changes several tensors, or how one lies: it cannot be recorded"
+            )
         output = func(*args, **kwargs)
         given = list(tensors_in((args, tuple(kwargs.values()))))
         read = set(map(storage_of, given))
-        args, kwargs = exchanged(args, self._own), exchanged(kwargs, self._own)
+        args, kwargs = mapped(args, self._own), mapped(kwargs, self._own)
         if name == "__setitem__" or any(output is tensor for tensor in given):
             if name not in _MAY_DO_NOTHING:
                 target = args[0] if output is None else output

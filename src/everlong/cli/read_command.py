@@ -79,8 +79,11 @@ def read(
         ),
     ] = None,
     recipe: Annotated[
-        str, typer.Option("--recipe", help="How that is learned.", rich_help_panel=_LEARNING)
-    ] = "infinite-icl",
+        str | None,
+        typer.Option(
+            "--recipe", help="How that is learned (default: infinite-icl).", rich_help_panel=_LEARNING
+        ),
+    ] = None,
     recipe_settings: Annotated[
         list[str] | None,
         typer.Option(
@@ -116,7 +119,6 @@ def read(
     what is in it at the end is learned too, unless `--state` is there to go on.
     """
     from everlong.memory.passing import Learning
-    from everlong.memory.recipes import make_recipe
 
     console = notes(quiet=output_options.quiet)
     arguments = writing.arguments()
@@ -124,10 +126,12 @@ def read(
     learning = None
     changes = cast(dict[str, Any], parse_settings(recipe_settings, "--recipe-set"))
     if memorize is not None:
-        learning = Learning(memorize, make_recipe(recipe, **changes), replace=replace, force=force)
-    elif changes or replace or force:
+        learning = Learning(
+            memorize, recipe or "infinite-icl", replace=replace, force=force, settings=changes
+        )
+    elif recipe or changes or replace or force:
         raise ConfigurationError(
-            "--recipe-set, --replace and --force say how to learn: give --memorize NAME too"
+            "--recipe, --recipe-set, --replace and --force say how to learn: give --memorize NAME too"
         )
     with open_llm(model, method, weights=weights, quiet=output_options.quiet) as llm:
         if dry_run:

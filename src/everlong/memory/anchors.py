@@ -12,6 +12,7 @@ import random
 import re
 from collections.abc import Callable, Sequence
 
+from everlong.memory.elicitation import WORD
 from everlong.memory.lessons import Elicited, Lesson
 from everlong.memory.lexical import FUNCTION_WORDS
 from everlong.memory.pairs import Pair
@@ -23,7 +24,7 @@ UNRELATED, READING = "unrelated", "reading"
 """What their pairs call themselves."""
 
 _TOKENS = 48  # of an unrelated text
-_PASSAGE = 48  # words of what is read, about
+_PASSAGE, _MOST = 48, 96  # words of what is read, about, and at most
 _ALIKE = 3  # pairs that are asked about one passage
 _WORD = re.compile(r"\w+")
 _OPENINGS = (
@@ -64,32 +65,43 @@ def unrelated(writer: Writer, count: int) -> list[Elicited]:
     ]
 
 
-def readings(segment: Segment, lessons: Sequence[Lesson], count: int, draws: random.Random) -> list[Elicited]:
+def readings(
+    segment: Segment, lessons: Sequence[Lesson], each: int, turns: int, draws: random.Random
+) -> list[Elicited]:
     """Return pairs about a segment, asked again in another world, behind a passage that tells of it.
 
     In that world names and numbers are exchanged, in the passage and in the pair alike: the response is what
-    the passage says, and what is learned of the segment is no answer. It need not make sense.
+    the passage says, and what is learned of the segment is no answer. It need not make sense. Passages in
+    which nothing is exchanged are left out, and with them whole texts in scripts without capitals.
 
     Parameters
     ----------
     segment : Segment
         The segment.
     lessons : sequence of Lesson
-        About it; those that are not about one sentence are left out, and nothing is returned if all are.
-    count : int
-        How many are returned; the same pair may be among them in several worlds.
+        About it; those that are not about one sentence, of at most some hundred words, are left out.
+    each : int
+        How many are wanted for a turn; no more than there are such lessons.
+    turns : int
+        For how many turns, one after another; the same pair may come in several worlds.
     draws : random.Random
         Of worlds, passages and pairs.
     """
+    sizes = [len(WORD.findall(sentence)) for sentence in segment.sentences]
     about: dict[int, list[Lesson]] = {}
     for lesson in lessons:
-        if len(lesson.pair.sentences) == 1:
-            about.setdefault(lesson.pair.sentences[0], []).append(lesson)
+        sentences = lesson.pair.sentences
+        if len(sentences) == 1 and sizes[sentences[0]] <= _MOST:
+            about.setdefault(sentences[0], []).append(lesson)
+    count = turns * min(each, sum(map(len, about.values())))
     found: list[Elicited] = []
-    while about and len(found) < count:
-        passage = _passage(segment, draws.choice(sorted(about)), draws)
+    for _ in range(count):
+        passage = _passage(sizes, draws.choice(sorted(about)), draws)
         exchange = exchanged(segment.text, draws)
-        text = exchange("".join(segment.sentences[number] for number in passage).strip())
+        told = "".join(segment.sentences[number] for number in passage).strip()
+        text = exchange(told)
+        if text == told:
+            continue
         some = [lesson for number in passage for lesson in about.get(number, ())]
         for lesson in draws.sample(some, min(_ALIKE, len(some), count - len(found))):
             query, response = exchange(lesson.pair.query), exchange(lesson.pair.response)
@@ -98,23 +110,25 @@ def readings(segment: Segment, lessons: Sequence[Lesson], count: int, draws: ran
     return found
 
 
-def _passage(segment: Segment, sentence: int, draws: random.Random) -> range:
-    """Return which sentences make a passage around one of them, which stands anywhere in it."""
-    sizes = [len(each.split()) for each in segment.sentences]
+def _passage(sizes: Sequence[int], sentence: int, draws: random.Random) -> range:
+    """Return which sentences, of so many words, make a passage around one, which stands anywhere in it."""
     begin, end = sentence, sentence + 1
-    while sum(sizes[begin:end]) < _PASSAGE and (begin > 0 or end < len(sizes)):
-        if end == len(sizes) or (begin > 0 and draws.random() < 0.5):
-            begin -= 1
-        else:
-            end += 1
+    while sum(sizes[begin:end]) < _PASSAGE:
+        beside = [number for number in (begin - 1, end) if 0 <= number < len(sizes)]
+        if not beside:
+            break
+        number = draws.choice(beside)
+        if sum(sizes[begin:end]) + sizes[number] > _MOST:
+            break
+        begin, end = min(begin, number), max(end, number + 1)
     return range(begin, end)
 
 
 def exchanged(text: str, draws: random.Random) -> Callable[[str], str]:
     """Return what exchanges the names and the numbers of a text, each for another one of its kind.
 
-    Names are words that are never written small in it, function words aside; numbers are of a kind if they
-    have as many digits. The only one of its kind stays.
+    Names are words that are never written small in it, English function words aside; numbers are of a kind
+    if they have as many digits. The only one of its kind stays.
     """
     words = list(dict.fromkeys(_WORD.findall(text)))
     written = set(words)

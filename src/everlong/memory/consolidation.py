@@ -179,7 +179,7 @@ def learn_from(
     if hidden_weight and expected is not None:
         length = states.norm(dim=-1, keepdim=True)
         own = states / length
-        distance = own - expected
+        distance = (own - expected) * expected.any(-1, keepdim=True)  # nought: nothing is expected there
         loss = loss + hidden_weight * distance.square().sum(-1)
         along = (distance * own).sum(-1, keepdim=True) * own
         gradient = gradient + 2 * hidden_weight * (distance - along) / length
@@ -221,9 +221,13 @@ def _expected(lessons: Sequence[Lesson], device: torch.device) -> tuple[Tensor, 
     k = max(lesson.tokens.shape[1] for lesson in lessons)
     tokens = torch.cat([_widened(lesson.tokens, k, 0) for lesson in lessons]).to(device)
     log_probs = torch.cat([_widened(lesson.log_probs, k, -math.inf) for lesson in lessons]).to(device)
-    states = [lesson.hidden for lesson in lessons if lesson.hidden is not None]
-    if len(states) < len(lessons):
+    known = next((lesson.hidden for lesson in lessons if lesson.hidden is not None), None)
+    if known is None:
         return tokens, log_probs, None
+    states = [
+        known.new_zeros(len(lesson.response), known.shape[1]) if lesson.hidden is None else lesson.hidden
+        for lesson in lessons
+    ]
     return tokens, log_probs, torch.nn.functional.normalize(torch.cat(states).to(device), dim=-1)
 
 

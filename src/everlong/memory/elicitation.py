@@ -19,7 +19,8 @@ GENERATORS: Registry[type[Generator]] = Registry("generator of pairs")
 
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 """Letters of scripts that put no blanks between words: three of them count as one."""
-_WORD = re.compile(rf"\s*(?:[{_UNSPACED}]{{1,3}}|[^\s{_UNSPACED}]+)")
+WORD = re.compile(rf"\s*(?:[{_UNSPACED}]{{1,3}}|[^\s{_UNSPACED}]+)")
+"""A word, with the blanks before it."""
 _LETTERS = re.compile(r"[^\W_]+")
 
 
@@ -66,7 +67,7 @@ class Cloze(Generator):
             begun = raw.lstrip()
             sentence = begun.rstrip()
             target = begun if "\n" in begun[len(sentence) :] else sentence
-            words = _WORD.findall(sentence)
+            words = WORD.findall(sentence)
             if len(words) > self.begin:
                 query = "".join(words[: self.begin])
                 for before in ("", previous) if previous else ("",):

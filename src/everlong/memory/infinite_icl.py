@@ -253,6 +253,7 @@ class InfiniteICL:
     ) -> None:
         recipe, draws = self.recipe, random.Random(self.seed + segment.number)
         held = draws.sample(range(len(lessons)), int(recipe.held_out * len(lessons)))
+        learned = [lesson for number, lesson in enumerate(lessons) if number not in held]
         rehearsed: list[Lesson] = []
         if recipe.carry == "replay" and state.pool:
             room = recipe.replay * sum(map(len, lessons))
@@ -280,9 +281,9 @@ class InfiniteICL:
             state.account.loss = consolidate(
                 self.model,
                 [parameter for parameter in adapted.parameters() if parameter.requires_grad],
-                [lesson for i, lesson in enumerate(lessons) if i not in held] + rehearsed,
+                learned + rehearsed,
                 schedule,
-                anchors=self._by_turns(self._anchored or [], self._readings(lessons, segment)),
+                anchors=self._by_turns(self._anchored or [], self._readings(learned, segment)),
                 held_out=[lessons[i] for i in held],
                 past=behind_prefix if self.is_cartridge else None,
                 on_step=on_step,
@@ -295,13 +296,19 @@ class InfiniteICL:
     def _readings(self, lessons: list[Lesson], segment: Segment) -> list[Lesson]:
         """Return what the student goes on reading while it learns a segment: responses as they stand."""
         draws = random.Random(self.seed + segment.number)
-        elicited = readings(segment, lessons, self._turns * self.recipe.readings, draws)
+        elicited = readings(segment, lessons, self.recipe.readings, self._turns, draws)
         return [as_tokens(self.model, item).hard() for item in elicited]
 
     def _by_turns(self, *kinds: list[Lesson]) -> list[list[Lesson]]:
-        """Deal lessons out, some of each kind for each pass."""
+        """Deal lessons out for each pass: some of each kind, and together what begins alike."""
+        count = self._turns
         return [
-            [lesson for some in kinds for lesson in some[turn :: self._turns]] for turn in range(self._turns)
+            [
+                lesson
+                for some in kinds
+                for lesson in some[turn * len(some) // count : (turn + 1) * len(some) // count]
+            ]
+            for turn in range(count)
         ]
 
     def _taught_by(self, teacher: AttachedModel | None) -> Teacher:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -57,6 +57,8 @@ class Learning:
         Whether to learn what is worth nothing to the model. A later ``Learning`` may say otherwise.
     store : MemoryStore, optional
         Where it is kept; by default the session's.
+    settings : mapping of str to Any, optional
+        Changes to the recipe.
     """
 
     name: str | None = None
@@ -65,16 +67,22 @@ class Learning:
     replace: bool = False
     force: bool = False
     store: MemoryStore | None = None
+    settings: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.name is not None:
             check_name(self.name)
-        if make_recipe(self.recipe).kind == "cartridge":
+        if self.made_recipe.kind == "cartridge":
             raise ConfigurationError(
                 "a cartridge is not learned in passing: it stands at the beginning of a stream, so that one "
                 "that goes on cannot take it; use a recipe of adapters, such as 'infinite-icl', or learn the "
                 "text by llm.memorize()"
             )
+
+    @property
+    def made_recipe(self) -> Recipe:
+        """The recipe with its changes."""
+        return make_recipe(self.recipe, **(self.settings or {}))
 
 
 class PassingLearners:
@@ -118,7 +126,7 @@ class PassingLearners:
         """
         try:
             values = json.loads(bytes(state[_VALUES].cpu().numpy()))
-            recipe = {**values["recipe"], "generators": tuple(values["recipe"]["generators"])}
+            recipe = {"readings": 0, **values["recipe"], "generators": tuple(values["recipe"]["generators"])}
             asked = Learning(**{**values["learning"], "recipe": Recipe(**recipe), "store": self._store})
             learner = PassingLearner(self._model, asked, before)
             learner.load(state, values)
@@ -151,7 +159,7 @@ class PassingLearner:
         self._recipe_name = asked.recipe if isinstance(asked.recipe, str) else "custom"
         self._before = before
         self._base_hash = model.weights_hash
-        recipe = make_recipe(asked.recipe)
+        recipe = asked.made_recipe
         with model.attachment.adapters.set_aside():
             self._learner = InfiniteICL(model, recipe, seed=asked.seed, force=asked.force)
         self._cutter = Cutter(model.coder, recipe.segment_tokens)
@@ -179,7 +187,7 @@ class PassingLearner:
                 "memorize=True, or begin another session"
             )
         if isinstance(memorize, Learning):
-            if (make_recipe(asked.recipe), asked.seed) != (self._learner.recipe, ours.seed):
+            if (asked.made_recipe, asked.seed) != (self._learner.recipe, ours.seed):
                 raise ConfigurationError(
                     f"memory {ours.name!r} was begun with another recipe or seed: go on with memorize=True, "
                     "or begin another session"

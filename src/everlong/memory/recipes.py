@@ -183,7 +183,7 @@ for _name, _recipe in {
     RECIPES.register(_name)(_recipe)
 
 
-def make_recipe(recipe: Recipe | str | None = None, **changes: Any) -> Recipe:
+def make_recipe(recipe: Recipe | str | None = None, /, **changes: Any) -> Recipe:
     """Return a recipe by name, with changes.
 
     Raises

@@ -209,7 +209,7 @@ def by_float_weights(model: nn.Module) -> Iterator[None]:
         _note_change()
 
 
-def times_packed() -> int:
+def packing_state() -> int:
     """Return a number that is another one after any layer, of any model, was packed otherwise."""
     return _latest_change
 

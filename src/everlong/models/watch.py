@@ -17,14 +17,16 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
-from everlong.models.packing import PackedLinear, times_packed
+from everlong.models.packing import PackedLinear, packing_state
 
 _HOLDERS = itemgetter("_parameters", "_buffers", "_modules")
 _HOOKS = itemgetter("_forward_hooks", "_forward_pre_hooks")
 _PACKED = itemgetter("_everlong_product", "_everlong_most")
 _GLOBAL_HOOKS = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
 _KNOWN = ("torch", "transformers", "everlong")
-"""Packages whose modules compute the same when a plain attribute changes, or one more part is added."""
+"""Packages whose modules compute the same, whatever becomes of plain attributes and of parts they lack."""
+_CONTAINERS = nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn.ParameterDict
+"""Except for these, which may be filled later."""
 _PLAIN = (bool, int, float, str, type(None))
 _OF_ALL = frozenset(vars(nn.Module()))
 _ALWAYS_ALIKE = frozenset(
@@ -81,7 +83,9 @@ class _Snapshot:
         foreign = [vars(module) for module in self._modules if not _is_known(module)]
         self._switches = [_switches(attributes) for attributes in foreign]
         self._holders = list(filter(None, chain.from_iterable(map(_HOLDERS, self._attributes))))
-        self._empty = [holder for holder in chain.from_iterable(map(_HOLDERS, foreign)) if not holder]
+        growing = [vars(module) for module in self._modules if isinstance(module, _CONTAINERS)]
+        holders = chain.from_iterable(map(_HOLDERS, [*foreign, *growing]))
+        self._empty = [holder for holder in holders if not holder]
         self._held = list(self._all_held())
         self._tensors = [held for held in self._held if isinstance(held, Tensor)]
         self._handles = RemovableHandle.next_id
@@ -90,9 +94,13 @@ class _Snapshot:
         hooks = [hook for those in self._hooked for hook in those.values()]
         self._hook_count = len(hooks)
         self._packable = [vars(module) for module in self._modules if type(module) is PackedLinear]
-        self._times_packed = times_packed()
+        self._packing_state = packing_state()
         self._packed = self._packed_weights()
-        self._trainable = [vars(module) for module in self._modules if type(module) not in _ALWAYS_ALIKE]
+        self._trainable = [
+            vars(module)
+            for module in self._modules
+            if type(module) not in _ALWAYS_ALIKE or "forward" in vars(module)
+        ]
         self._training = self._training_flags()
         self._addresses = self._tensor_addresses()
         self.can_be_recorded = (
@@ -140,18 +148,20 @@ class _Snapshot:
 
     def _has_its_hooks(self) -> bool:
         """Whether there are as many hooks as there were: counted if any has been added to any module."""
-        if RemovableHandle.next_id != self._handles:
+        latest = RemovableHandle.next_id  # read once: another thread may add to it
+        if latest != self._handles:
             if sum(map(len, self._hooks)) != self._hook_count:
                 return False
-            self._handles = RemovableHandle.next_id
+            self._handles = latest
         return sum(map(len, self._hooked)) == self._hook_count
 
     def _is_packed_alike(self) -> bool:
         """Whether packed layers multiply with the same: all are looked at if any has been packed."""
-        if times_packed() != self._times_packed:
+        latest = packing_state()
+        if latest != self._packing_state:
             if not _are_the_same(self._packed_weights(), self._packed):
                 return False
-            self._times_packed = times_packed()
+            self._packing_state = latest
         return True
 
     def _packed_weights(self) -> list[Any]:
@@ -178,7 +188,7 @@ def _switches(attributes: dict[str, Any]) -> tuple[Callable[[Any], list[Any]], d
 
 
 def _is_known(module: nn.Module) -> bool:
-    """Whether a module looks at no more than it was built with."""
+    """Whether what a module computes is known not to depend on plain attributes."""
     return type(module).__module__.split(".")[0] in _KNOWN
 
 
