@@ -220,6 +220,7 @@ def memories() -> list[str]:
     cells = [
         [name, *(share([row[key][form] for row in every if key in row]) for form in FORMS)]
         for key, name in shown.items()
+        if any(key in row for row in every)
     ]
     documents = sum(key.startswith("read") for key in rows)
     return [
@@ -228,8 +229,7 @@ def memories() -> list[str]:
         "",
         *table(["what it has", *(f"{form}s" if form != "reverse" else form for form in FORMS)], cells),
         "",
-        "Percent, with intervals of 95 %. Learning a document of 240 tokens takes "
-        f"{median(row['seconds'] for key, row in rows.items() if key.endswith(', hard labels')):.0f} s.",
+        "Percent, with intervals of 95 %.",
         source("memory_facts", saved),
     ]
 
