@@ -38,7 +38,7 @@ class Recipe:
         Pairs that each sentence keeps if it has as many with a gain above zero, however small.
     targets : {"soft", "hard"}
         Whether the teacher's distribution is learned, or the response as it stands, which recalled more of
-        invented facts (benchmarks/results/memory_facts.md).
+        invented facts (docs/memory.md).
     top_k : int
         Next tokens whose probability the teacher tells; the others are one event.
     hidden_weight : float
