@@ -176,10 +176,27 @@ def test_a_step_is_profiled_by_kinds_of_operators(
         f"{kind}, {window}" for window in (30, 50) for kind in ("float", "int8", "int4")
     ]
     spent = {kind: milliseconds for kind, (milliseconds, _) in found["kinds"].items()}
-    step, others = found["step"], spent[profile_step.OTHERS]
+    step = found["step"]
     assert script.table(0)[1][1:3] == ["30", f"{step:.1f}"]
     rest = step - sum(spent.values())
-    assert script.table(0)[1][-2:] == [f"{rest:.1f}", f"{(others + rest) / step:.0%}"]
+    assert script.table(0)[1][-2:] == [f"{rest:.1f}", f"{found['besides']:.0%}"]
+
+
+def test_what_is_besides_is_a_share_of_the_step_of_the_same_turn(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile_step = importlib.import_module("profile_step")
+    steps, spent = iter([9.9, 9.9, 0.010, 9.9, 0.020, 9.9, 0.040, 9.9]), iter([5.0, 19.0, 10.0])
+    monkeypatch.setattr(profile_step, "REPEATS", 3)
+    monkeypatch.setattr(profile_step, "decode_seconds", lambda *_: [next(steps)])
+    monkeypatch.setattr(
+        profile_step,
+        "by_kind",
+        lambda _: {kind: [next(spent) if kind == "products" else 0.0, 1.0] for kind in profile_step.KINDS},
+    )
+    found = profile_step.measure(str(folder / "tiny"), 30, "int8")
+    assert found["step"] == pytest.approx(20) and found["kinds"]["products"][0] == 10
+    assert found["besides"] == pytest.approx(0.5), "of 1 - 5 / 10, 1 - 19 / 20, 1 - 10 / 40"
 
 
 # --- llama.cpp ----------------------------------------------------------------------------------------
