@@ -182,6 +182,7 @@ def test_a_step_is_profiled_by_kinds_of_operators(
     assert script.table(0)[1][-2:] == [f"{rest:.1f}", f"{found['besides']:.0%}"]
 
 
+@pytest.mark.usefixtures("scripts")
 def test_what_is_besides_is_a_share_of_the_step_of_the_same_turn(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
