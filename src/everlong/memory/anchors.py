@@ -96,6 +96,8 @@ def readings(
     count = turns * min(each, sum(map(len, about.values())))
     found: list[Elicited] = []
     for _ in range(count):
+        if len(found) == count:
+            break
         passage = _passage(sizes, draws.choice(sorted(about)), draws)
         exchange = exchanged(segment.text, draws)
         told = "".join(segment.sentences[number] for number in passage).strip()
