@@ -61,7 +61,7 @@ def read(handle, length=30, rows=1, offset=0, mask=None, policy=None):
     return caches
 
 
-def write(handle, ours, theirs, count, seed=1):
+def write(handle, ours, theirs, count, seed=1, undisturbed=False):
     """Write the same tokens on both, hold them against each other, and return how many were repeated."""
     recorder = handle.steps.recorder
     before = getattr(recorder, "replayed", 0)
@@ -69,7 +69,7 @@ def write(handle, ours, theirs, count, seed=1):
     for at in range(count):
         token = ids[:, at : at + 1]
         expected = handle.model(token, **tiny.cached(theirs)).logits
-        close(handle.step(ours, token), expected)
+        close(handle.step(ours, token, undisturbed=undisturbed and at > 0), expected)
         assert ours.seen == theirs.seen
         assert ours.bytes() == theirs.bytes()
     return getattr(recorder, "replayed", 0) - before
@@ -95,7 +95,9 @@ def test_three_turns_of_the_ring_repeated_equal_eager_steps(family, policy, code
         monkeypatch.setattr(lean_layers, "MOST_ROWS", 0)
     with attach(build(family), POLICIES[policy]) as handle:
         handle.steps.recorder = RECORDERS[recorder]()
-        assert write(handle, *read(handle), ENOUGH) == REPEATED + 1
+        ours, theirs = read(handle)
+        assert write(handle, ours, theirs, ENOUGH) == REPEATED + 1
+        assert write(handle, ours, theirs, TURNS, undisturbed=True) == TURNS
         assert handle.steps.recorder.recorded == 1
 
 
@@ -137,13 +139,14 @@ def test_the_windows_may_fill_while_writing(handle):
     assert write(handle, ours, theirs, ENOUGH) == REPEATED + 1
 
 
+@pytest.mark.parametrize("undisturbed", [False, True])
 @pytest.mark.parametrize("offset", [0, 200_000_000])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_frame_that_moves_again_and_again(handle, policy, offset, monkeypatch):
+def test_a_frame_that_moves_again_and_again(handle, policy, offset, undisturbed, monkeypatch):
     monkeypatch.setattr(layer_memory, "FRAME", W + 7)
     ours, theirs = read(handle, offset=offset, policy=POLICIES[policy])
     before = ours.memories[0].origin
-    assert write(handle, ours, theirs, ENOUGH) == REPEATED + 1
+    assert write(handle, ours, theirs, ENOUGH, undisturbed=undisturbed) == REPEATED + 1
     assert ours.memories[0].origin > before + W
     assert handle.steps.recorder.recorded == 1
 

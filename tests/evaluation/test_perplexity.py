@@ -108,7 +108,7 @@ def test_each_chunk_says_what_it_cost_and_scoring_is_not_counted(
     monkeypatch.setattr(perplexity_module, "time", clock)
 
     class Slow(StockStream):
-        def read(self, ids: Tensor) -> Tensor:
+        def read(self, ids: Tensor, *, undisturbed: bool = False) -> Tensor:
             clock.now += 2.0 * len(ids)
             return super().read(ids)
 

@@ -139,7 +139,7 @@ class Timed(StockStream):
         super().__init__(model)
         self._clock, self._cost, self._log = clock, cost, log
 
-    def read(self, ids: Tensor) -> Tensor:
+    def read(self, ids: Tensor, *, undisturbed: bool = False) -> Tensor:
         self._log.append((self, len(ids), self.seen))
         self._clock.now += self._cost(len(ids))
         return super().read(ids)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
-
-import torch
 
 from everlong.attention.cache import StreamCache
 from everlong.attention.forward import Layers
@@ -43,7 +41,7 @@ def aims(cache: StreamCache, layers: Layers) -> list[Aim] | None:
     Stored keys are brought to the frame that the token needs.
     """
     span = cache.policy.span
-    if torch.is_grad_enabled() or not cache.is_settled or layers.share_keys or span is None:
+    if layers.share_keys or span is None:
         return None
     if cache.seen - max(cache.pads or (0,)) < span:
         return None
@@ -68,6 +66,26 @@ def aims(cache: StreamCache, layers: Layers) -> list[Aim] | None:
     return found
 
 
+def next_aims(latest: list[Aim], pads: tuple[int, ...] | None) -> list[Aim] | None:
+    """Return where the token after the last one goes, nothing but that having been put in; None: look anew.
+
+    Parameters
+    ----------
+    latest : list of Aim
+        Of the last token.
+    pads : tuple of int or None
+        The rows' padding.
+    """
+    found: list[Aim] = []
+    for aim in latest:
+        memory = next(iter(aim.memories.values()))
+        place = None if memory.outgrows_frame(1) else token_place(aim.policy, memory, pads)
+        if place is None:
+            return None
+        found.append(replace(aim, place=place))
+    return found
+
+
 def one_further(aim: Aim) -> Aim:
     """Return the aim of the token after this one, in the same frame; called once this one was put in."""
     memory = next(iter(aim.memories.values()))
@@ -75,7 +93,7 @@ def one_further(aim: Aim) -> Aim:
     if sinks is not None:
         sinks = range(sinks.start + 1, sinks.stop + 1) if isinstance(sinks, range) else sinks + 1
     place = aim.place._replace(at=aim.place.at + 1, slot=memory.slot(memory.seen), sinks=sinks)
-    return Aim(aim.policy, aim.rotation, aim.memories, place)
+    return replace(aim, place=place)
 
 
 def _is_full(memory: LayerMemory) -> bool:

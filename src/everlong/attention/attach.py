@@ -206,7 +206,9 @@ class Attachment:
 
     # --- writing -----------------------------------------------------------------------------------
 
-    def step(self, cache: StreamCache, ids: Tensor, *, hidden: bool = False) -> Tensor:
+    def step(
+        self, cache: StreamCache, ids: Tensor, *, hidden: bool = False, undisturbed: bool = False
+    ) -> Tensor:
         """Run one token a row, as writing does.
 
         Parameters
@@ -217,6 +219,8 @@ class Attachment:
             The tokens.
         hidden : bool
             Whether hidden states are wanted, without the head.
+        undisturbed : bool
+            Whether nothing but Everlong's own code has run since the last step of `cache`.
 
         Returns
         -------
@@ -227,15 +231,14 @@ class Attachment:
         output = "last_hidden_state" if hidden else "logits"
 
         def run(cache: PolicyCache, ids: Tensor) -> Tensor:
-            found: Tensor = getattr(
-                module(input_ids=ids, use_cache=True, **{self.cache_argument: cache}), output
-            )
+            call = {"input_ids": ids, "use_cache": True, self.cache_argument: cache}
+            found: Tensor = getattr(module(**call), output)
             return found
 
-        if cache.row_adapters is not None:  # a recording knows of one adapter, or none
-            return run(cache, ids)
+        if cache.row_adapters is not None:
+            return run(cache, ids)  # a recording knows of one adapter, or none
         with self.adapters.active(cache.adapter):
-            return self.steps.run(cache, ids, run, output)
+            return self.steps.run(cache, ids, run, output, undisturbed=undisturbed)
 
     # --- generate() --------------------------------------------------------------------------------
 

@@ -77,6 +77,10 @@ class LayerMemory:
         """Return the frame position of token `index`."""
         return self.start + index - self.origin
 
+    def outgrows_frame(self, n: int) -> bool:
+        """Whether n tokens more need the stored keys to be brought to a new origin first."""
+        return self.frame(self.seen + n) > FRAME
+
     def slot(self, index: int) -> int:
         """Return the slot of token `index`."""
         if self.local is None or index < self.sinks + self.local:
@@ -188,7 +192,7 @@ class LayerMemory:
             held = self.keys[:, :, : self.held]
             held.copy_(rotation(before.undo(held, at), at))
         self.frequencies, self.layout = new, rotation.layout
-        if self.local is not None and self.keys is not None and self.frame(self.seen + n) > FRAME:
+        if self.local is not None and self.keys is not None and self.outgrows_frame(n):
             shift = self.frame(max(0, self.seen - self.local))
             if shift > 0:
                 held = self.keys[:, :, : self.held]

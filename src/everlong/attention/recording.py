@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from everlong.attention.aim import Aim, aims, one_further
+from everlong.attention.aim import Aim, aims, next_aims, one_further
 from everlong.attention.cache import StreamCache
 from everlong.attention.cache_interface import PolicyCache
 from everlong.attention.call_tape import CallTapes
@@ -87,6 +87,12 @@ class Recorded:
         Repeats it; None: it is not recorded yet.
     result : Tensor or None
         Where its output is then.
+    latest : list of Aim
+        Of the last step that was repeated.
+    seen : int
+        Tokens that the cache had seen after it.
+    glance : tuple or None
+        What the model showed at a glance then.
     """
 
     output: str
@@ -95,6 +101,9 @@ class Recorded:
     eager: int = 0
     replay: Callable[[], None] | None = None
     result: Tensor | None = None
+    latest: list[Aim] = field(default_factory=list)
+    seen: int = -1
+    glance: tuple[int, int, bool] | None = None
 
 
 class StepRecorder:
@@ -122,7 +131,9 @@ class StepRecorder:
         """By adapter: with each, the model looks different."""
         self._layers = layers
 
-    def run(self, cache: StreamCache, ids: Tensor, run: Run, output: str) -> Tensor:
+    def run(
+        self, cache: StreamCache, ids: Tensor, run: Run, output: str, *, undisturbed: bool = False
+    ) -> Tensor:
         """Run `ids`, shape (rows, 1).
 
         Parameters
@@ -135,6 +146,9 @@ class StepRecorder:
             The eager step.
         output : str
             What it returns, by some name.
+        undisturbed : bool
+            Whether nothing but Everlong's own code has run since the last step of `cache`: then neither
+            the model nor the cache is looked at as closely.
 
         Returns
         -------
@@ -142,6 +156,9 @@ class StepRecorder:
             What `run` returns.
         """
         recorder = self.recorder
+        found = self._next(cache, ids, output) if undisturbed and recorder is not None else None
+        if found is not None:
+            return self._repeat(cache, ids, found)
         found = None if recorder is None else self._aims(cache, ids)
         if recorder is None or found is None:
             return run(cache, ids)
@@ -153,6 +170,12 @@ class StepRecorder:
             if recorded.eager <= recorder.eager_steps:
                 return run(cache, ids)
             return self._record(cache, ids, run, recorded, found, recorder)
+        return self._repeat(cache, ids, found)
+
+    def _repeat(self, cache: StreamCache, ids: Tensor, found: list[Aim]) -> Tensor:
+        """Run what was recorded."""
+        recorded = cache.recorded
+        assert recorded is not None and recorded.replay is not None and recorded.result is not None
         cache.begin(len(ids), cache.pads)
         try:
             recorded.step.aim_at(ids, found)
@@ -161,16 +184,36 @@ class StepRecorder:
             cache.abandon()
         recorded.step.count()
         cache.end(1)
-        assert recorded.result is not None
+        recorded.latest, recorded.seen = found, cache.seen
+        recorded.glance = self._watch(cache.adapter).glance()
         return recorded.result.clone()  # the next step writes over it
+
+    def _next(self, cache: StreamCache, ids: Tensor, output: str) -> list[Aim] | None:
+        """Return where the tokens go that follow a step which was repeated; None: that is to be looked at."""
+        recorded = cache.recorded
+        if recorded is None or (recorded.output, recorded.seen) != (output, cache.seen):
+            return None
+        if recorded.step.adapter != cache.adapter or not self._is_plain(cache, ids):
+            return None
+        if recorded.glance != self._watch(cache.adapter).glance():
+            return None
+        found = next_aims(recorded.latest, cache.pads)
+        return found if found is not None and recorded.step.takes(found) else None
 
     def _aims(self, cache: StreamCache, ids: Tensor) -> list[Aim] | None:
         """Return where a static step would put the tokens; None: it runs eagerly, or is refused there."""
-        if cache.owner != self._owner or cache.is_half_done or ids.shape != (cache.rows, 1):
-            return None
-        if torch.is_autocast_enabled(ids.device.type):
-            return None
-        return aims(cache, self._layers)
+        return aims(cache, self._layers) if self._is_plain(cache, ids) else None
+
+    def _is_plain(self, cache: StreamCache, ids: Tensor) -> bool:
+        """Whether nothing here is in a static step's way: otherwise it runs eagerly, or is refused there."""
+        return (
+            cache.owner == self._owner
+            and cache.is_settled
+            and not cache.is_half_done
+            and ids.shape == (cache.rows, 1)
+            and not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled(ids.device.type)
+        )
 
     def _recorded(
         self, cache: StreamCache, ids: Tensor, found: list[Aim], output: str, recorder: Recorder

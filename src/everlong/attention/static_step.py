@@ -8,7 +8,7 @@ writes, the rings of the memories among it, stays where it is.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ from everlong.attention.positions import Angles, working_dtype
 from everlong.attention.token_step import TokenStep, rotated_sinks
 from everlong.errors import InputError, UnsupportedUseError
 from everlong.models.adapters import Span
+
+_AHEAD = 64  # tokens
 
 
 class _Kind:
@@ -44,6 +46,7 @@ class _Kind:
         self._tables: Angles = None
         self._here: Angles = None
         self._sinks: Angles = None
+        self._ahead: tuple[Any, Angles] = (None, None)
         angles = self._angles(aim)
         if angles is not None:
             cos, sin = self._tables = _like(angles[0], dtype, device), _like(angles[1], dtype, device)
@@ -55,12 +58,19 @@ class _Kind:
         _copy(self._tables, self._angles(aim))
 
     def _angles(self, aim: Aim) -> Angles:
-        """Return what rotates the token, and behind it the sinks, each to where it stands."""
+        """Return what rotates the token, and behind it the sinks, each to where it stands.
+
+        Tables are made for some tokens at once, as a call takes longer than what it computes.
+        """
         at, sinks = aim.place.at, aim.place.sinks
-        if sinks is None:
-            return aim.rotation.angles(at, self._like)
-        places = [sinks] * self._sink_count if isinstance(sinks, int) else [int(place) for place in sinks]
-        return aim.rotation.angles(torch.tensor([at, *places]), self._like)
+        places = [] if sinks is None else [sinks] * self._sink_count if isinstance(sinks, int) else [*sinks]
+        block, row = divmod(at, _AHEAD)
+        key = aim.rotation.frequencies, block, [int(place) - at for place in places]
+        if self._ahead[0] != key:
+            ahead = torch.arange(block * _AHEAD, (block + 1) * _AHEAD)[:, None] + torch.tensor([0, *key[2]])
+            self._ahead = key, aim.rotation.angles(ahead, self._like)
+        tables = self._ahead[1]
+        return None if tables is None else (tables[0][row, 0], tables[1][row, 0])
 
     def step(self) -> TokenStep:
         """Return the step, the sinks rotated to where they are to stand."""
@@ -122,8 +132,12 @@ class StaticStep(PolicyCache):
             and cache.adapter == self.adapter
             and _real(cache.pads) == self.pads
             and all(ours is theirs for ours, theirs in zip(self._held, self._tensors(), strict=True))
-            and all(kind.is_of(aim) for kind, aim in zip(self._kinds, found, strict=True))
+            and self.takes(found)
         )
+
+    def takes(self, found: list[Aim]) -> bool:
+        """Whether aims in these very memories differ from the step's in nothing but numbers."""
+        return all(kind.is_of(aim) for kind, aim in zip(self._kinds, found, strict=True))
 
     def aim_at(self, ids: Tensor, found: list[Aim]) -> None:
         """Write the tokens, and where they go."""

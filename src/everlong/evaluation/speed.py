@@ -60,7 +60,7 @@ def prefill_seconds(stream: Stream, ids: Tensor) -> float:
 
 
 def decode_seconds(stream: Stream, ids: Tensor, head: nn.Module | None = None) -> list[float]:
-    """Return the seconds of each step when `ids`, shape (n,), come one by one.
+    """Return the seconds of each step when `ids`, shape (n,), come one by one, as ``generate`` writes.
 
     Parameters
     ----------
@@ -73,9 +73,9 @@ def decode_seconds(stream: Stream, ids: Tensor, head: nn.Module | None = None) -
     """
     steps = []
     with torch.inference_mode():
-        for token in ids:
+        for number, token in enumerate(ids):
             started = time.perf_counter()
-            hidden = stream.read(token[None])
+            hidden = stream.read(token[None], undisturbed=number > 0)
             wait_for(hidden if head is None else head(hidden))
             steps.append(time.perf_counter() - started)
     return steps

@@ -37,8 +37,22 @@ class Stream(ABC):
         """What the model remembers."""
 
     @torch.inference_mode()
-    def read(self, ids: Tensor) -> Tensor:
-        """Read `ids`, shape (n,), and return the hidden states after them, shape (n, d)."""
+    def read(self, ids: Tensor, *, undisturbed: bool = False) -> Tensor:
+        """Read tokens.
+
+        Parameters
+        ----------
+        ids : Tensor (n,)
+            The tokens.
+        undisturbed : bool
+            Whether nothing but Everlong's own code has run since the ones before; see
+            :meth:`~everlong.attention.Attachment.step`.
+
+        Returns
+        -------
+        Tensor (n, d)
+            The hidden states after them.
+        """
         call = {"input_ids": ids[None], cache_argument(self.decoder): self.cache, "use_cache": True}
         output = self.decoder(**call)
         hidden: Tensor = output.last_hidden_state[0]
@@ -121,11 +135,11 @@ class PolicyStream(Stream):
         self._cache = attachment.new_cache()
 
     @torch.inference_mode()
-    def read(self, ids: Tensor) -> Tensor:
-        """Read `ids`; a single token as a session does that writes."""
+    def read(self, ids: Tensor, *, undisturbed: bool = False) -> Tensor:
+        """Read tokens; a single one as a session does that writes."""
         if len(ids) > 1:
             return super().read(ids)
-        return self._attachment.step(self._cache, ids[None], hidden=True)[0]
+        return self._attachment.step(self._cache, ids[None], hidden=True, undisturbed=undisturbed)[0]
 
     @property
     def cache(self) -> Any:

@@ -69,6 +69,13 @@ class ModelWatch:
             self._number += 1
         return self._number if self._snapshot.can_be_recorded else None
 
+    def glance(self) -> tuple[int, int, bool]:
+        """Return what changes, among much else, when Everlong or PyTorch changes what a model computes.
+
+        It takes no time, and tells next to nothing of what other code does to the model.
+        """
+        return packing_state(), RemovableHandle.next_id, self._model.training
+
 
 class _Snapshot:
     """What a model looks like at one moment."""

@@ -46,7 +46,7 @@ class Driver:
         self.seconds = 0.0
         self.tokens = 0
 
-    def run(self, ids: Sequence[int], *, logits: bool) -> Tensor | None:
+    def run(self, ids: Sequence[int], *, logits: bool, undisturbed: bool = False) -> Tensor | None:
         """Run one chunk.
 
         Parameters
@@ -55,6 +55,8 @@ class Driver:
             At least one.
         logits : bool
             Whether the next token's logits are wanted; without them and surprisal, no head is computed.
+        undisturbed : bool
+            Whether nothing but Everlong's own code has run since the token before.
 
         Returns
         -------
@@ -72,7 +74,7 @@ class Driver:
             given, call = self._call(ids, self.cache)
             found = None
             if len(ids) == 1 and (self.surprisal or logits):
-                found = self.attachment.step(self.cache, given)[0]
+                found = self.attachment.step(self.cache, given, undisturbed=undisturbed)[0]
             elif self.surprisal:
                 found = model(**call).logits[0]
             elif logits:

@@ -109,8 +109,8 @@ class PackedRows:
     def __init__(self, tapes: list[Tape]) -> None:
         self._tapes = tapes
 
-    def step(self) -> None:
-        """Run the token that waits on each tape."""
+    def step(self, undisturbed: bool) -> None:
+        """Run the token that waits on each tape, always eagerly: what has run before is all the same."""
         for group in dict.fromkeys(map(_group, self._tapes)):
             _run_waiting([(tape, 1) for tape in self._tapes if _group(tape) == group])
 
@@ -130,12 +130,12 @@ class BatchRows:
             tape.driver.cache = cast(StreamCache, _Lent())
 
     @torch.inference_mode()
-    def step(self) -> None:
-        """Run the token that waits on each tape."""
+    def step(self, undisturbed: bool) -> None:
+        """Run the token that waits on each tape; see :meth:`Attachment.step`."""
         started = time.perf_counter()
         cache, drivers = self._batch.cache, [tape.driver for tape in self._tapes]
         ids = torch.tensor([tape.queue for tape in self._tapes], device=drivers[0].device)
-        logits = self._attachment.step(cache, ids)
+        logits = self._attachment.step(cache, ids, undisturbed=undisturbed)
         for tape in self._tapes:
             tape.queue = []
         cache.after_forward(ids, None)

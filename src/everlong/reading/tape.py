@@ -169,12 +169,15 @@ class Tape:
         self.memories = memories
         self.driver.cache.adapter = None if memories is None or memories.prefix else memories.adapter
 
-    def run_chunk(self, size: int, *, logits: bool) -> Tensor | None:
-        """Run the first `size` waiting tokens, Ctrl-C waiting for the end; return surprisal if computed."""
+    def run_chunk(self, size: int, *, logits: bool, undisturbed: bool = False) -> Tensor | None:
+        """Run the first `size` waiting tokens, Ctrl-C waiting for the end; parameters of :meth:`Driver.run`.
+
+        Returns surprisal, if it is computed.
+        """
         with deferred_interrupt():
             chunk, before = self.queue[:size], self.driver.cache.seen
             try:
-                return self.driver.run(chunk, logits=logits)
+                return self.driver.run(chunk, logits=logits, undisturbed=undisturbed)
             finally:
                 if self.driver.cache.seen > before:  # they went through, whatever came of it
                     del self.queue[: len(chunk)]

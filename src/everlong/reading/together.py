@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Sequence
-from typing import cast
+from typing import Any, cast
 
 from everlong.errors import ConfigurationError, InputError
 from everlong.reading.attached import AttachedModel
@@ -15,7 +15,7 @@ from everlong.reading.rows import read_all, rows_of
 from everlong.reading.sampling import Sampler, Sampling
 from everlong.reading.session import Session
 from everlong.reading.tape import Tape
-from everlong.reading.writing import Page, checked_count
+from everlong.reading.writing import Page, checked_count, handed_out
 
 
 def stream_together(
@@ -63,7 +63,7 @@ def write_tapes(
     sampling: Sequence[Sampling],
     stop: Sequence[tuple[str, ...]],
     started: float,
-) -> Generator[tuple[int, str], None, list[Generation]]:
+) -> Generator[tuple[int, str], Any, list[Generation]]:
     """Let the model go on from where each tape stands."""
     read_all(tapes, chunk)
     pages: dict[int, Page] = {}
@@ -76,17 +76,19 @@ def write_tapes(
         detokenizer = Detokenizer(tape.model.tokenizer, list(tape.driver.recent)[-16:], stop[number])
         pages[number] = Page(tape, detokenizer, max_new_tokens)
     done: dict[int, Generation] = {}
+    undisturbed = False
     with rows_of(list(tapes)) as rows:
         while len(done) < len(tapes):
             writing = [number for number in pages if number not in done]
             with deferred_interrupt():
                 if all(tapes[number].queue for number in writing):  # not before the first token
-                    rows.step()
+                    rows.step(undisturbed)
                 for number in writing:
                     driver = tapes[number].driver
                     assert driver.logits is not None, "begin_writing() left nothing to go on from"
                     pages[number].take(samplers[number](driver.logits, driver.recent))
                 rows.keep([tapes[number] for number in writing if pages[number].reason is None])
+            undisturbed = True
             for number in writing:
                 page, tape = pages[number], tapes[number]
                 pieces = page.texts()
@@ -95,6 +97,6 @@ def write_tapes(
                     seconds = time.perf_counter() - started
                     account = tape.stats(), tape.memory_names
                     done[number] = Generation(page.text, page.count, seconds, page.reason, *account)
-                for piece in pieces:
-                    yield number, piece
+                alone = yield from handed_out((number, piece) for piece in pieces)
+                undisturbed = undisturbed and alone
     return [done[number] for number in range(len(tapes))]

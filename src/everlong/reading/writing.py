@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -18,6 +18,9 @@ from everlong.reading.speculation import SPECULATORS, Draft, Speculator
 from everlong.reading.tape import Tape
 
 Outcome = TypeVar("Outcome")
+
+_UNDISTURBED = object()
+"""What :func:`drained` answers to each piece of text."""
 
 
 def checked_count(max_new_tokens: int) -> int:
@@ -60,7 +63,7 @@ def write(
     stop: tuple[str, ...],
     speculator_of: type[Speculator] | None,
     started: float,
-) -> Generator[str, None, Generation]:
+) -> Generator[str, Any, Generation]:
     """Let the model go on from where the tape stands; yield the text as it comes.
 
     The last token written waits on the tape: it is run when there is a use for what comes after it.
@@ -90,6 +93,7 @@ def write(
     sampler = Sampler(sampling, tape.generator)
     speculator = None if speculator_of is None else speculator_of(driver.recent)
     page = Page(tape, Detokenizer(tape.model.tokenizer, list(driver.recent)[-16:], stop), max_new_tokens)
+    undisturbed = False
     while page.reason is None:
         draft = speculator.guess() if speculator is not None and tape.queue else Draft()
         ids, branches = _drafted(tape, draft, page.room)
@@ -101,14 +105,14 @@ def write(
             speculator.judged(min(page.count - before, len(ids)) - 1, logits)
         else:
             if tape.queue:
-                tape.run_chunk(1, logits=True)
+                tape.run_chunk(1, logits=True, undisturbed=undisturbed)
             assert driver.logits is not None, "begin_writing() left nothing to go on from"
             page.take(sampler(driver.logits, driver.recent))
         if speculator is not None:
             for token in page.tokens:
                 speculator.add(token)
-        yield from page.texts()
-    yield from page.finish()
+        undisturbed = yield from handed_out(page.texts())
+    yield from handed_out(page.finish())
     seconds = time.perf_counter() - started
     return Generation(page.text, page.count, seconds, page.reason, tape.stats(), tape.memory_names)
 
@@ -199,11 +203,21 @@ def _run_drafted(
     return tape.driver.run_tentatively(ids, judge, branches)
 
 
-def drained(writing: Generator[Any, None, Outcome]) -> Outcome:
+def handed_out(pieces: Iterable[Any]) -> Generator[Any, Any, bool]:
+    """Yield pieces of what is written; return whether nothing but Everlong's own code has run meanwhile."""
+    undisturbed = True
+    for piece in pieces:
+        undisturbed = (yield piece) is _UNDISTURBED and undisturbed
+    return undisturbed
+
+
+def drained(writing: Generator[Any, Any, Outcome]) -> Outcome:
     """Run a writing to its end and return the outcome."""
+    answer = None
     while True:
         try:
-            next(writing)
+            writing.send(answer)
+            answer = _UNDISTURBED
         except StopIteration as end:
             outcome: Outcome = end.value
             return outcome
