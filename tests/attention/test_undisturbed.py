@@ -1,4 +1,4 @@
-"""Steps between which only Everlong's own code runs: the model is not looked at, and what is seen at a glance is."""
+"""Steps between which only Everlong's own code runs: the model is seen at a glance, not looked at."""
 
 from contextlib import closing
 
@@ -41,7 +41,10 @@ def test_the_model_is_looked_at_only_where_others_may_have_run(handle, looks):
     assert len(looks) == 1  # before the first
 
 
-@pytest.mark.parametrize("between", ["another output", "a chunk", "tokens taken back", "other rows", "gradients"])
+BETWEEN = ["another output", "a chunk", "tokens taken back", "other rows", "gradients"]
+
+
+@pytest.mark.parametrize("between", BETWEEN)
 def test_a_step_after_something_else_is_right(handle, between):
     ours, theirs = read(handle)
     write(handle, ours, theirs, ENOUGH)
