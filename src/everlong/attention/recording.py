@@ -92,7 +92,7 @@ class Recorded:
     seen : int
         Tokens that the cache had seen after it.
     glance : tuple or None
-        What the model showed at a glance then.
+        What the model showed at a glance before it was last looked at.
     """
 
     output: str
@@ -156,14 +156,14 @@ class StepRecorder:
             What `run` returns.
         """
         recorder = self.recorder
-        found = self._next(cache, ids, output) if undisturbed and recorder is not None else None
+        if recorder is None:
+            return run(cache, ids)
+        found = self._next(cache, ids, output) if undisturbed else None
         if found is not None:
             return self._repeat(cache, ids, found)
-        found = None if recorder is None else self._aims(cache, ids)
-        if recorder is None or found is None:
-            return run(cache, ids)
-        recorded = self._recorded(cache, ids, found, output, recorder)
-        if recorded is None:
+        found = self._aims(cache, ids)
+        recorded = None if found is None else self._recorded(cache, ids, found, output, recorder)
+        if found is None or recorded is None:
             return run(cache, ids)
         if recorded.replay is None:
             recorded.eager += 1
@@ -185,7 +185,6 @@ class StepRecorder:
         recorded.step.count()
         cache.end(1)
         recorded.latest, recorded.seen = found, cache.seen
-        recorded.glance = self._watch(cache.adapter).glance()
         return recorded.result.clone()  # the next step writes over it
 
     def _next(self, cache: StreamCache, ids: Tensor, output: str) -> list[Aim] | None:
@@ -219,8 +218,9 @@ class StepRecorder:
         self, cache: StreamCache, ids: Tensor, found: list[Aim], output: str, recorder: Recorder
     ) -> Recorded | None:
         """Return what is known of this step, from now on if it is another one than before; None: nothing."""
-        state = self._watch(cache.adapter).state(lying_still=not recorder.follows_tensors)
-        known = cache.recorded
+        watch = self._watch(cache.adapter)
+        glance = watch.glance()  # first: another thread may change something meanwhile
+        state, known = watch.state(lying_still=not recorder.follows_tensors), cache.recorded
         if state is None:
             cache.recorded = None
         elif (
@@ -229,6 +229,8 @@ class StepRecorder:
             or not known.step.is_of(cache, found, ids)
         ):
             cache.recorded = Recorded(output, state, StaticStep(cache, found))
+        if cache.recorded is not None:
+            cache.recorded.glance = glance
         return cache.recorded
 
     def _watch(self, adapter: str | None) -> ModelWatch:
