@@ -52,6 +52,7 @@ def recipe_of(**changes: Any) -> Recipe:
         "passes": 8,
         "batch_tokens": 256,
         "anchors": 1,
+        "ewc": 0.0,
         "readings": 0,
     }
     return Recipe(**{**fields, **changes})

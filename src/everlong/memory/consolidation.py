@@ -85,6 +85,7 @@ def consolidate(
     anchors: Sequence[Sequence[Lesson]] = (),
     held_out: Sequence[Lesson] = (),
     past: Past | None = None,
+    penalty: Callable[[], Tensor] | None = None,
     on_step: Callable[[Step], None] | None = None,
 ) -> float:
     """Train `parameters` on `lessons`; return the loss on what was held out, or else of the last pass.
@@ -103,6 +104,9 @@ def consolidate(
         How.
     past : callable, optional
         Returns, for each step, what the lessons' texts stand behind; None: nothing.
+    penalty : callable, optional
+        Returns what is added to the loss of each step, of the parameters alone, in nats per token; it is not
+        part of the loss that is told.
     on_step : callable, optional
         Called after each step.
 
@@ -127,6 +131,9 @@ def consolidate(
             for group in optimizer.param_groups:
                 group["lr"] = schedule.learning_rate * _pace(number, steps)
             loss = learn_from(model, head, some, schedule.hidden_weight, past)
+            if penalty is not None:
+                with torch.enable_grad():
+                    penalty().backward()  # type: ignore[no-untyped-call]
             length = float(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
             if math.isfinite(loss):
                 good = _copies(parameters)

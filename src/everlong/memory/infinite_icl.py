@@ -20,6 +20,7 @@ from everlong.errors import MemoryGateError
 from everlong.memory import cartridge
 from everlong.memory.anchors import readings, unrelated
 from everlong.memory.consolidation import Schedule, Step, consolidate, student
+from everlong.memory.curvature import Curvature, measured
 from everlong.memory.elicitation import Cloze, Generator, make_generators
 from everlong.memory.gate import weighed, without_worth
 from everlong.memory.lessons import Elicited, Lesson, Teacher, as_tokens
@@ -31,6 +32,7 @@ from everlong.memory.writer import Writer
 from everlong.reading.attached import AttachedModel
 
 _POOL = 2048  # lessons kept to be rehearsed
+_MEASURED = 64  # texts of its own by which a model is measured
 _TURNS = 8  # passes of training before the student is held to the same again
 
 
@@ -68,7 +70,8 @@ class InfiniteICL:
         self.generators: list[Generator] = make_generators(recipe.generators)
         self.is_cartridge = recipe.kind == "cartridge"
         self._layers = _linear_layers(model.attachment.model)
-        self._anchored: list[Lesson] | None = None  # to unrelated texts, the same for every segment
+        self._own_texts: list[Lesson] | None = None  # the same for every segment, as is what they tell:
+        self._curvature: Curvature | None = None
 
     def config(self, prefix: int = 0) -> Any:
         """Return the adapter's configuration, PEFT's; a cartridge's, of `prefix` tokens."""
@@ -145,12 +148,10 @@ class InfiniteICL:
             if self.is_cartridge:
                 _load(adapted, {cartridge.WEIGHTS: first})
             blank = _state(adapted)
+            with state.account.timed("anchors"):
+                self._prepare(adapted)
             if state.adapters and self.recipe.carry != "separate":
                 _load(adapted, state.adapters[-1])
-            with state.account.timed("anchors"), self._without(adapted):
-                if self._anchored is None:
-                    texts = unrelated(Writer(self.model), self._turns * self.recipe.anchors)
-                    self._anchored = self._taught_by(self.model).teach(texts, gain=False)
             for segment in parts:
                 if segment.number < state.segment:
                     continue
@@ -170,6 +171,19 @@ class InfiniteICL:
                     on_segment(state.copy())
         report("done", parts[-1].number, 1.0)
         return state
+
+    def _prepare(self, adapted: Any) -> None:
+        """Let the model write by itself, and measure it, with an adapter that changes nothing yet."""
+        recipe = self.recipe
+        is_measured = recipe.ewc > 0 and not self.is_cartridge
+        if self._own_texts is None:
+            count = max(self._turns * recipe.anchors, _MEASURED if is_measured else 0)
+            with self._without(adapted):
+                texts = unrelated(Writer(self.model), count)
+                self._own_texts = self._taught_by(self.model).teach(texts, gain=False)
+        if self._curvature is None and is_measured:
+            draws = random.Random(self.seed)
+            self._curvature = measured(self.model, adapted, self._own_texts, draws)
 
     def _lessons(self, segment: Segment, state: Progress, report: Reporter) -> list[Lesson]:
         """Elicit, teach and select."""
@@ -283,15 +297,24 @@ class InfiniteICL:
                 [parameter for parameter in adapted.parameters() if parameter.requires_grad],
                 learned + rehearsed,
                 schedule,
-                anchors=self._by_turns(self._anchored or [], self._readings(learned, segment)),
+                anchors=self._by_turns(self._anchors(), self._readings(learned, segment)),
                 held_out=[lessons[i] for i in held],
                 past=behind_prefix if self.is_cartridge else None,
+                penalty=None if self._curvature is None else self._held_by(self._curvature.of(adapted)),
                 on_step=on_step,
             )
 
     @property
     def _turns(self) -> int:
         return min(self.recipe.passes, _TURNS)
+
+    def _anchors(self) -> list[Lesson]:
+        """Return the texts to which the student is held."""
+        return (self._own_texts or [])[: self._turns * self.recipe.anchors]
+
+    def _held_by(self, changed: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """Return the penalty on what the adapter changes."""
+        return lambda: self.recipe.ewc * changed()
 
     def _readings(self, lessons: list[Lesson], segment: Segment) -> list[Lesson]:
         """Return what the student goes on reading while it learns a segment: responses as they stand."""

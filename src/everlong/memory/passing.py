@@ -126,8 +126,8 @@ class PassingLearners:
         """
         try:
             values = json.loads(bytes(state[_VALUES].cpu().numpy()))
-            recipe = {"readings": 0, **values["recipe"], "generators": tuple(values["recipe"]["generators"])}
-            asked = Learning(**{**values["learning"], "recipe": Recipe(**recipe), "store": self._store})
+            recipe = Recipe.restored(values["recipe"])
+            asked = Learning(**{**values["learning"], "recipe": recipe, "store": self._store})
             learner = PassingLearner(self._model, asked, before)
             learner.load(state, values)
         except (KeyError, TypeError, ValueError) as error:

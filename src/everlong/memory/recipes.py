@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from everlong.errors import ConfigurationError
@@ -51,6 +51,9 @@ class Recipe:
     anchors : int
         Unrelated texts, drawn from the base model, on which the student is held to it in each pass; others
         in the next.
+    ewc : float
+        Weight of elastic weight consolidation: of what the adapter changes, judged by its weights, in texts
+        that the base model writes by itself, in nats per token. A cartridge has no such weights.
     readings : int
         Pairs about the segment with their names and numbers exchanged, asked in each pass behind a passage
         that tells so; others in the next. They keep the student reading.
@@ -85,7 +88,8 @@ class Recipe:
     hidden_weight: float = 0.0
     carry: Carry = "replay"
     replay: float = 1.0
-    anchors: int = 24
+    anchors: int = 8
+    ewc: float = 2.0
     readings: int = 12
     kind: Kind = "lora"
     prefix: int = 64
@@ -131,17 +135,33 @@ class Recipe:
             raise ConfigurationError(f"learning_rate={self.learning_rate!r} must lie between 0 and 1")
         if not 0 <= self.held_out <= 0.5:
             raise ConfigurationError(f"held_out={self.held_out!r} must lie between 0 and 0.5")
-        if not (0 <= self.replay < math.inf and 0 <= self.hidden_weight < math.inf):
-            raise ConfigurationError(
-                f"replay={self.replay!r} and hidden_weight={self.hidden_weight!r} must be finite "
-                "and not negative"
-            )
+        for name in ("replay", "hidden_weight", "ewc"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigurationError(f"{name}={getattr(self, name)!r} must be finite and not negative")
         if math.isnan(self.least_gain):
             raise ConfigurationError(f"least_gain={self.least_gain!r} must be a number")
 
     def values(self) -> dict[str, Any]:
         """Return the settings, as JSON takes them."""
         return asdict(self)
+
+    @classmethod
+    def restored(cls, values: dict[str, Any]) -> Recipe:
+        """Return a recipe from its :meth:`values`, which an earlier version may have written.
+
+        Raises
+        ------
+        TypeError
+            These are not the settings of a recipe.
+        """
+        settings = {**_BEFORE_IT_WAS_SET, **values, "generators": tuple(values["generators"])}
+        if settings.keys() != {item.name for item in fields(cls)}:
+            raise TypeError("these are not the settings of a recipe")
+        return cls(**settings)
+
+
+_BEFORE_IT_WAS_SET: dict[str, Any] = {"readings": 0, "ewc": 0.0}
+"""What settings that were added later would have been in earlier recipes."""
 
 
 RECIPES: Registry[Recipe] = Registry("recipe")
@@ -156,6 +176,7 @@ for _name, _recipe in {
         targets="hard",
         carry="carried",
         anchors=0,
+        ewc=0.0,
         readings=0,
         rank=64,
         alpha=64,
@@ -169,15 +190,22 @@ for _name, _recipe in {
         targets="hard",
         carry="carried",
         anchors=0,
+        ewc=0.0,
         readings=0,
         rank=128,
         alpha=256,
         learning_rate=3e-4,
         passes=1,
     ),
-    "cartridge": Recipe(kind="cartridge", learning_rate=2e-2),
+    "cartridge": Recipe(kind="cartridge", learning_rate=2e-2, anchors=24, ewc=0.0),
     "context-distillation": Recipe(
-        generators=("continuation",), selection="all", targets="soft", carry="carried", anchors=0, readings=0
+        generators=("continuation",),
+        selection="all",
+        targets="soft",
+        carry="carried",
+        anchors=0,
+        ewc=0.0,
+        readings=0,
     ),
 }.items():
     RECIPES.register(_name)(_recipe)
