@@ -1,12 +1,12 @@
 """What later segments leave of earlier ones, and what learning them all does to what is not learned.
 
     python benchmarks/memory_sequence.py                                    # 10 segments, replay, one seed
-    python benchmarks/memory_sequence.py --carries replay carried separate --seeds 3    # the whole
+    python benchmarks/memory_sequence.py --ways replay carried separate --seeds 3       # the whole
 
 A text of invented facts is learned by InfiniteICL's default recipe in segments of about 100 tokens and a
 dozen facts, with one of three ways to carry what was learned into the next: one adapter through all of them
 with earlier pairs rehearsed ("replay"), without that ("carried"), or one for each, combined in the end
-("separate"). After every segment all so far are asked about, with an empty context, as completions and
+("separate"); "replay" also without readings, or without elastic weight consolidation. After every segment all so far are asked about, with an empty context, as completions and
 questions. Before the first and after the last: the perplexity of an unrelated text (a file, or Python's own
 sources), and an unrelated task, another document's facts answered with it in the context. Intervals are of
 95 %. It can be interrupted and taken up again after each way and seed; about 15 minutes each on 2 CPU cores.
@@ -39,13 +39,20 @@ from everlong.memory.segments import Segment, segments
 from everlong.models.loading import LoadedModel, load_model
 from everlong.reading.tokens import TextCoder
 
-CARRIES = ("replay", "carried", "separate")
+WAYS: dict[str, dict[str, Any]] = {
+    "replay": {},
+    "carried": {"carry": "carried"},
+    "separate": {"carry": "separate"},
+    "replay, no readings": {"readings": 0},
+    "replay, no ewc": {"ewc": 0.0},
+}
+"""How segments are learned one after another: changes to the recipe "infinite-icl"."""
 FORMS = ("completion", "question")
 SEGMENT = 100  # tokens
 PEOPLE = 6  # made up for each segment, more than fit
 READ = 10  # people of the other document
 SETTINGS: dict[str, Any] = {}
-"""Changes to the recipe "infinite-icl"."""
+"""Changes to it in all ways."""
 
 
 def main() -> None:
@@ -55,7 +62,7 @@ def main() -> None:
     )
     parser.add_argument("--model", default="gemma-3-270m")
     parser.add_argument("--segments", type=int, default=10)
-    parser.add_argument("--carries", nargs="+", choices=CARRIES, default=["replay"])
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=["replay"], metavar="WAY")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--unrelated", type=Path, help="text file (default: Python's own sources)")
     parser.add_argument("--tokens", type=int, default=2048, help="of the unrelated text")
@@ -69,19 +76,19 @@ def main() -> None:
     def before(seed: int) -> Standing:
         return stand(loaded, options, seed)
 
-    for seed, carry in itertools.product(range(options.seeds), options.carries):
-        rows.get(f"{carry}, seed {seed}", lambda c=carry, s=seed: in_turn(loaded, options, before(s), c, s))
+    for seed, way in itertools.product(range(options.seeds), options.ways):
+        rows.get(f"{way}, seed {seed}", lambda w=way, s=seed: in_turn(loaded, options, before(s), w, s))
     rows.write_table("Memories of one segment after another", page(options, rows.rows))
 
 
 def in_turn(
-    loaded: LoadedModel, options: argparse.Namespace, before: Standing, carry: str, seed: int
+    loaded: LoadedModel, options: argparse.Namespace, before: Standing, way: str, seed: int
 ) -> dict[str, Any]:
     """Learn the segments in turn, ask after each, and look at what else has changed."""
     parts, asked = story(loaded, seed, options.segments)
     states: list[Progress] = []
     with everlong.load(loaded.model, tokenizer=loaded.tokenizer) as llm:
-        recipe = make_recipe(segment_tokens=SEGMENT, carry=carry, **SETTINGS)
+        recipe = make_recipe(segment_tokens=SEGMENT, **{**WAYS[way], **SETTINGS})
         learner = InfiniteICL(attached(llm), recipe, seed=seed, force=True)
         learner.learn("".join("".join(part.sentences) for part in parts), on_segment=states.append)
         memories = [as_one(learner, state) for state in states]
@@ -149,23 +156,23 @@ def stand(loaded: LoadedModel, options: argparse.Namespace, seed: int) -> Standi
 def page(options: argparse.Namespace, rows: dict[str, Any]) -> list[str]:
     """Return the lines of the page."""
     kept, cost, triangles = [], [], []
-    for carry in CARRIES:
-        some = {key: row for key, row in rows.items() if key.startswith(f"{carry},")}
+    for way in WAYS:
+        some = {key: row for key, row in rows.items() if key.rpartition(", seed")[0] == way}
         if some:
             every = [row["turns"] for row in some.values()]
-            kept.append([carry, *remembered(every)])
+            kept.append([way, *remembered(every)])
             cost += [[key, *changed(row)] for key, row in some.items()]
-            triangles += ["", f"## {carry}", "", *triangle(every).table().splitlines()]
+            triangles += ["", f"## {way}", "", *triangle(every).table().splitlines()]
     return [
         f"{options.model}; {options.segments} segments of at most {SEGMENT} tokens, {options.seeds} seed(s); "
         "greedy, nothing in the context. Percent; intervals of 95 %.",
         "",
-        *table(["carry", *REMEMBERED], kept),
+        *table(["way", *REMEMBERED], kept),
         "",
         f"What is not learned: {options.tokens:,} tokens of {text_name(options)}, and another document's "
         "facts, answered reading it. Intervals are of the change, paired.",
         "",
-        *table(["carry", *CHANGED], cost),
+        *table(["way", *CHANGED], cost),
         *triangles,
     ]
 

@@ -210,7 +210,7 @@ def test_every_segment_so_far_is_asked_about_after_each_turn(
 ) -> None:
     options = ("--unrelated", str(folder / "novel.txt"), "--tokens", "100", "--segments", "3")
     sequence = script("memory_sequence", *options, SETTINGS=QUICK, SEGMENT=150)
-    both = ("--carries", "replay", "separate")
+    both = ("--ways", "replay", "separate")
     sequence.run(*both)
     assert measured(capsys) == ["replay, seed 0", "separate, seed 0"]
     sequence.run(*both)

@@ -140,11 +140,11 @@ def test_it_holds_a_student_in_training(model: AttachedModel) -> None:
     for weight in (0.0, 1.0, 100.0):
         torch.manual_seed(1)
         with student(model, config()) as adapted:
-            of_adapter = judged(model, adapted).of(adapted)
+            curvature = judged(model, adapted)
             parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-            penalty = None if not weight else lambda w=weight, of=of_adapter: w * of()
+            penalty = curvature.of(adapted, weight) if weight else None
             losses.append(consolidate(model, parameters, HARD, SCHEDULE, penalty=penalty))
-            changed.append(float(of_adapter().detach()))
+            changed.append(float(curvature.of(adapted)().detach()))
     assert changed[0] > 2 * changed[1] > 4 * changed[2] > 0
     assert losses[0] < losses[1] < losses[2]
 

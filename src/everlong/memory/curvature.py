@@ -47,7 +47,7 @@ class Factors:
 
     def of_change(self, first: Tensor, second: Tensor) -> Tensor:
         """Return ½ tr(G ΔW C ΔWᵀ) of ΔW = second @ first, shapes (out, r) and (r, in), in nats per token."""
-        read, told = first @ self.inputs.T, second.T @ self.slopes.T
+        read, told = first.float() @ self.inputs.T, second.float().T @ self.slopes.T
         return 0.5 * ((read @ read.T) * (told @ told.T)).sum()
 
 
@@ -66,8 +66,11 @@ class Curvature:
     def __init__(self, factors: dict[str, Factors]) -> None:
         self.factors = factors
 
-    def of(self, adapted: nn.Module) -> Callable[[], Tensor]:
-        """Return what computes, from an adapter's weights by then, what it changes, in nats per token."""
+    def of(self, adapted: nn.Module, weight: float = 1.0) -> Callable[[], Tensor]:
+        """Return what computes, from an adapter's weights by then, `weight` times what it changes.
+
+        That is a scalar, in nats per token, with a gradient.
+        """
         parts = [
             (self.factors[name], layer.lora_A["memory"], layer.lora_B["memory"], layer.scaling["memory"])
             for name, layer in _adapted_layers(adapted)
@@ -79,7 +82,7 @@ class Curvature:
                 scaling**2 * factors.of_change(first.weight, second.weight)
                 for factors, first, second, scaling in parts
             ]
-            return len(each) * torch.stack(each).sum()
+            return weight * len(each) * torch.stack(each).sum()
 
         return changed
 

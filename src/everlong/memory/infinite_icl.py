@@ -300,7 +300,7 @@ class InfiniteICL:
                 anchors=self._by_turns(self._anchors(), self._readings(learned, segment)),
                 held_out=[lessons[i] for i in held],
                 past=behind_prefix if self.is_cartridge else None,
-                penalty=None if self._curvature is None else self._held_by(self._curvature.of(adapted)),
+                penalty=None if self._curvature is None else self._curvature.of(adapted, recipe.ewc),
                 on_step=on_step,
             )
 
@@ -311,10 +311,6 @@ class InfiniteICL:
     def _anchors(self) -> list[Lesson]:
         """Return the texts to which the student is held."""
         return (self._own_texts or [])[: self._turns * self.recipe.anchors]
-
-    def _held_by(self, changed: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """Return the penalty on what the adapter changes."""
-        return lambda: self.recipe.ewc * changed()
 
     def _readings(self, lessons: list[Lesson], segment: Segment) -> list[Lesson]:
         """Return what the student goes on reading while it learns a segment: responses as they stand."""
