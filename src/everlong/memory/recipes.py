@@ -88,7 +88,7 @@ class Recipe:
     hidden_weight: float = 0.0
     carry: Carry = "replay"
     replay: float = 1.0
-    anchors: int = 8
+    anchors: int = 16
     ewc: float = 2.0
     readings: int = 12
     kind: Kind = "lora"
