@@ -30,6 +30,25 @@ def test_draws_follow_the_distribution() -> None:
     torch.testing.assert_close(frequencies, LOGITS.softmax(-1), atol=0.02, rtol=0)
 
 
+def test_a_draw_takes_one_random_number_whatever_the_vocabulary() -> None:
+    states = []
+    for words in (5, 5000):
+        generator = torch.Generator().manual_seed(3)
+        Sampler(Sampling(temperature=1.0), generator)(torch.zeros(words), [])
+        states.append(generator.get_state())
+    assert torch.equal(*states)
+
+
+def test_of_a_quarter_of_a_million_words_those_at_the_end_are_drawn_as_often() -> None:
+    logits = torch.full((262_144,), -20.0)
+    logits[-1000:] = 0.0
+    sampler = Sampler(Sampling(temperature=1.0), torch.Generator().manual_seed(1))
+    drawn = torch.tensor([sampler(logits, []) for _ in range(2000)])
+    assert (drawn >= len(logits) - 1000).float().mean() > 0.99
+    halves = (drawn[drawn >= len(logits) - 1000] >= len(logits) - 500).float().mean()
+    assert 0.46 < halves < 0.54
+
+
 def test_temperature_flattens() -> None:
     frequencies = torch.bincount(torch.tensor(draws(20_000, temperature=2.0)), minlength=5) / 20_000
     torch.testing.assert_close(frequencies, (LOGITS / 2).softmax(-1), atol=0.02, rtol=0)

@@ -139,7 +139,14 @@ class Sampler:
         if self._greedy:
             return int(likeliest)
         scores = self._warpers(None, logits[None].float())  # type: ignore[arg-type]
-        return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
+        return self._drawn(scores[0].softmax(-1))
+
+    def _drawn(self, probs: Tensor) -> int:
+        """Draw by a single random number; ``torch.multinomial`` makes one for each word of the vocabulary."""
+        exact = torch.float32 if probs.device.type == "mps" else torch.float64
+        total = probs.cumsum(-1, dtype=exact)
+        at = torch.rand(1, generator=self._generator, dtype=exact, device=probs.device) * total[-1]
+        return min(int(torch.searchsorted(total, at, right=True)), len(total) - 1)
 
 
 def _whole(value: object) -> bool:
