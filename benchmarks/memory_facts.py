@@ -39,6 +39,7 @@ from everlong.evaluation.facts import EXAMPLES_ELSEWHERE, FactDocument, fact_doc
 from everlong.evaluation.forgetting import wrong_documents
 from everlong.evaluation.recall import context_tail, recall, retrieved_context
 from everlong.memory.lexical import LexicalIndex
+from everlong.memory.recipes import make_recipe
 from everlong.models.loading import LoadedModel, load_model
 
 FORMS = ("completion", "question", "reverse")
@@ -68,7 +69,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY")
     parser.add_argument("--output", type=Path, default=RESULTS / "memory_facts.json")
     options = parser.parse_args()
-    rows = Rows(options.output, {"model": options.model})
+    rows = Rows(options.output, {"model": options.model, "recipe": make_recipe().values()})
     loaded = load_model(options.model)
     every = fact_documents(0, 20)
     documents = every[: options.documents]

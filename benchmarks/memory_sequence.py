@@ -70,7 +70,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "memory_sequence.json")
     options = parser.parse_args()
     setting = {key: getattr(options, key) for key in ("model", "segments", "tokens")}
-    rows = Rows(options.output, {**setting, "text": text_name(options)})
+    recipe = make_recipe(**SETTINGS).values()
+    rows = Rows(options.output, {**setting, "text": text_name(options), "recipe": recipe})
     loaded = load_model(options.model)
 
     @cache

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from everlong.memory import curvature as curvature_module
 from everlong.memory import infinite_icl
 from everlong.memory.consolidation import consolidate, student
 from everlong.memory.curvature import Curvature, measured
@@ -135,6 +136,26 @@ def test_of_many_tokens_some_are_kept_the_same_ones_with_the_same_draws(model: A
         assert all(len(factors.inputs) < 700 < sum(map(len, texts)) for factors in one.factors.values())
 
 
+def test_some_tokens_stand_for_all(model: AttachedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [lesson(f"{number}", " times it rained in Sligo.") for number in range(60)]
+    with student(model, config()) as adapted:
+        change(adapted, [])
+        some = [judged(model, adapted, texts, seed) for seed in range(6)]
+        monkeypatch.setattr(curvature_module, "_KEPT", 10**9)
+        whole = judged(model, adapted, texts)
+        change(adapted, layers_of(adapted))
+        told = [float(curvature.of(adapted)().detach()) for curvature in some]
+        assert sum(told) / len(told) == pytest.approx(float(whole.of(adapted)().detach()), rel=0.25)
+
+
+def test_gradients_that_the_model_had_stay(model: AttachedModel) -> None:
+    weight = model.attachment.model.get_input_embeddings().weight
+    weight.grad = torch.ones_like(weight)
+    with student(model, config()) as adapted:
+        judged(model, adapted)
+    assert torch.equal(weight.grad, torch.ones_like(weight))
+
+
 def test_it_holds_a_student_in_training(model: AttachedModel) -> None:
     changed, losses = [], []
     for weight in (0.0, 1.0, 100.0):
@@ -197,3 +218,11 @@ def test_a_model_is_measured_once_and_not_for_a_cartridge(
     assert len(counted) == 1 and counted[0] > 40
     learner_of(reader, ewc=1.0, passes=1, kind="cartridge", prefix=4).learn(TEXT)
     assert len(counted) == 1
+
+
+def test_a_model_that_writes_nothing_by_itself_learns_unjudged(
+    reader: AttachedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(infinite_icl, "unrelated", lambda *_: [])
+    ours, theirs = (learner_of(reader, ewc=weight, passes=1).learn(TEXT) for weight in (2.0, 0.0))
+    assert same(ours, theirs)

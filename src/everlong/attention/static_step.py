@@ -8,6 +8,7 @@ writes, the rings of the memories among it, stays where it is.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import is_
 from typing import Any, Unpack
 
 import torch
@@ -25,7 +26,7 @@ from everlong.attention.token_step import TokenStep, rotated_sinks
 from everlong.errors import InputError, UnsupportedUseError
 from everlong.models.adapters import Span
 
-_AHEAD = 64  # tokens
+_AHEAD = 256  # positions, of as many tokens as that is for
 
 
 class _Kind:
@@ -39,23 +40,29 @@ class _Kind:
         first = next(iter(aim.memories.values()))
         assert first.keys is not None
         self._like = torch.empty(0, dtype=first.keys.dtype)  # angles are computed on the CPU
-        self._sink_count = first.sinks
         device, dtype = first.keys.device, working_dtype(first.keys)
         self._slot = torch.zeros(1, dtype=torch.long, device=device)
         self._has_sinks = aim.place.sinks is not None
-        self._tables: Angles = None
         self._here: Angles = None
         self._sinks: Angles = None
         self._ahead: tuple[Any, Angles] = (None, None)
         angles = self._angles(aim)
         if angles is not None:
-            cos, sin = self._tables = _like(angles[0], dtype, device), _like(angles[1], dtype, device)
-            self._here, self._sinks = (cos[:1], sin[:1]), (cos[1:], sin[1:])
+            width = angles[0].shape[-1]
+            self._here, self._sinks = (
+                (_zeros(count, width, dtype, device), _zeros(count, width, dtype, device))
+                for count in (1, first.sinks if self._has_sinks else 0)
+            )
 
     def aim_at(self, aim: Aim) -> None:
         """Write where the next token goes."""
         self._slot.fill_(aim.place.slot)
-        _copy(self._tables, self._angles(aim))
+        angles = self._angles(aim)
+        if angles is not None:
+            cos, sin = angles
+            _copy(self._here, (cos[:1], sin[:1]))
+            if self._has_sinks:
+                _copy(self._sinks, (cos[1:], sin[1:]))  # one for all where they stand at one place
 
     def _angles(self, aim: Aim) -> Angles:
         """Return what rotates the token, and behind it the sinks, each to where it stands.
@@ -63,11 +70,13 @@ class _Kind:
         Tables are made for some tokens at once, as a call takes longer than what it computes.
         """
         at, sinks = aim.place.at, aim.place.sinks
-        places = [] if sinks is None else [sinks] * self._sink_count if isinstance(sinks, int) else [*sinks]
-        block, row = divmod(at, _AHEAD)
-        key = aim.rotation.frequencies, block, [int(place) - at for place in places]
+        places = [] if sinks is None else [sinks] if isinstance(sinks, int) else [int(x) for x in sinks]
+        offsets = [0, *(place - at for place in places)]
+        tokens = max(1, _AHEAD // len(offsets))
+        block, row = divmod(at, tokens)
+        key = aim.rotation.frequencies, block, offsets
         if self._ahead[0] != key:
-            ahead = torch.arange(block * _AHEAD, (block + 1) * _AHEAD)[:, None] + torch.tensor([0, *key[2]])
+            ahead = torch.arange(block * tokens, (block + 1) * tokens)[:, None] + torch.tensor(offsets)
             self._ahead = key, aim.rotation.angles(ahead, self._like)
         tables = self._ahead[1]
         return None if tables is None else (tables[0][row, 0], tables[1][row, 0])
@@ -131,13 +140,14 @@ class StaticStep(PolicyCache):
             ids.shape == self.ids.shape
             and cache.adapter == self.adapter
             and _real(cache.pads) == self.pads
-            and all(ours is theirs for ours, theirs in zip(self._held, self._tensors(), strict=True))
             and self.takes(found)
         )
 
     def takes(self, found: list[Aim]) -> bool:
-        """Whether aims in these very memories differ from the step's in nothing but numbers."""
-        return all(kind.is_of(aim) for kind, aim in zip(self._kinds, found, strict=True))
+        """Whether aims differ from the step's in nothing but numbers, in the same tensors of the memories."""
+        return all(map(is_, self._held, self._tensors())) and all(
+            kind.is_of(aim) for kind, aim in zip(self._kinds, found, strict=True)
+        )
 
     def aim_at(self, ids: Tensor, found: list[Aim]) -> None:
         """Write the tokens, and where they go."""
@@ -232,5 +242,5 @@ def _copy(into: Angles, angles: Angles) -> None:
             ours.copy_(theirs, non_blocking=True)
 
 
-def _like(table: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.zeros(table.shape, dtype=dtype, device=device)
+def _zeros(count: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.zeros((count, width), dtype=dtype, device=device)

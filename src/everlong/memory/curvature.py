@@ -4,8 +4,8 @@ Elastic weight consolidation (Kirkpatrick et al., 2017) holds what is trained ne
 direction as firmly as that matters to what was known. Here that is what the base model writes by itself; and
 how much a direction matters is known layer by layer, from what the layer is given and what its output is
 worth (K-FAC: Martens and Grosse, 2015; against forgetting: Ritter, Botev and Barber, 2018). So a change of
-weights is judged by tokens that were run once, before anything is learned; and it is judged as a whole,
-however many segments it was learned from.
+weights is judged by tokens that were run once, before anything is learned; and one adapter is judged as a
+whole, however many segments it learned.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from everlong.models.head import Head
 from everlong.reading.attached import AttachedModel
 
 _BATCH = 512  # tokens a forward
-_KEPT = 512  # tokens by which a change is judged
+_KEPT = 512  # tokens, about, by which a change is judged
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +60,7 @@ class Curvature:
     Parameters
     ----------
     factors : dict of str to Factors
-        By the layers' names.
+        By the layers' names; empty: nothing is known, and nothing judged.
     """
 
     def __init__(self, factors: dict[str, Factors]) -> None:
@@ -82,7 +82,7 @@ class Curvature:
                 scaling**2 * factors.of_change(first.weight, second.weight)
                 for factors, first, second, scaling in parts
             ]
-            return weight * len(each) * torch.stack(each).sum()
+            return weight * len(each) * torch.stack([found.to(each[0].device) for found in each]).sum()
 
         return changed
 
@@ -97,20 +97,21 @@ class _Kept:
         self._share = share
         self._draws = draws
         self._rows = torch.empty(0, dtype=torch.long)
-        self._of = 0
+        self._run = 0  # tokens of this forward, once the first layer was given them
+        self._written = 0
 
     def begin(self, written: int) -> None:
         """Enter a forward in which so many tokens are predicted; the loss is their mean."""
-        self._of, self._written = 0, written
+        self._run, self._written = 0, written
 
     def hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         """Return a forward hook for a layer."""
 
         def look(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
             inputs = given[0].detach().flatten(0, -2)
-            if not self._of:
+            if not self._run:
                 self._choose(len(inputs))
-            if self._of == len(inputs):  # not so of an expert, which is given some tokens only
+            if self._run == len(inputs):  # not so of an expert, which is given some tokens only
                 output.register_hook(partial(self._keep, name, inputs))  # type: ignore[no-untyped-call]
 
         return look
@@ -118,7 +119,7 @@ class _Kept:
     def _choose(self, tokens: int) -> None:
         count = max(1, round(self._share * tokens))
         self._rows = torch.tensor(sorted(self._draws.sample(range(tokens), min(count, tokens))))
-        self._of = tokens
+        self._run = tokens
         self.tokens += tokens
 
     def _keep(self, name: str, inputs: Tensor, slopes: Tensor) -> None:
@@ -149,6 +150,7 @@ def measured(
     """
     head, lengths = Head(model.attachment.model), list(map(len, texts))
     kept = _Kept(_KEPT / max(1, sum(lengths)), draws)
+    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     handles = [layer.register_forward_hook(kept.hook(name)) for name, layer in _adapted_layers(adapted)]
     try:
         for batch in in_batches(lengths, _BATCH):
@@ -158,7 +160,7 @@ def measured(
     finally:
         for handle in handles:
             handle.remove()
-        for parameter in adapted.parameters():
+        for parameter in trained:
             parameter.grad = None
     written = sum(len(text.response) for text in texts)
     return Curvature({name: _factors(*of, kept.tokens / written) for name, of in kept.factors.items()})
@@ -173,7 +175,7 @@ def _factors(inputs: list[Tensor], slopes: list[Tensor], tokens_a_word: float) -
 
 
 def _adapted_layers(adapted: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield the layers that have an adapter, by their names in the base model."""
+    """Yield the layers that have an adapter, by their names in PEFT's model."""
     for name, module in adapted.named_modules():
         if hasattr(module, "lora_A") and "memory" in module.lora_A:
             yield name, module

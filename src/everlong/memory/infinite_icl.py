@@ -70,8 +70,8 @@ class InfiniteICL:
         self.generators: list[Generator] = make_generators(recipe.generators)
         self.is_cartridge = recipe.kind == "cartridge"
         self._layers = _linear_layers(model.attachment.model)
-        self._own_texts: list[Lesson] | None = None  # the same for every segment, as is what they tell:
-        self._curvature: Curvature | None = None
+        self._own_texts: list[Lesson] | None = None
+        self._curvature: Curvature | None = None  # of these: both are the same for every segment
 
     def config(self, prefix: int = 0) -> Any:
         """Return the adapter's configuration, PEFT's; a cartridge's, of `prefix` tokens."""
@@ -300,13 +300,19 @@ class InfiniteICL:
                 anchors=self._by_turns(self._anchors(), self._readings(learned, segment)),
                 held_out=[lessons[i] for i in held],
                 past=behind_prefix if self.is_cartridge else None,
-                penalty=None if self._curvature is None else self._curvature.of(adapted, recipe.ewc),
+                penalty=self._penalty(adapted),
                 on_step=on_step,
             )
 
     @property
     def _turns(self) -> int:
         return min(self.recipe.passes, _TURNS)
+
+    def _penalty(self, adapted: Any) -> Callable[[], Tensor] | None:
+        """Return what the adapter's weights cost; None: nothing is known that it might change."""
+        if self._curvature is None or not self._curvature.factors:
+            return None
+        return self._curvature.of(adapted, self.recipe.ewc)
 
     def _anchors(self) -> list[Lesson]:
         """Return the texts to which the student is held."""

@@ -53,7 +53,8 @@ class Recipe:
         in the next.
     ewc : float
         Weight of elastic weight consolidation: of what the adapter changes, judged by its weights, in texts
-        that the base model writes by itself, in nats per token. A cartridge has no such weights.
+        that the base model writes by itself, in nats per token. Each adapter alone, if each segment has its
+        own; a cartridge has no such weights.
     readings : int
         Pairs about the segment with their names and numbers exchanged, asked in each pass behind a passage
         that tells so; others in the next. They keep the student reading.
@@ -136,8 +137,9 @@ class Recipe:
         if not 0 <= self.held_out <= 0.5:
             raise ConfigurationError(f"held_out={self.held_out!r} must lie between 0 and 0.5")
         for name in ("replay", "hidden_weight", "ewc"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigurationError(f"{name}={getattr(self, name)!r} must be finite and not negative")
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < math.inf:
+                raise ConfigurationError(f"{name}={value!r} must be a number, finite and not negative")
         if math.isnan(self.least_gain):
             raise ConfigurationError(f"least_gain={self.least_gain!r} must be a number")
 

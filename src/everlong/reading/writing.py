@@ -97,6 +97,7 @@ def write(
     while page.reason is None:
         draft = speculator.guess() if speculator is not None and tape.queue else Draft()
         ids, branches = _drafted(tape, draft, page.room)
+        has_run = bool(tape.queue)  # or else the next step is the first since whoever had the session
         if len(ids) > 1:
             assert speculator is not None
             before = page.count
@@ -104,14 +105,14 @@ def write(
                 logits = _run_drafted(tape, page, sampler, ids, branches)
             speculator.judged(min(page.count - before, len(ids)) - 1, logits)
         else:
-            if tape.queue:
+            if has_run:
                 tape.run_chunk(1, logits=True, undisturbed=undisturbed)
             assert driver.logits is not None, "begin_writing() left nothing to go on from"
             page.take(sampler(driver.logits, driver.recent))
         if speculator is not None:
             for token in page.tokens:
                 speculator.add(token)
-        undisturbed = yield from handed_out(page.texts())
+        undisturbed = (yield from handed_out(page.texts())) and has_run
     yield from handed_out(page.finish())
     seconds = time.perf_counter() - started
     return Generation(page.text, page.count, seconds, page.reason, tape.stats(), tape.memory_names)
