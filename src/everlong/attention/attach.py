@@ -90,8 +90,7 @@ class Attachment:
         self._layers = Layers(anatomy.layers)
         self._closing = self._open([layer.module for layer in anatomy.layers if anatomy.can_skip_rotation])
         self.is_attached = True
-        embeddings: Any = inner.get_input_embeddings()
-        device: torch.device = embeddings.weight.device
+        device: torch.device = inner.get_input_embeddings().weight.device
         watch = partial(ModelWatch, model, is_own=lambda hook: getattr(hook, "__self__", None) is self)
         self.steps = StepRecorder(recorder_for(device), watch, self._layers, self.owner)
 
@@ -227,8 +226,7 @@ class Attachment:
         Tensor (rows, 1, vocabulary or d)
             Logits, or hidden states.
         """
-        module: Any = self.decoder if hidden else self.model
-        output = "last_hidden_state" if hidden else "logits"
+        module, output = (self.decoder, "last_hidden_state") if hidden else (self.model, "logits")
 
         def run(cache: PolicyCache, ids: Tensor) -> Tensor:
             call = {"input_ids": ids, "use_cache": True, self.cache_argument: cache}
