@@ -4,6 +4,7 @@ PYTHON ?= python3
 # A plain torch brings gigabytes of CUDA on Linux where an index offers no other build; pinned, so that it is known.
 TORCH ?= torch==2.13.0
 OLDEST ?= transformers==5.17.*
+WORKERS ?= 2
 
 VENV := .venv
 OLDEST_VENV := .venv-oldest
@@ -25,10 +26,10 @@ demo: $(VENV)/ready
 	$(VENV)/bin/everlong demo
 
 test: lint
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest --numprocesses $(WORKERS)
 
 test-oldest: $(OLDEST_VENV)/ready
-	$(OLDEST_VENV)/bin/python -m pytest
+	$(OLDEST_VENV)/bin/python -m pytest --numprocesses $(WORKERS)
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .

@@ -350,31 +350,33 @@ def test_the_accounts_add_up(model: AttachedModel, selection: str) -> None:
 def test_earlier_lessons_are_rehearsed_in_measure(
     model: AttachedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given: list[list[Lesson]] = []
+    given: list[tuple[list[Lesson], list[list[Lesson]]]] = []
 
     def remember(
         model: Any, parameters: Any, lessons: list[Lesson], *_: Any, anchors: Any, **__: Any
     ) -> float:
-        assert anchors and all(one.pair.generator in (UNRELATED, READING) for turn in anchors for one in turn)
-        given.append(list(lessons))
+        given.append((list(lessons), [list(turn) for turn in anchors]))
         return 0.0
 
     monkeypatch.setattr(infinite_icl, "consolidate", remember)
     for carry, share in (("replay", 0.5), ("replay", 0.0), ("carried", 1.0), ("separate", 1.0)):
         given.clear()
         learner_of(model, carry=carry, replay=share, generators=("cloze",)).learn(TEXT)
-        for number, lessons in enumerate(given):
-            own = [one for one in lessons if one.pair.segment == number and one.pair.generator == "cloze"]
-            earlier = [one for one in lessons if one not in own]
-            assert own
-            if number == 0 or carry != "replay" or share == 0:
-                assert not earlier
-            else:
-                room = share * sum(map(len, own))
-                assert all(one.pair.segment < number for one in earlier)
-                assert room <= sum(map(len, earlier)) < room + max(map(len, earlier)) or len(earlier) == sum(
-                    one.pair.generator == "cloze" for before in given[:number] for one in before
-                )
+        pool: list[Lesson] = []
+        for number, (lessons, turns) in enumerate(given):
+            assert lessons and all(one.pair.segment == number for one in lessons)
+            for turn in turns:
+                earlier = [one for one in turn if one.pair.generator == "cloze"]
+                others = [one for one in turn if one not in earlier]
+                assert others and {one.pair.generator for one in others} <= {UNRELATED, READING}
+                assert all(one in pool for one in earlier)
+                if number == 0 or carry != "replay" or share == 0:
+                    assert not earlier
+                else:
+                    room = share * sum(map(len, lessons))
+                    least = room <= sum(map(len, earlier)) < room + max(map(len, earlier))
+                    assert least or len(earlier) == len(pool)
+            pool += lessons
 
 
 @pytest.mark.parametrize("held_out", [0.0, 0.1, 0.5])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from everlong.memory.gate import weighed, without_worth
 from everlong.memory.lessons import Elicited, Lesson, Teacher, as_tokens
 from everlong.memory.progress import Account, LearnProgress, Progress, Reporter
 from everlong.memory.recipes import Recipe
+from everlong.memory.rehearsal import dealt, rehearsed
 from everlong.memory.segments import Segment, segments
 from everlong.memory.selection import Selected, select
 from everlong.memory.writer import Writer
@@ -268,14 +270,11 @@ class InfiniteICL:
         recipe, draws = self.recipe, random.Random(self.seed + segment.number)
         held = draws.sample(range(len(lessons)), int(recipe.held_out * len(lessons)))
         learned = [lesson for number, lesson in enumerate(lessons) if number not in held]
-        rehearsed: list[Lesson] = []
-        if recipe.carry == "replay" and state.pool:
-            room = recipe.replay * sum(map(len, lessons))
-            for lesson in draws.sample(state.pool, len(state.pool)):
-                if room <= 0:
-                    break
-                rehearsed.append(lesson)
-                room -= len(lesson)
+        beside = (
+            rehearsed(state.pool, self._turns, recipe.replay * sum(map(len, lessons)), draws),
+            dealt(self._anchors(), self._turns),
+            dealt(self._readings(learned, segment), self._turns),
+        )
         schedule = Schedule(
             passes=recipe.passes,
             batch_tokens=recipe.batch_tokens,
@@ -295,9 +294,9 @@ class InfiniteICL:
             state.account.loss = consolidate(
                 self.model,
                 [parameter for parameter in adapted.parameters() if parameter.requires_grad],
-                learned + rehearsed,
+                learned,
                 schedule,
-                anchors=self._by_turns(self._anchors(), self._readings(learned, segment)),
+                anchors=[list(chain(*kinds)) for kinds in zip(*beside, strict=True)],
                 held_out=[lessons[i] for i in held],
                 past=behind_prefix if self.is_cartridge else None,
                 penalty=self._penalty(adapted),
@@ -323,18 +322,6 @@ class InfiniteICL:
         draws = random.Random(self.seed + segment.number)
         elicited = readings(segment, lessons, self.recipe.readings, self._turns, draws)
         return [as_tokens(self.model, item).hard() for item in elicited]
-
-    def _by_turns(self, *kinds: list[Lesson]) -> list[list[Lesson]]:
-        """Deal lessons out for each pass: some of each kind, and together what begins alike."""
-        count = self._turns
-        return [
-            [
-                lesson
-                for some in kinds
-                for lesson in some[turn * len(some) // count : (turn + 1) * len(some) // count]
-            ]
-            for turn in range(count)
-        ]
 
     def _taught_by(self, teacher: AttachedModel | None) -> Teacher:
         """Return a model as teacher, if its tokens are the student's; else the student itself."""

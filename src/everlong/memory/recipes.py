@@ -47,7 +47,8 @@ class Recipe:
         One adapter goes through all segments; or that, while earlier pairs are rehearsed; or each segment
         has its own, combined in the end.
     replay : float
-        Tokens of earlier lessons rehearsed in each segment, as a share of its own ("replay").
+        Tokens of earlier lessons rehearsed in each pass, as a share of the segment's own; others in the
+        next ("replay").
     anchors : int
         Unrelated texts, drawn from the base model, on which the student is held to it in each pass; others
         in the next.
