@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +42,22 @@ AS_MANY_STEPS = 10
 def learned(
     loaded: LoadedModel, text: str, seed: int, **changes: Any
 ) -> Iterator[tuple[LoadedModel, dict[str, float]]]:
-    """Learn a text by "infinite-icl" with changes; yield the model that knows it, and what learning took."""
-    with tempfile.TemporaryDirectory() as folder:
-        with everlong.load(loaded.model, tokenizer=loaded.tokenizer) as llm:
-            memory = llm.memorize(
-                text, "learned", seed=seed, store=MemoryStore(folder), force=True, **changes
-            )
-        cost = dict(zip(COSTS, (len(memory.pairs()), memory.record.seconds), strict=True))
-        with adapted(loaded, str(memory.path)) as known:
-            yield known, cost
+    """Learn a text by "infinite-icl" with changes; yield the model that knows it, and what learning took.
+
+    The store is one for all texts of a process, as users have it: what the model writes by itself is kept.
+    """
+    with everlong.load(loaded.model, tokenizer=loaded.tokenizer) as llm:
+        memory = llm.memorize(text, "learned", seed=seed, store=_store(), force=True, replace=True, **changes)
+    cost = dict(zip(COSTS, (len(memory.pairs()), memory.record.seconds), strict=True))
+    with adapted(loaded, str(memory.path)) as known:
+        yield known, cost
+
+
+@cache
+def _store() -> MemoryStore:
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return MemoryStore(folder)
 
 
 @contextmanager

@@ -8,14 +8,13 @@ token training for as many steps. Asked for are the content words that its sente
 greedily; how well the passage is predicted; and how well the 256 tokens that follow it there are, which
 nobody learned. All that with nothing before it; with the passage (not the passage's own tokens: to copy them
 says nothing), and its last tenth; and with the memory of another passage. Intervals are of 95 %: over the
-words of all passages, and, of perplexities, over passages, as changes against nothing. It can be interrupted
-and taken up again; about 4 minutes a passage and seed on 2 CPU cores.
+words of all passages, and, of perplexities, over passages, as changes against nothing. With several seeds,
+passages take them in turn. It can be interrupted and taken up again; about 4 minutes a passage.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from everlong.evaluation.grounded import Passage, cloze, passage_loss, passages
 from everlong.evaluation.loss import surprisal
 from everlong.evaluation.recall import context_tail, recall
 from everlong.evaluation.statistics import Interval, mean_interval
+from everlong.memory.recipes import make_recipe
 from everlong.models.loading import LoadedModel, load_model
 
 TOKENS, WORDS = 256, 12  # of a passage; left out of it
@@ -54,12 +54,13 @@ def main() -> None:
     options = parser.parse_args()
     if options.passages > MOST:
         parser.error(f"there are at most {MOST} passages")
-    rows = Rows(options.output, {"model": options.model, "text": options.text.stem, "tokens": TOKENS})
+    setting = {"model": options.model, "text": options.text.stem, "tokens": TOKENS}
+    rows = Rows(options.output, {**setting, "recipe": make_recipe().values()})
     loaded = load_model(options.model)
     every = passages(options.text, loaded.tokenizer, TOKENS, MOST, 0)
     wrong = wrong_documents(MOST, 0)
-    for seed, number in itertools.product(range(options.seeds), range(options.passages)):
-        one, other = every[number], every[wrong[number]]
+    for number in range(options.passages):
+        one, other, seed = every[number], every[wrong[number]], number % options.seeds
         rows.get(f"read {number}", lambda p=one: reading(loaded, p))
         rows.get(f"read {wrong[number]}", lambda p=other: reading(loaded, p))
         for way in WAYS:

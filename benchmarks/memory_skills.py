@@ -9,7 +9,8 @@ alphabet ("cipher", with `--kinds`) no model of this size does, whatever it is s
 learned by InfiniteICL's default recipe, and by next-token training for as many steps; then unseen inputs are
 tried with nothing before them, with the last demonstrations (a tenth of them), with all, which is the best
 prompt there is, and with the memory of another skill of the same kind. Intervals are of 95 % over the inputs
-of all skills. It can be interrupted and taken up again; about 4 minutes a skill and seed on 2 CPU cores.
+of all skills. With several seeds, the skills of a kind take them in turn. It can be interrupted and taken up
+again; about 4 minutes a skill on 2 CPU cores.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from memories import AS_MANY_STEPS, RAW_TEXT, SHARE, cost_table, counts, learned
 from everlong.evaluation.forgetting import wrong_documents
 from everlong.evaluation.recall import recall
 from everlong.evaluation.skills import Skill, skill
+from everlong.memory.recipes import make_recipe
 from everlong.models.loading import LoadedModel, load_model
 
 DEMONSTRATIONS, TESTS = 32, 24
@@ -50,10 +52,12 @@ def main() -> None:
     options = parser.parse_args()
     if options.skills > MOST:
         parser.error(f"there are at most {MOST} skills of a kind")
-    rows = Rows(options.output, {"model": options.model, "demonstrations": DEMONSTRATIONS, "tests": TESTS})
+    setting = {"model": options.model, "demonstrations": DEMONSTRATIONS, "tests": TESTS}
+    rows = Rows(options.output, {**setting, "recipe": make_recipe().values()})
     loaded = load_model(options.model)
     wrong = wrong_documents(MOST, 0)
-    for seed, number, kind in itertools.product(range(options.seeds), range(options.skills), options.kinds):
+    for number, kind in itertools.product(range(options.skills), options.kinds):
+        seed = number % options.seeds
         one, other = (skill(which, kind, DEMONSTRATIONS, TESTS) for which in (number, wrong[number]))
         rows.get(f"read {kind} {number}", lambda s=one: reading(loaded, s))
         for way in WAYS:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from everlong.memory import curvature as curvature_module
-from everlong.memory import infinite_icl
+from everlong.memory import infinite_icl, own_texts
 from everlong.memory.consolidation import consolidate, student
 from everlong.memory.curvature import Curvature, measured
 from everlong.memory.lessons import Lesson
@@ -223,6 +223,6 @@ def test_a_model_is_measured_once_and_not_for_a_cartridge(
 def test_a_model_that_writes_nothing_by_itself_learns_unjudged(
     reader: AttachedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(infinite_icl, "unrelated", lambda *_: [])
+    monkeypatch.setattr(own_texts, "unrelated", lambda *_: [])
     ours, theirs = (learner_of(reader, ewc=weight, passes=1).learn(TEXT) for weight in (2.0, 0.0))
     assert same(ours, theirs)

@@ -416,7 +416,7 @@ def test_each_pass_has_its_own_anchors_and_readings(
         return 0.0
 
     monkeypatch.setattr(infinite_icl, "consolidate", remember)
-    learner_of(model, anchors=3, readings=2, passes=4, generators=("cloze",)).learn(TEXT)
+    learner_of(model, carry="carried", anchors=3, readings=2, passes=4, generators=("cloze",)).learn(TEXT)
     assert len(given) > 1
     for turns in given:
         assert len(turns) == 4
@@ -432,7 +432,7 @@ def test_each_pass_has_its_own_anchors_and_readings(
         x for x in second if x.pair.generator == UNRELATED
     ]
     given.clear()
-    learner_of(model, anchors=0, readings=0, passes=4, generators=("cloze",)).learn(TEXT)
+    learner_of(model, carry="carried", anchors=0, readings=0, passes=4, generators=("cloze",)).learn(TEXT)
     assert given and not any(turn for turns in given for turn in turns)
 
 

@@ -19,12 +19,13 @@ from torch import Tensor
 from everlong.attention import StreamCache
 from everlong.errors import MemoryGateError
 from everlong.memory import cartridge
-from everlong.memory.anchors import readings, unrelated
+from everlong.memory.anchors import readings
 from everlong.memory.consolidation import Schedule, Step, consolidate, student
 from everlong.memory.curvature import Curvature, measured
 from everlong.memory.elicitation import Cloze, Generator, make_generators
 from everlong.memory.gate import weighed, without_worth
 from everlong.memory.lessons import Elicited, Lesson, Teacher, as_tokens
+from everlong.memory.own_texts import OwnTexts
 from everlong.memory.progress import Account, LearnProgress, Progress, Reporter
 from everlong.memory.recipes import Recipe
 from everlong.memory.rehearsal import dealt, rehearsed
@@ -53,6 +54,8 @@ class InfiniteICL:
         Elicits, and with the same tokenizer teaches, instead.
     force : bool
         Whether to go on where the text is not worth anything to the model.
+    own_texts : OwnTexts, optional
+        What the model writes by itself, if that is kept.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class InfiniteICL:
         seed: int = 0,
         teacher: AttachedModel | None = None,
         force: bool = False,
+        own_texts: OwnTexts | None = None,
     ) -> None:
         self.model = model
         self.recipe = recipe
@@ -72,7 +76,8 @@ class InfiniteICL:
         self.generators: list[Generator] = make_generators(recipe.generators)
         self.is_cartridge = recipe.kind == "cartridge"
         self._layers = _linear_layers(model.attachment.model)
-        self._own_texts: list[Lesson] | None = None
+        self._own_texts = own_texts or OwnTexts()
+        self._texts: list[Lesson] | None = None
         self._curvature: Curvature | None = None  # of these: both are the same for every segment
 
     def config(self, prefix: int = 0) -> Any:
@@ -146,12 +151,14 @@ class InfiniteICL:
         first = torch.empty(0)
         if self.is_cartridge:
             first = cartridge.first_keys(self.model, parts[0].text, self.recipe.prefix)
+        with state.account.timed("anchors"):
+            self._ask()
         with self._seeded(), student(self.model, self.config(len(first))) as adapted:
             if self.is_cartridge:
                 _load(adapted, {cartridge.WEIGHTS: first})
             blank = _state(adapted)
             with state.account.timed("anchors"):
-                self._prepare(adapted)
+                self._measure(adapted)
             if state.adapters and self.recipe.carry != "separate":
                 _load(adapted, state.adapters[-1])
             for segment in parts:
@@ -174,18 +181,22 @@ class InfiniteICL:
         report("done", parts[-1].number, 1.0)
         return state
 
-    def _prepare(self, adapted: Any) -> None:
-        """Let the model write by itself, and measure it, with an adapter that changes nothing yet."""
-        recipe = self.recipe
-        is_measured = recipe.ewc > 0 and not self.is_cartridge
-        if self._own_texts is None:
-            count = max(self._turns * recipe.anchors, _MEASURED if is_measured else 0)
-            with self._without(adapted):
-                texts = unrelated(Writer(self.model), count)
-                self._own_texts = self._taught_by(self.model).teach(texts, gain=False)
-        if self._curvature is None and is_measured:
+    @property
+    def _is_judged(self) -> bool:
+        return self.recipe.ewc > 0 and not self.is_cartridge
+
+    def _ask(self) -> None:
+        """Let the model write by itself, once; it has no adapter yet."""
+        if self._texts is None:
+            count = max(self._turns * self.recipe.anchors, _MEASURED if self._is_judged else 0)
+            self._texts = self._own_texts.taught_by(self._taught_by(self.model), count)
+
+    def _measure(self, adapted: Any) -> None:
+        """Measure the model, once, with an adapter that changes nothing yet."""
+        if self._curvature is None and self._is_judged:
+            assert self._texts is not None
             draws = random.Random(self.seed)
-            self._curvature = measured(self.model, adapted, self._own_texts, draws)
+            self._curvature = measured(self.model, adapted, self._texts[:_MEASURED], draws)
 
     def _lessons(self, segment: Segment, state: Progress, report: Reporter) -> list[Lesson]:
         """Elicit, teach and select."""
@@ -315,7 +326,7 @@ class InfiniteICL:
 
     def _anchors(self) -> list[Lesson]:
         """Return the texts to which the student is held."""
-        return (self._own_texts or [])[: self._turns * self.recipe.anchors]
+        return (self._texts or [])[: self._turns * self.recipe.anchors]
 
     def _readings(self, lessons: list[Lesson], segment: Segment) -> list[Lesson]:
         """Return what the student goes on reading while it learns a segment: responses as they stand."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,6 +85,37 @@ class Lesson:
         """Return the lesson with the response itself as the only thing to expect."""
         tokens = torch.tensor(self.response)[:, None]
         return replace(self, tokens=tokens, log_probs=torch.zeros(tokens.shape), hidden=None)
+
+
+def lessons_state(lessons: Sequence[Lesson], name: str) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """Return named tensors and JSON-able values for :func:`lessons_restored`."""
+    tensors: dict[str, Tensor] = {}
+    for number, lesson in enumerate(lessons):
+        tensors[f"{name}.{number}.tokens"] = lesson.tokens.to(torch.int32)
+        tensors[f"{name}.{number}.log_probs"] = lesson.log_probs
+        if lesson.hidden is not None:
+            tensors[f"{name}.{number}.hidden"] = lesson.hidden
+    return tensors, [
+        {"pair": asdict(x.pair), "query": x.query, "response": x.response, "ends": x.ends} for x in lessons
+    ]
+
+
+def lessons_restored(
+    tensors: Mapping[str, Tensor], values: Sequence[dict[str, Any]], name: str
+) -> list[Lesson]:
+    """Rebuild what :func:`lessons_state` returned."""
+    return [
+        Lesson(
+            Pair.restored(saved["pair"]),
+            saved["query"],
+            saved["response"],
+            tensors[f"{name}.{number}.tokens"].long(),
+            tensors[f"{name}.{number}.log_probs"],
+            tensors.get(f"{name}.{number}.hidden"),
+            saved["ends"],
+        )
+        for number, saved in enumerate(values)
+    ]
 
 
 class Teacher:

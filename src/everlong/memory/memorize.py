@@ -14,6 +14,7 @@ from everlong.memory.adapter import Adapter
 from everlong.memory.combine import combine
 from everlong.memory.folder import Memory
 from everlong.memory.infinite_icl import InfiniteICL
+from everlong.memory.own_texts import OwnTexts
 from everlong.memory.progress import LearnProgress, Progress
 from everlong.memory.recipes import Recipe
 from everlong.memory.record import MemoryRecord, Source, check_name
@@ -51,7 +52,8 @@ def memorize(
     )
     started = time.perf_counter()
     with model.attachment.adapters.set_aside():
-        learner = InfiniteICL(model, recipe, seed=seed, teacher=teacher, force=force)
+        texts = OwnTexts(store.folder)
+        learner = InfiniteICL(model, recipe, seed=seed, teacher=teacher, force=force, own_texts=texts)
         progress = learner.learn(
             text, start=unfinished.load(), on_progress=on_progress, on_segment=unfinished.save
         )

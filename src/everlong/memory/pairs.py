@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from everlong.errors import InputError
 
@@ -42,6 +43,11 @@ class Pair:
     sentences: tuple[int, ...] = ()
     gain: float | None = None
 
+    @classmethod
+    def restored(cls, values: dict[str, Any]) -> Pair:
+        """Return the pair whose values, as JSON keeps them, these are."""
+        return cls(**{**values, "sentences": tuple(values["sentences"])})
+
 
 def write_pairs(path: str | Path, pairs: Iterable[Pair]) -> None:
     """Write pairs to a file, one JSON object a line."""
@@ -65,7 +71,7 @@ def read_pairs(path: str | Path) -> Iterator[Pair]:
                 unknown = set(values) - names
                 if unknown:
                     raise ValueError(f"unknown: {', '.join(sorted(unknown))}")
-                yield Pair(**{**values, "sentences": tuple(values["sentences"])})
+                yield Pair.restored(values)
             except (ValueError, KeyError, TypeError) as error:
                 raise InputError(
                     f"{path}, line {number}: not a pair of query and response: {error}"

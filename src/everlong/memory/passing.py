@@ -23,6 +23,7 @@ from everlong.memory.adapter import Adapter
 from everlong.memory.combine import combine
 from everlong.memory.infinite_icl import InfiniteICL
 from everlong.memory.memorize import as_one, describe
+from everlong.memory.own_texts import OwnTexts
 from everlong.memory.progress import LearnProgress, Progress
 from everlong.memory.recalling import adapter_name, put_on
 from everlong.memory.recipes import Recipe, make_recipe
@@ -161,7 +162,8 @@ class PassingLearner:
         self._base_hash = model.weights_hash
         recipe = asked.made_recipe
         with model.attachment.adapters.set_aside():
-            self._learner = InfiniteICL(model, recipe, seed=asked.seed, force=asked.force)
+            texts = OwnTexts(self._store.folder)
+            self._learner = InfiniteICL(model, recipe, seed=asked.seed, force=asked.force, own_texts=texts)
         self._cutter = Cutter(model.coder, recipe.segment_tokens)
         self._segments: list[Segment] = []  # whole, and not learned yet
         self._progress = Progress()

@@ -9,11 +9,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from everlong.memory.gate import Worth
-from everlong.memory.lessons import Lesson
+from everlong.memory.lessons import Lesson, lessons_restored, lessons_state
 from everlong.memory.pairs import Pair
 from everlong.memory.segments import Segment
 
@@ -153,19 +152,12 @@ class Progress:
             for number, adapter in enumerate(self.adapters)
             for name, tensor in adapter.items()
         }
-        for number, lesson in enumerate(self.pool):
-            tensors[f"pool.{number}.tokens"] = lesson.tokens.to(torch.int32)
-            tensors[f"pool.{number}.log_probs"] = lesson.log_probs
-            if lesson.hidden is not None:
-                tensors[f"pool.{number}.hidden"] = lesson.hidden
-        return tensors, {
+        pooled, pool = lessons_state(self.pool, "pool")
+        return tensors | pooled, {
             "segment": self.segment,
             "adapters": len(self.adapters),
             "pairs": [asdict(pair) for pair in self.pairs],
-            "pool": [
-                {"pair": asdict(x.pair), "query": x.query, "response": x.response, "ends": x.ends}
-                for x in self.pool
-            ],
+            "pool": pool,
             "account": {
                 **vars(self.account),
                 "dropped": dict(self.account.dropped),
@@ -182,26 +174,13 @@ class Progress:
             if kind == "adapters":
                 number, _, weight = rest.partition(".")
                 adapters[int(number)][weight] = tensor
-        pool = [
-            Lesson(
-                _pair(saved["pair"]),
-                saved["query"],
-                saved["response"],
-                tensors[f"pool.{number}.tokens"].long(),
-                tensors[f"pool.{number}.log_probs"],
-                tensors.get(f"pool.{number}.hidden"),
-                saved["ends"],
-            )
-            for number, saved in enumerate(values["pool"])
-        ]
+        pool = lessons_restored(tensors, values["pool"], "pool")
         account = Account(**values["account"])
         account.dropped = Counter(account.dropped)
         account.worth = {kind: Worth(**worth) for kind, worth in values["account"]["worth"].items()}
-        return cls(values["segment"], adapters, pool, [_pair(saved) for saved in values["pairs"]], account)
-
-
-def _pair(values: dict[str, Any]) -> Pair:
-    return Pair(**{**values, "sentences": tuple(values["sentences"])})
+        return cls(
+            values["segment"], adapters, pool, [Pair.restored(saved) for saved in values["pairs"]], account
+        )
 
 
 class Reporter:

@@ -45,6 +45,7 @@ class Adapters:
         self._current: str | None | tuple[Span, ...] = None
         self._hooks: list[Any] = []  # on the layers, while tokens differ
         self._alone: set[str] = set()
+        self._aside = 0  # blocks within which all are
         self._lock = RLock()
 
     def __len__(self) -> int:
@@ -142,15 +143,18 @@ class Adapters:
 
     @contextmanager
     def set_aside(self) -> Iterator[None]:
-        """Within the block, the model is what it was without any adapter."""
+        """Within the block, and blocks within it, the model is what it was without any adapter."""
         with self._lock:
             self.remove()
             self._forget_released()
+            self._aside += 1
             try:
                 yield
             finally:
-                for name in self._loaded:
-                    self._put_in(name)
+                self._aside -= 1
+                if not self._aside:
+                    for name in self._loaded:
+                        self._put_in(name)
 
     def remove(self) -> None:
         """Take PEFT's layers out of the model."""
