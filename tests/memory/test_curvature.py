@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -55,7 +54,7 @@ def change(adapted: Any, names: Any, size: float = 1e-2, seed: int = 0) -> dict[
 
 
 def judged(model: AttachedModel, adapted: Any, texts: list[Lesson] = TEXTS, seed: int = 0) -> Curvature:
-    return measured(model, adapted, texts, random.Random(seed))
+    return measured(model, adapted, texts, seed)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
@@ -124,28 +123,46 @@ def test_nothing_changed_is_nothing_and_a_measurement_leaves_nothing_behind(mode
         assert not any(module._forward_hooks for module in layers_of(adapted).values())
 
 
-def test_of_many_tokens_some_are_kept_the_same_ones_with_the_same_draws(model: AttachedModel) -> None:
+def test_many_tokens_are_told_by_some_sums_of_them(model: AttachedModel) -> None:
     texts = [lesson(f"{number}", " times it rained in Sligo.") for number in range(60)]
     with student(model, config()) as adapted:
         one, same, other = (judged(model, adapted, texts, seed) for seed in (1, 1, 2))
-        changes = change(adapted, layers_of(adapted))
-        assert changes
+        assert change(adapted, layers_of(adapted))
         few, again, others = (float(curvature.of(adapted)().detach()) for curvature in (one, same, other))
         assert few == again != others
-        assert few == pytest.approx(others, rel=0.5)
-        assert all(len(factors.inputs) < 700 < sum(map(len, texts)) for factors in one.factors.values())
+        assert few == pytest.approx(others, rel=0.2)
+        assert all(len(factors.inputs) == 256 < sum(map(len, texts)) for factors in one.factors.values())
 
 
-def test_some_tokens_stand_for_all(model: AttachedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_sums_stand_for_all_tokens(model: AttachedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [lesson(f"{number}", " times it rained in Sligo.") for number in range(60)]
     with student(model, config()) as adapted:
         change(adapted, [])
         some = [judged(model, adapted, texts, seed) for seed in range(6)]
-        monkeypatch.setattr(curvature_module, "_KEPT", 10**9)
+        monkeypatch.setattr(curvature_module, "_SUMS", 10**9)
         whole = judged(model, adapted, texts)
         change(adapted, layers_of(adapted))
         told = [float(curvature.of(adapted)().detach()) for curvature in some]
-        assert sum(told) / len(told) == pytest.approx(float(whole.of(adapted)().detach()), rel=0.25)
+        assert sum(told) / len(told) == pytest.approx(float(whole.of(adapted)().detach()), rel=0.1)
+
+
+def test_one_draw_of_signs_leads_where_all_tokens_would(
+    model: AttachedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mean over draws is no help in training, which has one: its gradient must be nearly right."""
+    texts = drawn(model, 60, 25)
+    with student(model, config()) as adapted:
+        few = judged(model, adapted, texts)
+        monkeypatch.setattr(curvature_module, "_SUMS", 10**9)
+        whole = judged(model, adapted, texts)
+        assert len(next(iter(few.factors.values())).inputs) < 300 < 60 * 25
+        change(adapted, layers_of(adapted))
+        parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+        ours, theirs = (
+            torch.cat([x.flatten() for x in torch.autograd.grad(curvature.of(adapted)(), parameters)])
+            for curvature in (few, whole)
+        )
+        assert torch.cosine_similarity(ours, theirs, dim=0) > 0.95
 
 
 def test_gradients_that_the_model_had_stay(model: AttachedModel) -> None:
@@ -209,9 +226,9 @@ def test_a_model_is_measured_once_and_not_for_a_cartridge(
 ) -> None:
     counted: list[int] = []
 
-    def count(model: AttachedModel, adapted: Any, texts: list[Lesson], draws: random.Random) -> Curvature:
+    def count(model: AttachedModel, adapted: Any, texts: list[Lesson], seed: int) -> Curvature:
         counted.append(len(texts))
-        return measured(model, adapted, texts, draws)
+        return measured(model, adapted, texts, seed)
 
     monkeypatch.setattr(infinite_icl, "measured", count)
     learner_of(reader, ewc=1.0, passes=1).learn(TEXT)

@@ -11,7 +11,6 @@ whole, however many segments it learned.
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,19 +26,20 @@ from everlong.models.head import Head
 from everlong.reading.attached import AttachedModel
 
 _BATCH = 512  # tokens a forward
-_KEPT = 512  # tokens, about, by which a change is judged
+_SUMS = 256  # of tokens, by which a change is judged
 
 
 @dataclass(frozen=True, eq=False)
 class Factors:
-    """What is known of one linear layer, from n tokens.
+    """What is known of one linear layer, in n sums over tokens.
 
     Attributes
     ----------
     inputs : Tensor (n, in)
-        What it was given; their second moment is C, each token counted by how much its output matters.
+        Of what it was given; ``inputs.T @ inputs`` is C, each token counted by how much its output matters.
     slopes : Tensor (n, out)
-        Gradients of the texts' log-likelihood in its output; their second moment is G, per token written.
+        Of the gradients of the texts' log-likelihood in its output; ``slopes.T @ slopes`` is G, per token
+        written.
     """
 
     inputs: Tensor
@@ -87,51 +87,79 @@ class Curvature:
         return changed
 
 
-class _Kept:
-    """Some tokens of a forward, and what the layers are given for them and are worth to the texts."""
+class _Sums:
+    """What the layers are given for all tokens, and are worth to the texts: sums of it, with random signs.
 
-    def __init__(self, share: float, draws: random.Random) -> None:
-        self.factors: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
-        self.tokens = 0
-        """Of all forwards."""
-        self._share = share
+    Their second moment is that of all tokens, in the mean over signs. Few tokens are kept as they are.
+
+    Parameters
+    ----------
+    tokens : int
+        Of all forwards, at most.
+    draws : torch.Generator
+        Of the signs.
+    """
+
+    def __init__(self, tokens: int, draws: torch.Generator) -> None:
+        self.inputs: dict[str, Tensor] = {}
+        self.slopes: dict[str, Tensor] = {}
+        self.worth: dict[str, Tensor] = {}
+        """The sum of the squares of the slopes."""
+        self._tokens = tokens
         self._draws = draws
-        self._rows = torch.empty(0, dtype=torch.long)
-        self._run = 0  # tokens of this forward, once the first layer was given them
+        self._signs = torch.empty(0, 0)
+        self._seen = 0
         self._written = 0
 
     def begin(self, written: int) -> None:
         """Enter a forward in which so many tokens are predicted; the loss is their mean."""
-        self._run, self._written = 0, written
+        self._signs, self._written = torch.empty(0, 0), written
 
     def hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         """Return a forward hook for a layer."""
 
         def look(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
             inputs = given[0].detach().flatten(0, -2)
-            if not self._run:
-                self._choose(len(inputs))
-            if self._run == len(inputs):  # not so of an expert, which is given some tokens only
-                output.register_hook(partial(self._keep, name, inputs))  # type: ignore[no-untyped-call]
+            if not len(self._signs):
+                self._signs = self._drawn(len(inputs))
+            if self._signs.shape[1] == len(inputs):  # not so of an expert, which is given some tokens only
+                output.register_hook(partial(self._add, name, inputs))  # type: ignore[no-untyped-call]
 
         return look
 
-    def _choose(self, tokens: int) -> None:
-        count = max(1, round(self._share * tokens))
-        self._rows = torch.tensor(sorted(self._draws.sample(range(tokens), min(count, tokens))))
-        self._run = tokens
-        self.tokens += tokens
+    def _drawn(self, tokens: int) -> Tensor:
+        """Return with which sign each of the next tokens counts in each sum."""
+        if self._tokens > _SUMS:
+            signs = torch.randint(2, (_SUMS, tokens), generator=self._draws)
+            return (2.0 * signs - 1.0) / math.sqrt(_SUMS)
+        kept = torch.zeros(self._tokens, tokens)
+        kept[self._seen : self._seen + tokens] = torch.eye(tokens)
+        self._seen += tokens
+        return kept
 
-    def _keep(self, name: str, inputs: Tensor, slopes: Tensor) -> None:
-        rows = self._rows.to(inputs.device)
-        given, told = self.factors.setdefault(name, ([], []))
-        given.append(inputs[rows].float())
-        told.append(slopes.flatten(0, -2)[rows].float() * self._written)
+    def _add(self, name: str, inputs: Tensor, slopes: Tensor) -> None:
+        signs = self._signs.to(inputs.device)
+        told = slopes.flatten(0, -2).float() * self._written
+        worth = told.norm(dim=-1, keepdim=True)
+        for sums, found in (
+            (self.inputs, signs @ (inputs.float() * worth)),
+            (self.slopes, signs @ told),
+            (self.worth, worth.square().sum()),
+        ):
+            sums[name] = sums[name] + found if name in sums else found
+
+    def factors(self, written: int) -> dict[str, Factors]:
+        """Return the factors of the layers, of texts in which so many tokens were predicted."""
+        least = torch.finfo(torch.float32).tiny
+        return {
+            name: Factors(
+                inputs / self.worth[name].sqrt().clamp(min=least), self.slopes[name] / math.sqrt(written)
+            )
+            for name, inputs in self.inputs.items()
+        }
 
 
-def measured(
-    model: AttachedModel, adapted: nn.Module, texts: Sequence[Lesson], draws: random.Random
-) -> Curvature:
+def measured(model: AttachedModel, adapted: nn.Module, texts: Sequence[Lesson], seed: int = 0) -> Curvature:
     """Measure a model on texts that were drawn from it.
 
     Being drawn from it, their own tokens are fair samples of what it expects: the second moment of their
@@ -145,33 +173,24 @@ def measured(
         The same with an adapter of PEFT's that changes nothing yet, by which gradients come in.
     texts : sequence of Lesson
         The texts; what was drawn is their response.
-    draws : random.Random
-        Of the tokens that are kept.
+    seed : int
+        Of the signs.
     """
     head, lengths = Head(model.attachment.model), list(map(len, texts))
-    kept = _Kept(_KEPT / max(1, sum(lengths)), draws)
+    sums = _Sums(sum(lengths), torch.Generator().manual_seed(seed))
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-    handles = [layer.register_forward_hook(kept.hook(name)) for name, layer in _adapted_layers(adapted)]
+    handles = [layer.register_forward_hook(sums.hook(name)) for name, layer in _adapted_layers(adapted)]
     try:
         for batch in in_batches(lengths, _BATCH):
             some = [texts[number].hard() for number in batch]
-            kept.begin(sum(len(text.response) for text in some))
+            sums.begin(sum(len(text.response) for text in some))
             learn_from(model, head, some)
     finally:
         for handle in handles:
             handle.remove()
         for parameter in trained:
             parameter.grad = None
-    written = sum(len(text.response) for text in texts)
-    return Curvature({name: _factors(*of, kept.tokens / written) for name, of in kept.factors.items()})
-
-
-def _factors(inputs: list[Tensor], slopes: list[Tensor], tokens_a_word: float) -> Factors:
-    """Return the factors of a layer, each scaled so that its product with itself is the moment."""
-    given, told = torch.cat(inputs), torch.cat(slopes)
-    worth = told.norm(dim=-1, keepdim=True)
-    total = worth.norm().clamp(min=torch.finfo(worth.dtype).tiny)
-    return Factors(given * (worth / total), told * math.sqrt(tokens_a_word / len(told)))
+    return Curvature(sums.factors(sum(len(text.response) for text in texts)))
 
 
 def _adapted_layers(adapted: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -195,8 +195,7 @@ class InfiniteICL:
         """Measure the model, once, with an adapter that changes nothing yet."""
         if self._curvature is None and self._is_judged:
             assert self._texts is not None
-            draws = random.Random(self.seed)
-            self._curvature = measured(self.model, adapted, self._texts[:_MEASURED], draws)
+            self._curvature = measured(self.model, adapted, self._texts, self.seed)
 
     def _lessons(self, segment: Segment, state: Progress, report: Reporter) -> list[Lesson]:
         """Elicit, teach and select."""

@@ -91,7 +91,7 @@ class Recipe:
     carry: Carry = "replay"
     replay: float = 1.0
     anchors: int = 16
-    ewc: float = 2.0
+    ewc: float = 16.0
     readings: int = 12
     kind: Kind = "lora"
     prefix: int = 64
