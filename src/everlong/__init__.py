@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         Policy,
         StreamCache,
         StreamingLLM,
+        Tier,
         attach,
         make_policy,
     )
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "everlong.attention": (
         *("POLICIES", "Attachment", "FullAttention", "LMInfinite", "Policy", "StreamCache", "StreamingLLM"),
-        *("attach", "make_policy"),
+        *("Tier", "attach", "make_policy"),
     ),
     "everlong.llm": ("LLM", "load"),
     "everlong.memory.folder": ("Memory",),
@@ -61,6 +62,7 @@ __all__ = [
     "Session",
     "StreamCache",
     "StreamingLLM",
+    "Tier",
     "__version__",
     "attach",
     "load",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from everlong.attention import Attachment, LMInfinite, Policy, attach, make_policy
+from everlong.attention import Attachment, LMInfinite, Policy, Tier, attach, make_policy
 from everlong.errors import ConfigurationError
 from everlong.models.collector import old_objects_left_out
 from everlong.models.loading import load_model
@@ -58,6 +58,7 @@ class LLM:
         name: str,
         attention: Policy,
         weights: Weights = "float",
+        tier: Tier | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -66,7 +67,7 @@ class LLM:
             self.weights = choose_weights(model, weights)
             if self.weights != "float":
                 stack.callback(pack(model, self.weights).undo)
-            self.handle: Attachment = stack.enter_context(attach(model, attention))
+            self.handle: Attachment = stack.enter_context(attach(model, attention, tier=tier))
             self._attached = AttachedModel(self.handle, tokenizer, name, self.weights)
             self._closing = stack.pop_all()
 
@@ -341,6 +342,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     revision: str | None = None,
     weights: Weights = "auto",
+    tier: Tier | str | Path = "ram",
     **loading: Any,
 ) -> LLM:
     """Load a model and attach it to a policy.
@@ -359,6 +361,8 @@ def load(
     weights : {"auto", "float", "int8", "int4"}
         How forwards of a few rows, as in writing, read the weights; reading uses the float weights anyway.
         See :func:`everlong.models.packing.choose_weights` for "auto".
+    tier : Tier, "ram", "disk" or a folder
+        Where what leaves the window goes, with policies that keep it.
 
     Raises
     ------
@@ -366,11 +370,12 @@ def load(
         See :func:`~everlong.models.loading.load_model` and :func:`~everlong.attention.attach`.
     """
     policy = LMInfinite() if attention is None else _policy(attention)
+    tier = tier if isinstance(tier, Tier) else Tier(tier)
     with old_objects_left_out():
         loaded = load_model(
             source, tokenizer=tokenizer, device=device, dtype=dtype, revision=revision, **loading
         )
-        return LLM(loaded.model, loaded.tokenizer, loaded.name, policy, weights)
+        return LLM(loaded.model, loaded.tokenizer, loaded.name, policy, weights, tier)
 
 
 def _policy(attention: Policy | str) -> Policy:

@@ -250,10 +250,8 @@ class RecallsABlock(Policy):
     def parts(self, queries, view):
         parts = view.band(queries, farthest=self.window - 1)
         if len(view.memory.tier) >= self.begin + self.size:
-            at = slice(self.begin, self.begin + self.size)
-            keys = view.rotation(view.memory.tier.keys.view()[:, :, at], 0)
-            values = view.memory.tier.values.view()[:, :, at]
-            parts.append(Part(queries.at(self.distance), keys, values))
+            keys, values = view.memory.tier.read(self.begin, self.begin + self.size)
+            parts.append(Part(queries.at(self.distance), view.rotation(keys, 0), values))
         return parts
 
 
@@ -320,9 +318,8 @@ class RecallsTheMostSurprising(Policy):
         parts = view.band(queries, farthest=self.window - 1)
         index = view.memory.surprising
         if index is not None and index < len(view.memory.tier):
-            at = slice(index, index + 1)
-            keys = view.rotation(view.memory.tier.keys.view()[:, :, at], 0)
-            parts.append(Part(queries.at(self.distance), keys, view.memory.tier.values.view()[:, :, at]))
+            keys, values = view.memory.tier.read(index, index + 1)
+            parts.append(Part(queries.at(self.distance), view.rotation(keys, 0), values))
         return parts
 
 

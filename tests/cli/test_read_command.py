@@ -132,6 +132,46 @@ def test_other_methods_by_name(everlong, novel, folder):
         assert result.out == f"{session.ask('Who?', max_new_tokens=512).text}\n"
 
 
+RECALLS = (*WINDOW, "--set", "top_k=5", "--set", "top_k_layers=0")
+
+
+def test_what_leaves_the_window_lies_where_the_tier_says(everlong, novel, tmp_path):
+    held = {}
+    for tier in ("ram", "disk", tmp_path):
+        words = ("--tier", tier, "--tier-precision", "int8", "--quiet", "--json")
+        stats = json.loads(everlong("read", novel, *RECALLS, *words).out)["stats"]
+        assert stats["recallable"] >= len(TEXT) - 40 and stats["forgotten"] == 0
+        held[tier] = stats["bytes"]
+    assert held["disk"] == held[tmp_path] and held["disk"]["disk"] > 0
+    assert held["disk"]["ram"] + held["disk"]["disk"] == held["ram"]["ram"] and held["ram"]["disk"] == 0
+    assert held["disk"]["window"] == held["ram"]["window"]
+
+
+def test_beyond_the_limit_of_a_tier_the_oldest_is_forgotten(everlong, novel, tmp_path):
+    state = tmp_path / "novel.state"
+    words = ("--tier-limit", "20kB", "--quiet", "--json")
+    stats = json.loads(everlong("read", novel, *RECALLS, *words, "--state", state).out)["stats"]
+    assert stats["recallable"] > 0 and stats["forgotten"] > 0
+    assert stats["recallable"] + stats["forgotten"] >= len(TEXT) - 40
+    more = json.loads(everlong("read", novel, *words, "--state", state).out)["stats"]
+    assert more["forgotten"] > stats["forgotten"] + 1000
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--tier", "disk"], "LMInfinite forgets what leaves its window: --tier"),
+        ([*RECALLS, "--tier", "no/such/folder"], "a tier cannot lie in no/such/folder"),
+        ([*RECALLS, "--tier-precision", "int7"], "precision='int7' is not known"),
+        ([*RECALLS, "--tier-limit", "much"], "'much' is no number of bytes: write 4GB"),
+        ([*RECALLS, "--tier-limit", "0"], "a number of bytes above 0"),
+    ],
+)
+def test_a_tier_that_cannot_be_is_refused(everlong, novel, words, message):
+    result = everlong("read", novel, *words)
+    assert result.code != 0 and message in " ".join(result.err.split())
+
+
 def test_a_dry_run_counts_and_reads_nothing(everlong, novel, tmp_path):
     state = tmp_path / "novel.state"
     result = everlong("read", novel, novel, "--dry-run", "--state", state, "--json", *WINDOW)

@@ -118,7 +118,7 @@ def test_accounts_are_those_after_the_text(compared: Comparison) -> None:
     }
     stock, ours, _, _ = compared.results
     assert stock.bytes == {"window": 4 * LENGTH * A_KEY} and stock.options == {}
-    assert ours.bytes == {"window": 4 * (W + G) * A_KEY, "ram": 0}
+    assert ours.bytes == {"window": 4 * (W + G) * A_KEY, "ram": 0, "disk": 0}
     assert ours.options == dataclasses.asdict(LMInfinite(window=W, sinks=G).resolve(64))
     for result in compared.results:
         assert [(c.stop, c.tokens) for c in result.chunks] == [

@@ -123,14 +123,23 @@ def test_what_was_foretold_is_what_is_in_use(policy: str, family: str, tokens: i
 def test_bytes_are_what_the_layers_keys_and_values_take() -> None:
     with attach(build("llama"), LMInfinite(window=W, sinks=G)) as handle:
         cache = read(handle, 5, 5)
-    assert cache.bytes_at(1) == {"window": 2 * 2 * (1 + G) * A_KEY, "ram": 0}
-    assert cache.bytes_at(10**9) == {"window": 2 * 2 * (W + G) * A_KEY, "ram": 0}
+    assert cache.bytes_at(1) == {"window": 2 * 2 * (1 + G) * A_KEY, "ram": 0, "disk": 0}
+    assert cache.bytes_at(10**9) == {"window": 2 * 2 * (W + G) * A_KEY, "ram": 0, "disk": 0}
     with attach(build("llama"), FullAttention()) as handle:
-        assert read(handle, 5, 5).bytes_at(10**9) == {"window": 2 * 2 * 10**9 * A_KEY, "ram": 0}
-        assert read(handle, 5, 5, rows=3).bytes_at(100) == {"window": 3 * 2 * 2 * 100 * A_KEY, "ram": 0}
+        assert read(handle, 5, 5).bytes_at(10**9) == {"window": 2 * 2 * 10**9 * A_KEY, "ram": 0, "disk": 0}
+        assert read(handle, 5, 5, rows=3).bytes_at(100) == {
+            "window": 3 * 2 * 2 * 100 * A_KEY,
+            "ram": 0,
+            "disk": 0,
+        }
     with attach(build("llama"), GROWING["top_k"]) as handle:  # the second layer has raw keys and a tier
         cache = read(handle, 5, 5)
-    assert cache.bytes_at(1000) == {"window": (2 + 3) * W * A_KEY + 4 * G * A_KEY, "ram": 2 * 980 * A_KEY}
+    blocks, left = divmod(980, 64)
+    assert cache.bytes_at(1000) == {
+        "window": (2 + 3) * W * A_KEY + 4 * G * A_KEY,
+        "ram": blocks * 64 * A_KEY + 2 * left * A_KEY,  # of whole blocks, in half precision
+        "disk": 0,
+    }
 
 
 def test_an_empty_cache_cannot_tell() -> None:

@@ -78,7 +78,7 @@ def test_a_stock_stream_holds_two_tensors_a_layer_and_a_full_window_as_many_as_f
     assert stock.bytes() == {"window": 2 * 2 * LENGTH * A_KEY}
     with open_stream(model, LMInfinite(window=W, sinks=G)) as stream:
         read(stream, ids, 7)
-        assert stream.bytes() == {"window": 2 * 2 * (W + G) * A_KEY, "ram": 0}
+        assert stream.bytes() == {"window": 2 * 2 * (W + G) * A_KEY, "ram": 0, "disk": 0}
         assert stream.bytes() == stream.cache.bytes()
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from everlong.errors import ModelFileError
+from everlong.errors import ConfigurationError, ModelFileError
 from everlong.models import conversion
 from everlong.models.conversion import convert, convert_in_subprocess, is_complete
-from everlong.models.files import human_bytes
+from everlong.models.files import human_bytes, parse_bytes
 from tests.models.tiny_gguf import BYTE_LEVEL_TOKENS, CONTEXT, tensors, write_llama
 
 
@@ -146,3 +146,17 @@ def test_no_space_while_renaming_is_the_same_error(gguf_file, tmp_path, monkeypa
 )
 def test_bytes_are_written_for_people(count, written):
     assert human_bytes(count) == written
+
+
+@pytest.mark.parametrize(
+    ("written", "count"),
+    [("0", 0), ("1024", 1024), ("4GB", 4 * 10**9), ("1.5 kb", 1500), (" 20 MB ", 2 * 10**7), ("7 bytes", 7)],
+)
+def test_bytes_are_read_as_people_write_them(written, count):
+    assert parse_bytes(written) == count
+
+
+@pytest.mark.parametrize("written", ["", "much", "-4GB", "4XB", "1.2.3GB", "nan", "GB"])
+def test_what_is_no_number_of_bytes_is_refused(written):
+    with pytest.raises(ConfigurationError, match="no number of bytes"):
+        parse_bytes(written)

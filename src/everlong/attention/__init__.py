@@ -6,6 +6,7 @@ from everlong.attention.full import FullAttention
 from everlong.attention.lm_infinite import LMInfinite
 from everlong.attention.policy import POLICIES, Policy, make_policy, policy_options, with_sinks
 from everlong.attention.streaming_llm import StreamingLLM
+from everlong.attention.tiers import Tier
 
 __all__ = [
     "POLICIES",
@@ -15,6 +16,7 @@ __all__ = [
     "Policy",
     "StreamCache",
     "StreamingLLM",
+    "Tier",
     "attach",
     "make_policy",
     "policy_options",

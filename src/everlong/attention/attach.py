@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from contextvars import ContextVar
 from functools import partial
 from types import TracebackType
@@ -24,6 +24,7 @@ from everlong.attention.prefix import Prefix, begun_with
 from everlong.attention.recording import StepRecorder, recorder_for
 from everlong.attention.sequences import PackedSequences
 from everlong.attention.static_step import StaticStep
+from everlong.attention.tiers import Tier
 from everlong.errors import ConfigurationError, StateError, UnknownNameError, UnsupportedUseError
 from everlong.models.adapters import Adapters
 from everlong.models.anatomy import decoder_of, dissect, replaced_rotaries
@@ -32,7 +33,7 @@ from everlong.models.lean_layers import lean_layers
 from everlong.models.packing import by_float_weights
 from everlong.models.refusals import refuse_prompt_learning
 from everlong.models.rotary import IdentityRotary
-from everlong.models.seam import Seam
+from everlong.models.seam import Seam, instance_attribute
 from everlong.models.unrotated import unrotated
 from everlong.models.watch import ModelWatch
 
@@ -53,6 +54,8 @@ class Attachment:
         The model without its head.
     policy : Policy
         What full-attention layers follow, resolved for this model.
+    tier : Tier
+        Where what leaves the window goes, where a policy keeps it.
     training_length : int or None
         Tokens the model was trained on at most.
     adapters : Adapters
@@ -64,7 +67,7 @@ class Attachment:
         None. It is one for CUDA graphs where the model is on such a device.
     """
 
-    def __init__(self, model: nn.Module, policy: Policy) -> None:
+    def __init__(self, model: nn.Module, policy: Policy, tier: Tier | None = None) -> None:
         if not isinstance(policy, Policy):
             raise ConfigurationError(
                 f"attach() takes a policy, such as LMInfinite(), not {policy!r}; by name: make_policy(name)"
@@ -83,6 +86,7 @@ class Attachment:
         self.training_length = anatomy.training_length
         self.cache_argument = cache_argument(decoder)
         self.policy = policy.resolve(anatomy.training_length)
+        self.tier = tier or Tier()
         self.owner = uuid.uuid4().hex
         self._generator = inner
         self.adapters = Adapters(inner)
@@ -103,9 +107,9 @@ class Attachment:
             stack.enter_context(unrotated(skip_rotation))
             stack.enter_context(Seam(self.decoder, self._attention))
             stack.enter_context(lean_layers(self.decoder))
-            stack.enter_context(_instance_attribute(self.decoder, "_everlong_attachment", self.owner))
+            stack.enter_context(instance_attribute(self.decoder, "_everlong_attachment", self.owner))
             if hasattr(self._generator, "_prepare_cache_for_generation"):
-                ours = _instance_attribute(
+                ours = instance_attribute(
                     self._generator, "_prepare_cache_for_generation", self._prepare_cache
                 )
                 stack.enter_context(ours)
@@ -155,8 +159,8 @@ class Attachment:
         """
         resolved = self.policy if policy is None else policy.resolve(self.training_length)
         if prefix is not None:
-            return begun_with(prefix, resolved, self._layers, self.owner)
-        return StreamCache(resolved, self._layers.kept, self.owner, offset)
+            return begun_with(prefix, resolved, self._layers, self.owner, self.tier)
+        return StreamCache(resolved, self._layers.kept, self.owner, offset, self.tier)
 
     def why_apart(self, caches: Sequence[StreamCache]) -> str | None:
         """Say why streams cannot be the rows of one batch (see :meth:`batch`); None: they can."""
@@ -201,7 +205,7 @@ class Attachment:
             raise StateError(f"the saved state is not complete: {error!r}") from error
         length = seen if span is None else min(seen, span)
         rotations = self._layers.rotations(length)
-        return StreamCache.from_state(tensors, meta, self._layers.kept, self.owner, rotations)
+        return StreamCache.from_state(tensors, meta, self._layers.kept, self.owner, rotations, self.tier)
 
     # --- writing -----------------------------------------------------------------------------------
 
@@ -361,7 +365,7 @@ class Attachment:
         return output.transpose(1, 2).contiguous(), None
 
 
-def attach(model: nn.Module, policy: Policy) -> Attachment:
+def attach(model: nn.Module, policy: Policy, *, tier: Tier | None = None) -> Attachment:
     """Make `model` follow `policy`, in stock ``generate()`` and ``forward()``, until detached.
 
     Parameters
@@ -370,6 +374,8 @@ def attach(model: nn.Module, policy: Policy) -> Attachment:
         A loaded transformers causal language model, or a PEFT model around one.
     policy : Policy
         For example ``LMInfinite(window=4096)``.
+    tier : Tier, optional
+        Where what leaves the window goes, where the policy keeps it; in RAM, in half precision, by default.
 
     Returns
     -------
@@ -383,18 +389,4 @@ def attach(model: nn.Module, policy: Policy) -> Attachment:
     UnsupportedUseError
         The model is attached already, or wrapped in a way that cannot be followed.
     """
-    return Attachment(model, policy)
-
-
-@contextmanager
-def _instance_attribute(module: nn.Module, name: str, value: Any) -> Iterator[None]:
-    """Set an attribute of this one object, past the class's; give back what the object had."""
-    missing = object()
-    before = module.__dict__.get(name, missing)
-    module.__dict__[name] = value
-    try:
-        yield
-    finally:
-        del module.__dict__[name]
-        if before is not missing:
-            module.__dict__[name] = before
+    return Attachment(model, policy, tier)

@@ -39,7 +39,7 @@ class StreamBatch:
         pads = [longest.seen - cache.seen for cache in caches]
         self._layers = layers
         self._offsets = [cache.offset for cache in caches]
-        self.cache = StreamCache(longest.policy, layers, longest.owner, longest.offset)
+        self.cache = StreamCache(longest.policy, layers, longest.owner, longest.offset, longest.tier)
         self.cache.use_adapters([cache.adapter for cache in caches])
         self.cache.seen = longest.seen
         self.cache.rows = len(caches)
@@ -55,7 +55,7 @@ class StreamBatch:
         """Return the stream in `row` as a cache of its own; the row stays."""
         batch, offset = self.cache, self._offsets[row]
         pad = batch.pads[row] if batch.pads else 0
-        single = StreamCache(batch.policy, self._layers, batch.owner, offset)
+        single = StreamCache(batch.policy, self._layers, batch.owner, offset, batch.tier)
         single.adapter = batch.row_adapters[row] if batch.row_adapters else batch.adapter
         single.rows, single.seen = 1, batch.seen - pad
         single.is_half_done = batch.is_half_done

@@ -16,6 +16,7 @@ from everlong.attention.branches import Branches
 from everlong.attention.cache_interface import PolicyCache
 from everlong.attention.policy import Policy, make_policy, policy_options
 from everlong.attention.positions import Rotation
+from everlong.attention.tiers import Tier
 from everlong.attention.window import LocalWindow
 from everlong.errors import StateError, UnsupportedUseError
 from everlong.models.adapters import Span
@@ -56,11 +57,21 @@ class StreamCache(PolicyCache):
         The attachment this cache belongs to.
     offset : int
         Stream position of the first token.
+    tier : Tier, optional
+        How what leaves the window is kept, where the policy keeps it.
     """
 
-    def __init__(self, policy: Policy, layers: dict[int, KeptLayer], owner: str, offset: int = 0) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        layers: dict[int, KeptLayer],
+        owner: str,
+        offset: int = 0,
+        tier: Tier | None = None,
+    ) -> None:
         super().__init__(owner)
         self.policy = policy
+        self.tier = tier or Tier()
         self.offset = offset
         self.seen = 0
         self.adapter: str | None = None
@@ -75,6 +86,11 @@ class StreamCache(PolicyCache):
             )
             for number, layer in layers.items()
         }
+        below = [memory.tier for memory in self.memories.values() if memory.tier is not None]
+        if below:
+            shelf = self.tier.shelf()
+            for store in below:
+                store.use(self.tier, shelf, len(below))
         self._kept_layers = dict(layers)
         self.branches: Branches | None = None
         self._is_provisional = False
@@ -104,7 +120,7 @@ class StreamCache(PolicyCache):
     @property
     def recallable(self) -> int:
         """Tokens per row that left the window and can be recalled."""
-        return max(0 if m.tier is None else len(m.tier) for m in self.memories.values())
+        return max(0 if m.tier is None else len(m.tier) - m.tier.first for m in self.memories.values())
 
     @property
     def forgotten(self) -> int:
@@ -294,6 +310,7 @@ class StreamCache(PolicyCache):
         layers: dict[int, KeptLayer],
         owner: str,
         rotations: dict[int, Rotation],
+        tier: Tier | None = None,
     ) -> StreamCache:
         """Rebuild a cache from :meth:`state`; `rotations` are the layers' tables at the saved length."""
         try:
@@ -305,7 +322,8 @@ class StreamCache(PolicyCache):
                 raise StateError(f"the saved state is not complete: {odd[0]} is missing, or of another shape")
             if {int(number): KeptLayer(**saved) for number, saved in meta["kept_layers"].items()} != layers:
                 raise StateError("the saved state has other layers than this model")
-            cache = cls(make_policy(meta["policy"], meta["options"]), layers, owner, int(meta["offset"]))
+            policy = make_policy(meta["policy"], meta["options"])
+            cache = cls(policy, layers, owner, int(meta["offset"]), tier)
             cache.seen = int(meta["seen"])
             cache.pads = None if meta["pads"] is None else tuple(meta["pads"])
             cache.rows = meta["rows"]
@@ -362,7 +380,7 @@ class StreamCache(PolicyCache):
 
     def reset(self) -> None:
         """Forget everything and begin again."""
-        fresh = type(self)(self.policy, self._kept_layers, self.owner, self.offset)
+        fresh = type(self)(self.policy, self._kept_layers, self.owner, self.offset, self.tier)
         fresh.adapter, fresh.row_adapters = self.adapter, self.row_adapters
         self.__dict__.update(fresh.__dict__)
 

@@ -14,6 +14,7 @@ from everlong.attention.cache_interface import PolicyCache
 from everlong.attention.parts import Logits, attend
 from everlong.attention.policy import Policy
 from everlong.attention.positions import Rotation
+from everlong.attention.tiers import TierLostError
 from everlong.attention.token_step import TokenStep, token_step
 from everlong.attention.view import LayerCall, LayerView
 from everlong.attention.window import LocalWindow
@@ -213,7 +214,10 @@ class Forward:
         for begin, stop in groups:
             group = slice(begin - first, stop - first)
             queries = view.queries(query[:, :, group], placed[:, :, group], begin)
-            parts = policy.parts(queries, view)
+            try:
+                parts = policy.parts(queries, view)
+            except TierLostError:
+                parts = policy.parts(queries, view)  # of what is left
             outputs.append(attend(parts, **logits))
         if self.layers.gives(layer):
             self._given[number] = view  # settled at the end, when the layers that share it have seen it

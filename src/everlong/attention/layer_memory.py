@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from everlong.attention.positions import FRAME, Angles, Rotation
-from everlong.attention.tiers import RamTier
+from everlong.attention.tiers import BlockStore
 from everlong.attention.view import LayerCall, LayerView
 from everlong.errors import StateError
 from everlong.models.rotary import Frequencies, Layout
 
 _FIRST_CAPACITY = 256
+_NOTHING = {"ram": 0, "disk": 0}
 _BUFFERS = ("keys", "values", "raw", "sink_keys", "sink_values")
 
 
@@ -35,7 +36,7 @@ class LayerMemory:
     keep_raw : bool
         Whether the ring's keys are stored unrotated too (a ceiling inside the window, recall).
     keep_middle : bool
-        Whether tokens that leave the window go to a tier in RAM; otherwise they are forgotten.
+        Whether tokens that leave the window go to a tier below; otherwise they are forgotten.
     start : int
         Stream position of the first token.
     """
@@ -53,7 +54,7 @@ class LayerMemory:
         self.local = local
         self.window = None if local is None else sinks + local
         self.keep_raw = keep_raw or keep_middle
-        self.tier = RamTier() if keep_middle else None
+        self.tier = BlockStore() if keep_middle else None
         self.seen = 0
         self.start = start
         self.origin = start
@@ -259,10 +260,10 @@ class LayerMemory:
     # --- accounts and state ----------------------------------------------------------------------
 
     def nbytes(self) -> dict[str, int]:
-        """Bytes held, by tier: ``window`` (sinks and ring included) and ``ram``."""
+        """Bytes held, by tier: ``window`` (sinks and ring included), ``ram`` and ``disk``."""
         held = [getattr(self, name) for name in _BUFFERS] + list(self.pending or ())
         window = sum(buffer.nbytes for buffer in held if buffer is not None)
-        return {"window": window, "ram": 0 if self.tier is None else self.tier.nbytes()}
+        return {"window": window, **(_NOTHING if self.tier is None else self.tier.nbytes())}
 
     def nbytes_at(self, tokens: int) -> dict[str, int]:
         """Bytes it will hold when `tokens` were seen, by tier, spare room aside; asked once some were."""
@@ -270,9 +271,10 @@ class LayerMemory:
         held = tokens if self.window is None else min(tokens, self.window)
         keys, values = (buffer.nbytes // buffer.shape[2] for buffer in (self.keys, self.values))
         sinks = sum(buffer.nbytes for buffer in (self.sink_keys, self.sink_values) if buffer is not None)
-        middle = 0 if self.tier is None else tokens - held
         a_token = keys * (2 if self.keep_raw else 1) + values
-        return {"window": held * a_token + sinks, "ram": middle * (keys + values)}
+        like = self.keys, self.values
+        below = _NOTHING if self.tier is None else self.tier.nbytes_at(tokens - held, like)
+        return {"window": held * a_token + sinks, **below}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return tensors and numbers from which :meth:`load` continues bit by bit."""
@@ -283,9 +285,11 @@ class LayerMemory:
             for name in _BUFFERS
             if (buffer := getattr(self, name)) is not None
         }
+        numbers: dict[str, Any] = {"seen": self.seen, "start": self.start, "origin": self.origin}
         if self.tier is not None:
-            tensors.update(self.tier.state())
-        return tensors, {"seen": self.seen, "start": self.start, "origin": self.origin}
+            below, numbers["tier"] = self.tier.state()
+            tensors.update(below)
+        return tensors, numbers
 
     def load(self, tensors: dict[str, Tensor], numbers: dict[str, Any], rotation: Rotation) -> None:
         """Take over what :meth:`state` returned."""
@@ -296,7 +300,7 @@ class LayerMemory:
         if self.keys is not None and self.values is not None:
             self._reserve(self.seen + 1, self.keys, self.values)
         if self.tier is not None:
-            self.tier.load(tensors)
+            self.tier.load(tensors, numbers["tier"])
 
     def take_frame(self, other: LayerMemory) -> None:
         """Let stored keys be rotated as in `other`."""

@@ -26,9 +26,9 @@ class LMInfinite(WindowPolicy):
     """LM-Infinite: Zero-Shot Extreme Length Generalization (Han et al., NAACL 2024, arXiv 2308.16137).
 
     What is kept: the first `sinks` tokens and the latest ``window - sinks``; with `top_k`, everything
-    else in RAM. What a query sees: those and, with `top_k`, the k middle keys with the largest logits,
-    for each query and query head. At which positions: their true distance, or `ceiling` if that is
-    less; middle keys at `top_k_distance`. What is forgotten: the middle, unless `top_k` is set.
+    else in a tier below. What a query sees: those and, with `top_k`, the k middle keys with the largest
+    logits, for each query and query head. At which positions: their true distance, or `ceiling` if that
+    is less; middle keys at `top_k_distance`. What is forgotten: the middle, unless `top_k` is set.
 
     Parameters
     ----------
@@ -146,45 +146,57 @@ class LMInfinite(WindowPolicy):
         stop = queries.stop - local  # the last query sees the middle up to here
         if stop - sinks <= min(view.pads or (0,)):
             return []
-        in_tier = min(len(tier), stop - sinks)
-        keys, values = _joined(view, sinks, in_tier, stop)
         placed = queries.at(self.top_k_distance)
         batch, heads, n, size = placed.shape
-        groups, dtype = heads // keys.shape[1], working_dtype(placed)
-        folded = placed.reshape(batch, keys.shape[1], groups * n, size).to(dtype)
-        row_index = view.row_index(queries)
-        best = placed.new_zeros((batch, heads, n, 0), dtype=dtype)
-        chosen = torch.zeros((batch, heads, n, 0), dtype=torch.long, device=placed.device)
-        for begin in range(0, keys.shape[2], _BLOCK):
-            block = view.rotation(keys[:, :, begin : begin + _BLOCK], 0).to(dtype)
-            logits = (folded @ block.transpose(-1, -2)).reshape(batch, heads, n, -1) * view.call.scaling
-            at = torch.arange(begin, begin + block.shape[2], device=placed.device)
-            index = at + sinks - view.pad_column(placed.device)  # of the key, in its row
+        dtype, device, row_index = working_dtype(placed), placed.device, view.row_index(queries)
+        best: tuple[Tensor, Tensor] | None = None
+        for begin in range(sinks + tier.first, stop, _BLOCK):
+            end = min(begin + _BLOCK, stop)
+            keys, values = _joined(view, sinks, begin, end)
+            folded = placed.reshape(batch, keys.shape[1], -1, size).to(dtype)
+            logits = folded @ view.rotation(keys, 0).to(dtype).transpose(-1, -2)
+            logits = logits.reshape(batch, heads, n, -1) * view.call.scaling
+            index = torch.arange(begin, end, device=device) - view.pad_column(device)  # in its row
             logits = logits.masked_fill((index < sinks) | (index > row_index - local), -torch.inf)
-            best, order = torch.cat((best, logits), -1).topk(
-                min(self.top_k, best.shape[-1] + len(at)), dim=-1
-            )
-            chosen = torch.cat((chosen, at.expand_as(logits)), -1).gather(-1, order)
+            best = _best_of(best, logits, values, self.top_k)
+        if best is None:
+            return []
+        logits, seen = best
         if view.call.softcap is not None:
-            best = (
-                torch.tanh(best / view.call.softcap)
-                .mul(view.call.softcap)
-                .masked_fill(best == -torch.inf, -torch.inf)
-            )
-        rows = torch.arange(batch, device=placed.device)[:, None, None, None]
-        kv_head = (torch.arange(heads, device=placed.device) // groups)[None, :, None, None]
-        return [merge_logits(best, values[rows, kv_head, chosen])]
+            capped = torch.tanh(logits / view.call.softcap) * view.call.softcap
+            logits = capped.masked_fill(logits == -torch.inf, -torch.inf)
+        return [merge_logits(logits, seen)]
 
 
-def _joined(view: LayerView, sinks: int, in_tier: int, stop: int) -> tuple[Tensor, Tensor]:
-    """Raw keys and values of tokens [sinks, stop): from the tier, then from what is still at hand."""
+def _best_of(
+    before: tuple[Tensor, Tensor] | None, logits: Tensor, values: Tensor, k: int
+) -> tuple[Tensor, Tensor]:
+    """Return the k largest logits of each query, those `before` included, and the values that go with them.
+
+    Logits have the shape (batch, heads, n, m), values (batch, key-value heads, m, d); returned are
+    (batch, heads, n, k) and (batch, heads, n, k, d).
+    """
+    batch, heads, _, count = logits.shape
+    top, at = logits.topk(min(k, count), dim=-1)
+    row = torch.arange(batch, device=values.device)[:, None, None, None]
+    head = torch.arange(heads, device=values.device)[None, :, None, None] // (heads // values.shape[1])
+    seen = values[row, head, at]
+    if before is None:
+        return top, seen
+    top, seen = torch.cat((before[0], top), -1), torch.cat((before[1], seen), -2)
+    top, order = top.topk(min(k, top.shape[-1]), dim=-1)
+    return top, seen.gather(-2, order[..., None].expand(*order.shape, seen.shape[-1]))
+
+
+def _joined(view: LayerView, sinks: int, begin: int, stop: int) -> tuple[Tensor, Tensor]:
+    """Raw keys and values of tokens [begin, stop): from the tier, then from what is still at hand."""
     tier = view.memory.tier
     assert tier is not None
-    pieces = []
-    if in_tier:
-        pieces.append((tier.keys.view()[:, :, :in_tier], tier.values.view()[:, :, :in_tier]))
-    if sinks + in_tier < stop:
-        begin = sinks + in_tier
+    pieces, in_tier = [], sinks + len(tier)
+    if begin < in_tier:
+        pieces.append(tier.read(begin - sinks, min(stop, in_tier) - sinks))
+    if stop > in_tier:
+        begin = max(begin, in_tier)
         pieces.append((view.raw(begin, stop), view.values(begin, stop)))
     if len(pieces) == 1:
         return pieces[0]

@@ -9,6 +9,7 @@ from torch import Tensor
 from everlong.attention.cache import StreamCache
 from everlong.attention.forward import Layers
 from everlong.attention.policy import Policy, with_sinks
+from everlong.attention.tiers import Tier
 from everlong.errors import UnsupportedUseError
 
 Prefix = Mapping[int, tuple[Tensor, Tensor]]
@@ -16,7 +17,9 @@ Prefix = Mapping[int, tuple[Tensor, Tensor]]
 stand rotated at positions 0 to n - 1."""
 
 
-def begun_with(prefix: Prefix, policy: Policy, layers: Layers, owner: str) -> StreamCache:
+def begun_with(
+    prefix: Prefix, policy: Policy, layers: Layers, owner: str, tier: Tier | None = None
+) -> StreamCache:
     """Return a cache that holds a prefix as its first tokens, which the policy never forgets.
 
     Parameters
@@ -29,6 +32,8 @@ def begun_with(prefix: Prefix, policy: Policy, layers: Layers, owner: str) -> St
         The model's.
     owner : str
         The attachment.
+    tier : Tier, optional
+        Where what leaves the window goes, as of :class:`StreamCache`.
 
     Raises
     ------
@@ -43,7 +48,7 @@ def begun_with(prefix: Prefix, policy: Policy, layers: Layers, owner: str) -> St
         )
     assert prefix.keys() == layers.kept.keys()
     (length,) = {keys.shape[2] for keys, _ in prefix.values()}
-    cache = StreamCache(with_sinks(policy, length), layers.kept, owner)
+    cache = StreamCache(with_sinks(policy, length), layers.kept, owner, tier=tier)
     for number, rotation in layers.rotations(length).items():
         cache.memories[number].begin_with(*prefix[number], rotation)
     cache.rows, cache.seen = 1, length

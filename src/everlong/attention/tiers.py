@@ -2,76 +2,332 @@
 
 from __future__ import annotations
 
+import copy
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
 import torch
 from torch import Tensor
 
+from everlong.attention.shelves import Block, DiskShelf, RamShelf, Shelf
+from everlong.errors import ConfigurationError, StateError
 
-class Growing:
-    """A tensor of shape (batch, heads, length, d) that grows at its end; its buffer doubles."""
+Precision = Literal["exact", "float16", "int8"]
+"""How a tier keeps numbers: as they are; in half precision; in bytes, with a scale for each channel."""
+
+BLOCK = 64
+"""Tokens that are kept together."""
+
+
+class TierLostError(Exception):
+    """What a tier held cannot be read any more; it holds less from now on, and can be asked again."""
+
+
+@dataclass(frozen=True)
+class Tier:
+    """How what leaves the window is kept, where a policy keeps it.
+
+    Attributes
+    ----------
+    place : str or Path
+        "ram"; "disk", a file among the system's temporary ones; or a folder that it lies in. The file has no
+        name, and is gone with the process.
+    precision : {"float16", "int8", "exact"}
+        Half precision; bytes, with a scale for each block of 64 tokens, head and channel; or as the model
+        computes.
+    limit : int or None
+        Bytes that all layers hold at most: the oldest blocks go, and count as forgotten. None: no limit.
+    """
+
+    place: str | Path = "ram"
+    precision: Precision = "float16"
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.precision not in get_args(Precision):
+            raise ConfigurationError(
+                f"Tier: precision={self.precision!r} is not known: use {', '.join(get_args(Precision))}"
+            )
+        is_count = isinstance(self.limit, int) and not isinstance(self.limit, bool)
+        if self.limit is not None and not (is_count and self.limit > 0):
+            raise ConfigurationError(
+                f"Tier: limit must be None or a number of bytes above 0, not {self.limit!r}"
+            )
+        if not isinstance(self.place, (str, Path)) or not str(self.place):
+            raise ConfigurationError(f"Tier: place must be 'ram', 'disk' or a folder, not {self.place!r}")
+
+    def shelf(self) -> Shelf:
+        """Return where the blocks of one layer go.
+
+        Raises
+        ------
+        ConfigurationError
+            The folder is missing, or cannot be written to.
+        """
+        if self.place == "ram":
+            return RamShelf()
+        folder = Path(tempfile.gettempdir()) if self.place == "disk" else Path(self.place).expanduser()
+        try:
+            return DiskShelf(folder)
+        except OSError as error:
+            raise ConfigurationError(
+                f"a tier cannot lie in {folder}: {error.strerror or error}; name a folder that is there and "
+                "can be written to, or use the tier 'ram'"
+            ) from error
+
+
+class BlockStore:
+    """The raw keys and the values of one layer's tokens that left the window, in stream order.
+
+    Whole blocks go to a shelf, and are shared between copies; the tokens of one that is not whole yet stay as
+    they are. Tokens are numbered from the first that came, those that were given up included.
+    """
 
     def __init__(self) -> None:
-        self._buffer: Tensor | None = None
         self.length = 0
+        self._tier = Tier()
+        self._shelf: Shelf = RamShelf()
+        self._share = 1  # layers that have a part of the limit
+        self._blocks: list[Block] = []
+        self._gone = 0  # blocks given up, before those
+        self._open: tuple[Tensor, Tensor] | None = None  # of BLOCK tokens each, not all filled
+        self._like: tuple[torch.dtype, torch.device] | None = None
 
-    def append(self, new: Tensor) -> None:
-        """Add `new`, shape (batch, heads, n, d)."""
-        needed = self.length + new.shape[2]
-        if self._buffer is None or self._buffer.shape[2] < needed:
-            capacity = max(needed, 2 * self.length, 64)
-            with torch.inference_mode(False):  # later forwards, in whatever mode, write into it
-                grown = new.new_empty((*new.shape[:2], capacity, new.shape[3]))
-            if self._buffer is not None:
-                grown[:, :, : self.length] = self._buffer[:, :, : self.length]
-            self._buffer = grown
-        self._buffer[:, :, self.length : needed] = new.detach()
-        self.length = needed
-
-    def view(self) -> Tensor:
-        """Return everything appended so far, shape (batch, heads, length, d), without a copy."""
-        assert self._buffer is not None
-        return self._buffer[:, :, : self.length]
-
-    def pick_rows(self, rows: Tensor) -> None:
-        """Keep the given rows of the batch, in that order (repeats allowed)."""
-        if self._buffer is not None:
-            self._buffer = self._buffer[rows.to(self._buffer.device)]
-
-    def nbytes(self) -> int:
-        """Bytes held, spare capacity included."""
-        return 0 if self._buffer is None else self._buffer.nbytes
-
-
-class RamTier:
-    """Keeps the raw keys and the values of every token that left the window, in stream order."""
-
-    def __init__(self) -> None:
-        self.keys = Growing()
-        self.values = Growing()
+    def use(self, tier: Tier, shelf: Shelf, layers: int = 1) -> None:
+        """Keep blocks on a shelf as `tier` says, up to one of `layers` shares of its limit. Asked first."""
+        assert not self.length
+        self._tier, self._shelf, self._share = tier, shelf, layers
 
     def __len__(self) -> int:
-        return self.keys.length
+        return self.length
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        twin = copy.copy(self)
+        twin._blocks = list(self._blocks)
+        if self._open is not None:
+            twin._open = (self._open[0].clone(), self._open[1].clone())
+        return twin
+
+    @property
+    def first(self) -> int:
+        """The first token that is still here."""
+        return self._gone * BLOCK
+
+    # --- tokens come and go --------------------------------------------------------------------------
 
     def append(self, raw_keys: Tensor, values: Tensor) -> None:
         """Take over tokens that left the window, both of shape (batch, key-value heads, n, d)."""
-        self.keys.append(raw_keys)
-        self.values.append(values)
+        raw_keys, values = raw_keys.detach(), values.detach()
+        if self._open is None:
+            self._open = _room(raw_keys), _room(values)
+            self._like = raw_keys.dtype, raw_keys.device
+        assert self._open is not None
+        done = 0
+        while done < raw_keys.shape[2]:
+            at = self.length % BLOCK
+            count = min(BLOCK - at, raw_keys.shape[2] - done)
+            for buffer, new in zip(self._open, (raw_keys, values), strict=True):
+                buffer[:, :, at : at + count] = new[:, :, done : done + count]
+            self.length += count
+            done += count
+            if self.length % BLOCK == 0:
+                self._shelve(_coded(*self._open, self._tier.precision))
+
+    def _shelve(self, tensors: Sequence[Tensor]) -> None:
+        """Put a block on the shelf, in the place of the oldest where there is no room."""
+        if self._tier.limit is not None:
+            size = sum(tensor.nbytes for tensor in tensors)
+            self._give_up(len(self._blocks) + 1 - self._tier.limit // self._share // size)
+            if self._tier.limit // self._share < size:
+                self._gone += 1
+                return
+        while True:
+            try:
+                self._blocks.append(self._shelf.put(tensors))
+                return
+            except OSError as error:
+                warnings.warn(
+                    f"the tier has no room left ({error}): the oldest of what left the window is forgotten",
+                    stacklevel=2,
+                )
+                if not self._blocks:
+                    self._gone += 1
+                    return
+                self._give_up(1)
+
+    def _give_up(self, count: int) -> None:
+        if count > 0:
+            self._gone += len(self._blocks[:count])
+            del self._blocks[:count]
+
+    # --- reading ----------------------------------------------------------------------------------------
+
+    def read(self, begin: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Return raw keys and values of tokens [begin, stop), which are still here, as the model computes.
+
+        Raises
+        ------
+        TierLostError
+            They cannot be read; :attr:`first` is further on from now on.
+        """
+        assert self.first <= begin < stop <= self.length and self._open is not None
+        closed = self.length - self.length % BLOCK
+        pieces: list[tuple[Tensor, Tensor]] = []
+        if begin < closed:
+            low, high = begin // BLOCK - self._gone, -(-min(stop, closed) // BLOCK) - self._gone
+            keys, values = self._decoded(self._blocks[low:high])
+            at = begin - begin // BLOCK * BLOCK
+            span = slice(at, at + min(stop, closed) - begin)
+            pieces.append((keys[:, :, span], values[:, :, span]))
+        if stop > closed:
+            span = slice(max(begin - closed, 0), stop - closed)
+            pieces.append((self._open[0][:, :, span], self._open[1][:, :, span]))
+        if len(pieces) == 1:
+            return pieces[0]
+        return torch.cat([keys for keys, _ in pieces], 2), torch.cat([values for _, values in pieces], 2)
+
+    def _get(self, blocks: Sequence[Block]) -> list[Tensor]:
+        """Read blocks as they are kept; if that fails, all are given up."""
+        try:
+            return self._shelf.get(blocks)
+        except OSError as error:
+            self._lose(error)
+            raise TierLostError from error
+
+    def _lose(self, error: OSError) -> None:
+        warnings.warn(
+            f"the tier fails ({error}): the {len(self._blocks) * BLOCK:,} tokens that a layer had in it are "
+            "forgotten; what is in the window stays",
+            stacklevel=3,
+        )
+        self._give_up(len(self._blocks))
+
+    def _decoded(self, blocks: Sequence[Block]) -> tuple[Tensor, Tensor]:
+        assert self._like is not None
+        found = self._get(blocks)
+        dtype, device = self._like
+        keys, values = _plain(found, self._tier.precision, dtype)
+        return _in_a_row(keys).to(device), _in_a_row(values).to(device)
 
     def pick_rows(self, rows: Tensor) -> None:
-        """Keep the given rows of the batch, in that order."""
-        self.keys.pick_rows(rows)
-        self.values.pick_rows(rows)
+        """Keep the given rows of the batch, in that order (repeats allowed)."""
+        if self._open is None:
+            return
+        keys, values = self._open
+        self._open = keys[rows.to(keys.device)], values[rows.to(values.device)]
+        try:
+            self._blocks = [
+                self._shelf.put([x[0][rows] for x in self._get([block])]) for block in self._blocks
+            ]
+        except TierLostError:
+            return
+        except OSError as error:
+            self._lose(error)
 
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return self.keys.nbytes() + self.values.nbytes()
+    # --- accounts and state -------------------------------------------------------------------------------
 
-    def state(self) -> dict[str, Tensor]:
-        """Return what a saved session needs."""
-        if not len(self):
-            return {}
-        return {"tier.keys": self.keys.view().contiguous(), "tier.values": self.values.view().contiguous()}
+    def nbytes(self) -> dict[str, int]:
+        """Bytes held, by tier; those of blocks that a copy shares are counted in both."""
+        if self._open is None:
+            return {"ram": 0, "disk": 0}
+        return self._by_tier(sum(x.nbytes for x in self._open), len(self._blocks), self._open)
 
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what :meth:`state` returned."""
-        if "tier.keys" in tensors:
-            self.append(tensors["tier.keys"], tensors["tier.values"])
+    def nbytes_at(self, tokens: int, like: tuple[Tensor, Tensor]) -> dict[str, int]:
+        """Bytes held once `tokens` came, spare room aside; keys and values are `like` these."""
+        blocks, size = tokens // BLOCK, _block_bytes(like, self._tier.precision)
+        if self._tier.limit is not None:
+            blocks = min(blocks, self._tier.limit // self._share // size)
+        return self._by_tier(tokens % BLOCK * sum(x[:, :, :1].nbytes for x in like), blocks, like)
+
+    def _by_tier(self, open_bytes: int, blocks: int, like: tuple[Tensor, Tensor]) -> dict[str, int]:
+        held = {"ram": open_bytes, "disk": 0}
+        held[self._shelf.kind] += blocks * _block_bytes(like, self._tier.precision)
+        return held
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return what a saved session needs: tensors and JSON-able numbers."""
+        if self._open is None:
+            return {}, {}
+        tensors = {
+            f"tier.open.{name}": x[:, :, : self.length % BLOCK].clone()
+            for name, x in zip(("keys", "values"), self._open, strict=True)
+        }
+        try:
+            found = self._get(self._blocks) if self._blocks else []
+        except TierLostError:
+            found = []
+        tensors |= {f"tier.blocks.{number}": x for number, x in enumerate(found)}
+        return tensors, {"length": self.length, "gone": self._gone, "precision": self._tier.precision}
+
+    def load(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+        """Take over what :meth:`state` returned; bit by bit where the precision is the same.
+
+        Raises
+        ------
+        StateError
+            It is of another kind.
+        """
+        if not numbers:
+            return
+        precision, gone = numbers["precision"], int(numbers["gone"])
+        if precision not in get_args(Precision):
+            raise StateError(f"the saved state has a tier of a precision that is not known: {precision!r}")
+        keys, values = tensors["tier.open.keys"], tensors["tier.open.values"]
+        blocks = [tensors[f"tier.blocks.{n}"] for n in range(4) if f"tier.blocks.{n}" in tensors]
+        self._like = keys.dtype, keys.device
+        self._gone, self.length = gone, gone * BLOCK
+        self._open = _room(keys), _room(values)
+        for number in range(len(blocks[0]) if blocks else 0):
+            block = [x[number].cpu() for x in blocks]
+            self.length += BLOCK
+            if precision == self._tier.precision:
+                self._shelve(block)
+            else:
+                plain = _plain(block, precision, keys.dtype)
+                self._shelve(_coded(plain[0], plain[1], self._tier.precision))
+        if keys.shape[2]:
+            self.append(keys, values)
+        if self.length != numbers["length"]:
+            raise StateError("the saved state is not complete: blocks of its tier are missing")
+
+
+def _room(like: Tensor) -> Tensor:
+    """Return room for a block of what is `like` this."""
+    with torch.inference_mode(False):  # later forwards, in whatever mode, write into it
+        return like.new_empty(*like.shape[:2], BLOCK, like.shape[3])
+
+
+def _block_bytes(like: tuple[Tensor, Tensor], precision: Precision) -> int:
+    """Return the bytes of a block of keys and values that are `like` these."""
+    keys, values = (x.new_empty(*x.shape[:2], BLOCK, x.shape[3], device="meta") for x in like)
+    return sum(x.nbytes for x in _coded(keys, values, precision))
+
+
+def _in_a_row(blocks: Tensor) -> Tensor:
+    """Return blocks (count, batch, heads, n, d) one after another, shape (batch, heads, count * n, d)."""
+    return blocks.permute(1, 2, 0, 3, 4).flatten(2, 3)
+
+
+def _coded(keys: Tensor, values: Tensor, precision: Precision) -> list[Tensor]:
+    """Return a block as it is kept: keys and values, of bytes with their scales."""
+    if precision == "exact":
+        return [keys, values]
+    if precision == "float16":
+        most = torch.finfo(torch.float16).max
+        return [x.float().clamp(-most, most).half() for x in (keys, values)]
+    coded = []
+    for x in (keys, values):
+        scale = x.float().abs().amax(dim=-2, keepdim=True) / 127
+        coded += [(x / scale.clamp(min=torch.finfo(torch.float32).tiny)).round().to(torch.int8), scale]
+    return coded
+
+
+def _plain(block: Sequence[Tensor], precision: Precision, dtype: torch.dtype) -> list[Tensor]:
+    """Return keys and values of what :func:`_coded` returned, whatever dimensions stand before."""
+    if precision == "int8":
+        return [(block[i] * block[i + 1]).to(dtype) for i in (0, 2)]
+    return [x.to(dtype) for x in block]

@@ -19,6 +19,7 @@ from everlong.cli.options import (
     ModelOptions,
     OutputOptions,
     System,
+    TierOptions,
     WeightsOption,
     WritingOptions,
 )
@@ -47,6 +48,7 @@ def register(app: typer.Typer) -> None:
 def chat(
     model: ModelOptions,
     method: MethodOptions,
+    below: TierOptions,
     writing: WritingOptions,
     output_options: OutputOptions,
     state: Annotated[
@@ -67,9 +69,11 @@ def chat(
     arguments = writing.arguments()
     console = notes(quiet=output_options.quiet)
     check_state(state)
-    with open_llm(model, method, weights=weights, quiet=output_options.quiet) as llm:
+    with open_llm(model, method, weights=weights, quiet=output_options.quiet, below=below) as llm:
         is_restored = state is not None and state.exists()
-        session = open_session(llm, method, system=system, state=state, seed=writing.seed, memories=memory)
+        session = open_session(
+            llm, method, system=system, state=state, seed=writing.seed, memories=memory, below=below
+        )
         console.print(
             f"{llm.name}, {session.policy}, weights={llm.weights!r}",
             style="dim",

@@ -14,6 +14,7 @@ from everlong.cli.options import (
     ModelOptions,
     OutputOptions,
     System,
+    TierOptions,
     WeightsOption,
     WritingOptions,
 )
@@ -30,6 +31,7 @@ def register(app: typer.Typer) -> None:
 def generate(
     model: ModelOptions,
     method: MethodOptions,
+    below: TierOptions,
     writing: WritingOptions,
     output_options: OutputOptions,
     prompt: Annotated[
@@ -43,8 +45,8 @@ def generate(
     if not prompt:
         raise InputError("the prompt is empty: give a text to go on from, or - for standard input")
     arguments = writing.arguments()
-    with open_llm(model, method, weights=weights, quiet=output_options.quiet) as llm:
-        session = open_session(llm, method, system=system, seed=writing.seed, memories=memory)
+    with open_llm(model, method, weights=weights, quiet=output_options.quiet, below=below) as llm:
+        session = open_session(llm, method, system=system, seed=writing.seed, memories=memory, below=below)
         session.read(sys.stdin.buffer if prompt == "-" else prompt)
         result = print_as_written(session.stream(**arguments), silent=output_options.as_json)
         say_memory(notes(quiet=output_options.quiet), session, result)

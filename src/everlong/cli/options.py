@@ -11,9 +11,10 @@ import everlong
 from everlong.cli.policy_files import method_name
 from everlong.errors import ConfigurationError
 from everlong.models.catalogue import DEFAULT_MODEL
+from everlong.models.files import parse_bytes
 
 if TYPE_CHECKING:
-    from everlong.attention import Policy
+    from everlong.attention import Policy, Tier
     from everlong.models.pulling import OnProgress
     from everlong.reading.sampling import Sampling
 
@@ -150,6 +151,60 @@ class MethodOptions:
     def policy(self) -> Policy:
         """Make the policy that was asked for."""
         return everlong.make_policy(self.name, parse_settings(self.settings))
+
+
+@dataclass(frozen=True)
+class TierOptions:
+    """Where what leaves the window goes, with methods that recall from it."""
+
+    place: Annotated[
+        str | None,
+        typer.Option(
+            "--tier",
+            metavar="ram|disk|FOLDER",
+            help="Where what leaves the window is kept by methods that recall from it (default: ram).",
+            rich_help_panel=_METHOD,
+        ),
+    ] = None
+    tier_precision: Annotated[
+        str | None,
+        typer.Option(
+            "--tier-precision",
+            help="How: float16 (the default), int8, or exact.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = None
+    tier_limit: Annotated[
+        str | None,
+        typer.Option(
+            "--tier-limit",
+            metavar="SIZE",
+            help="Such as 4GB: beyond, the oldest is forgotten.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = None
+
+    def tier(self) -> Tier:
+        """Make the tier that was asked for."""
+        return everlong.Tier(**self._given)
+
+    def check(self, policy: Policy) -> None:
+        """Refuse a tier for a method that has none."""
+        if self._given and policy.forgets:
+            name = type(policy).__name__
+            raise ConfigurationError(
+                f"{name} forgets what leaves its window: --tier and its like are for methods that recall it, "
+                "such as --attention lm-infinite --set top_k=5"
+            )
+
+    @property
+    def _given(self) -> dict[str, Any]:
+        asked = {
+            "place": self.place,
+            "precision": self.tier_precision,
+            "limit": None if self.tier_limit is None else parse_bytes(self.tier_limit),
+        }
+        return {name: value for name, value in asked.items() if value is not None}
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from everlong.cli.options import (
     ModelOptions,
     OutputOptions,
     System,
+    TierOptions,
     WeightsOption,
     WritingOptions,
     parse_settings,
@@ -57,6 +58,7 @@ def read(
     files: Annotated[list[str], typer.Argument(metavar="FILE", help="Text files; - for standard input.")],
     model: ModelOptions,
     method: MethodOptions,
+    below: TierOptions,
     writing: WritingOptions,
     output_options: OutputOptions,
     ask: Annotated[
@@ -133,7 +135,7 @@ def read(
         raise ConfigurationError(
             "--recipe, --recipe-set, --replace and --force say how to learn: give --memorize NAME too"
         )
-    with open_llm(model, method, weights=weights, quiet=output_options.quiet) as llm:
+    with open_llm(model, method, weights=weights, quiet=output_options.quiet, below=below) as llm:
         if dry_run:
             _estimate(llm, files, surprisal=surprisal, as_json=output_options.as_json)
             return
@@ -145,6 +147,7 @@ def read(
             surprisal=surprisal,
             seed=writing.seed,
             memories=memory,
+            below=below,
         )
         _read(session, files, state, console, learning)
         answers = _answers(llm, session, ask or [], arguments, console, silent=output_options.as_json)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
 import everlong
-from everlong.cli.options import MethodOptions, ModelOptions
+from everlong.cli.options import MethodOptions, ModelOptions, TierOptions
 from everlong.cli.terminal import pull_progress
 from everlong.errors import ConfigurationError
 from everlong.models.files import human_bytes
@@ -27,11 +27,21 @@ Outcome = TypeVar("Outcome")
 
 
 @contextmanager
-def open_llm(model: ModelOptions, method: MethodOptions, *, weights: str, quiet: bool) -> Iterator[LLM]:
+def open_llm(
+    model: ModelOptions,
+    method: MethodOptions,
+    *,
+    weights: str,
+    quiet: bool,
+    below: TierOptions | None = None,
+) -> Iterator[LLM]:
     """Load a model under a policy; it is closed at the end."""
     policy = method.policy()
+    tier = (below or TierOptions()).tier()
     with pull_progress(quiet=quiet) as progress:
-        llm = everlong.load(model.model, policy, weights=cast(Any, weights), **model.loading(progress))
+        llm = everlong.load(
+            model.model, policy, weights=cast(Any, weights), tier=tier, **model.loading(progress)
+        )
     with llm:
         yield llm
 
@@ -45,13 +55,14 @@ def open_session(
     surprisal: bool = False,
     seed: int | None = None,
     memories: Sequence[str] | None = None,
+    below: TierOptions | None = None,
 ) -> Session:
     """Restore the session saved in `state` if there is one, else begin one with `system` pinned.
 
     Raises
     ------
     ConfigurationError
-        An option would change what the saved session has settled already.
+        An option would change what the saved session has settled already, or its method has no tier.
     """
     if state is not None and state.exists():
         settled = {
@@ -67,7 +78,10 @@ def open_session(
             raise ConfigurationError(
                 f"{state} goes on as it was begun: leave out {', '.join(given)}, or begin another state file"
             )
-        return llm.restore(state)
+        session = llm.restore(state)
+        (below or TierOptions()).check(session.policy)
+        return session
+    (below or TierOptions()).check(llm.attention)
     session = llm.session(surprisal=surprisal, seed=seed, memories=memories or ())
     if system is not None:
         session.pin(system)

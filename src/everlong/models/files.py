@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import math
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from everlong.errors import ModelFileError
+from everlong.errors import ConfigurationError, ModelFileError
 
 SCRATCH_SUFFIX = ".scratch"
 """What half-done files and folders end in, until they are renamed or swept away."""
+
+
+_UNITS = {"": 1, "bytes": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3, "tb": 1000**4}
 
 
 def human_bytes(count: float) -> str:
@@ -24,6 +29,24 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if count >= 10 or unit == "bytes" else f"{count:.1f} {unit}"
         count /= 1000
     raise AssertionError("unreachable")
+
+
+def parse_bytes(text: str) -> int:
+    """Return the number of bytes that a text tells, such as ``4GB``, ``500 MB`` or ``1024``.
+
+    Raises
+    ------
+    ConfigurationError
+        It is no number of bytes.
+    """
+    found = re.fullmatch(r"\s*([\d.]+)\s*(|bytes|kb|mb|gb|tb)\s*", text.lower())
+    try:
+        count = float(found[1]) if found else math.nan
+    except ValueError:
+        count = math.nan
+    if found is None or not count >= 0:
+        raise ConfigurationError(f"{text!r} is no number of bytes: write 4GB, 500MB or 1000000")
+    return round(count * _UNITS[found[2]])
 
 
 def sha256_of(path: Path) -> str:

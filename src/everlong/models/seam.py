@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -84,3 +85,17 @@ class Seam:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+@contextmanager
+def instance_attribute(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """Set an attribute of this one object, past the class's; give back what the object had."""
+    missing = object()
+    before = module.__dict__.get(name, missing)
+    module.__dict__[name] = value
+    try:
+        yield
+    finally:
+        del module.__dict__[name]
+        if before is not missing:
+            module.__dict__[name] = before
