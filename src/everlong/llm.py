@@ -370,7 +370,7 @@ def load(
         See :func:`~everlong.models.loading.load_model` and :func:`~everlong.attention.attach`.
     """
     policy = LMInfinite() if attention is None else _policy(attention)
-    tier = tier if isinstance(tier, Tier) else Tier(tier)
+    tier = Tier.of(tier)
     with old_objects_left_out():
         loaded = load_model(
             source, tokenizer=tokenizer, device=device, dtype=dtype, revision=revision, **loading

@@ -98,12 +98,16 @@ def test_other_types_come_back_as_they_were(dtype, precision):
         assert (ours - true).abs().max() <= (0.1 if precision == "int8" else 0.01)
 
 
-def test_numbers_beyond_half_precision_are_kept_finite():
+@pytest.mark.parametrize("precision", ["float16", "int8"])
+@pytest.mark.parametrize("large", [1e6, float("inf")])
+def test_numbers_beyond_half_precision_are_kept_finite(precision, large):
     keys, values = tokens(BLOCK)
-    keys[0, 0, 0, 0] = 1e6
-    store = store_of(Tier())
+    keys[0, 0, 0, 0] = large
+    store = store_of(Tier(precision=precision))
     store.append(keys, values)
-    assert store.read(0, BLOCK)[0][0, 0, 0, 0] == torch.finfo(torch.float16).max
+    found = store.read(0, BLOCK)[0]
+    assert found[0, 0, 0, 0] == pytest.approx(torch.finfo(torch.float16).max)
+    assert torch.isfinite(found).all()
 
 
 def test_nothing_but_zeros_is_coded_too():
@@ -327,23 +331,57 @@ class Failing:
         return self.file.readinto(buffer)
 
 
-def test_on_a_full_disk_the_oldest_make_room(tmp_path):
+def test_on_a_full_disk_the_tier_goes_on_in_ram_and_loses_nothing(tmp_path):
     keys, values = tokens(6 * BLOCK + 2)
     store = store_of(Tier(tmp_path, "exact"))
     size = 4 * BLOCK * SHAPE[0] * SHAPE[1] * (2 * SHAPE[2] + 4)
     store._shelf._file = Failing(store._shelf._file, 3 * size + 7)
-    with pytest.warns(UserWarning, match="no room left.*No space left.*oldest.*forgotten"):
+    with pytest.warns(
+        UserWarning, match="nothing more can be written.*No space left.*goes on in RAM"
+    ) as said:
         fill(store, keys, values)
+        twin = copy.deepcopy(store)
+        fill(twin, *tokens(3 * BLOCK, seed=1))
+        twin.pick_rows(torch.tensor([1, 0]))
+    assert len(said) == 1
+    assert store.first == 0 and torch.equal(store.read(0, len(store))[0], keys)
+    assert store.nbytes() == {"ram": size + 3 * size, "disk": 3 * size}
+    assert torch.equal(twin.read(0, 6 * BLOCK)[1], values[[1, 0], :, : 6 * BLOCK])
+
+
+def test_a_system_that_reads_and_writes_less_than_asked_is_asked_again(tmp_path):
+    class Slow(Failing):
+        def write(self, data):
+            return self.file.write(data[:1000])
+
+        def readinto(self, buffer):
+            return self.file.readinto(buffer[:700])
+
+    keys, values = tokens(3 * BLOCK)
+    store = store_of(Tier(tmp_path, "exact"))
+    store._shelf._file = Slow(store._shelf._file, 0)
+    fill(store, keys, values)
+    assert all(torch.equal(a, b) for a, b in zip(store.read(0, len(store)), (keys, values), strict=True))
+
+
+def test_what_is_not_in_the_tier_is_not_read():
+    store = store_of(Tier(limit=1))
+    with pytest.raises(StateError, match=r"tokens \[0, 1\) are not in the tier"):
+        store.read(0, 1)
+    fill(store, *tokens(BLOCK + 3))
+    for begin, stop in ((0, 3), (BLOCK, BLOCK + 4), (BLOCK + 2, BLOCK + 2)):
+        with pytest.raises(StateError, match=f"it holds .{BLOCK}, {BLOCK + 3}"):
+            store.read(begin, stop)
+
+
+def test_picking_rows_obeys_the_limit():
+    keys, values = tokens(6 * BLOCK)
+    size = 2 * BLOCK * SHAPE[0] * SHAPE[1] * (2 * SHAPE[2] + 4)
+    store = store_of(Tier(limit=6 * size))
+    fill(store, keys, values)
+    store.pick_rows(torch.tensor([0, 1, 0, 1]))  # each block takes twice as much
     assert store.first == 3 * BLOCK
-    assert torch.equal(store.read(store.first, len(store))[0], keys[:, :, 3 * BLOCK :])
-
-
-def test_without_any_room_only_the_open_block_stays(tmp_path):
-    store = store_of(Tier(tmp_path))
-    store._shelf._file = Failing(store._shelf._file, 10)
-    with pytest.warns(UserWarning, match="no room left"):
-        fill(store, *tokens(2 * BLOCK + 2))
-    assert (store.first, len(store)) == (2 * BLOCK, 2 * BLOCK + 2)
+    assert torch.equal(store.read(3 * BLOCK, 6 * BLOCK)[0][:2], keys[:, :, 3 * BLOCK :].half().float())
 
 
 def test_a_file_that_cannot_be_read_is_lost_and_said_to_be(tmp_path):
@@ -445,10 +483,39 @@ def test_a_stream_survives_a_tier_that_fails(model, ids, tmp_path):
         assert cache.kept + cache.recallable + cache.forgotten == LENGTH
 
 
-def test_beams_and_generate_take_the_tier_along(model, ids):
-    found = []
-    for tier in (Tier("ram", "exact"), Tier("disk", "exact")):
-        with attach(model, POLICY, tier=tier), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            found.append(model.generate(ids[:, :30], max_new_tokens=8, num_beams=3, do_sample=False))
-    assert torch.equal(*found)
+def test_beams_take_the_tier_along(model, ids):
+    with attach(model, POLICY, tier=Tier("disk", "exact")), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wanted = {"max_new_tokens": 12, "num_beams": 4, "do_sample": False}
+        found = model.generate(ids[:, :30], **wanted)
+        assert torch.equal(found, model.generate(ids[:, :30], **wanted, use_cache=False))
+
+
+def test_a_batch_whose_rows_change_goes_on_from_its_tier(model, ids):
+    with attach(model, POLICY, tier=Tier("disk", "exact")) as handle:
+        cache = handle.new_cache()
+        logits(model, handle, cache, ids, (0, 30))
+        cache.batch_select_indices(torch.tensor([1, 0, 1]))
+        found = logits(model, handle, cache, ids[[1, 0, 1], 30:], (0, 9, LENGTH - 30))
+        whole = logits(model, handle, handle.new_cache(), ids, (0, 30, 39, LENGTH))
+    torch.testing.assert_close(found, whole[[1, 0, 1], 30:], atol=1e-5, rtol=1e-5)
+
+
+def test_a_place_alone_is_a_tier_and_what_is_none_is_refused(model, tmp_path):
+    for place in ("disk", tmp_path):
+        with attach(model, POLICY, tier=place) as handle:
+            assert handle.tier == Tier(place)
+    with pytest.raises(ConfigurationError, match="place must be"):
+        attach(model, POLICY, tier=3)
+    assert not hasattr(model.model, "_everlong_attachment")
+
+
+def test_a_state_of_an_earlier_form_is_refused_as_such(model, ids):
+    with attach(model, POLICY) as handle:
+        cache = handle.new_cache()
+        logits(model, handle, cache, ids, (0, 30))
+        tensors, meta = cache.state()
+        for numbers in meta["layers"].values():
+            numbers.pop("tier", None)
+        with pytest.raises(StateError, match="saved by an earlier version"):
+            handle.restore_cache(tensors, meta)

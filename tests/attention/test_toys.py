@@ -249,7 +249,7 @@ class RecallsABlock(Policy):
 
     def parts(self, queries, view):
         parts = view.band(queries, farthest=self.window - 1)
-        if len(view.memory.tier) >= self.begin + self.size:
+        if view.memory.tier.first <= self.begin and len(view.memory.tier) >= self.begin + self.size:
             keys, values = view.memory.tier.read(self.begin, self.begin + self.size)
             parts.append(Part(queries.at(self.distance), view.rotation(keys, 0), values))
         return parts

@@ -160,7 +160,9 @@ def test_beyond_the_limit_of_a_tier_the_oldest_is_forgotten(everlong, novel, tmp
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--tier", "disk"], "LMInfinite forgets what leaves its window: --tier"),
+        (["--tier", "disk"], "LMInfinite keeps nothing of what leaves its window: --tier"),
+        (["--tier", "disk", "--attention", "full"], "FullAttention keeps nothing of what leaves"),
+        (["--tier", "disk", "--dry-run"], "LMInfinite keeps nothing of what leaves its window: --tier"),
         ([*RECALLS, "--tier", "no/such/folder"], "a tier cannot lie in no/such/folder"),
         ([*RECALLS, "--tier-precision", "int7"], "precision='int7' is not known"),
         ([*RECALLS, "--tier-limit", "much"], "'much' is no number of bytes: write 4GB"),

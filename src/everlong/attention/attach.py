@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from contextvars import ContextVar
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -67,7 +68,7 @@ class Attachment:
         None. It is one for CUDA graphs where the model is on such a device.
     """
 
-    def __init__(self, model: nn.Module, policy: Policy, tier: Tier | None = None) -> None:
+    def __init__(self, model: nn.Module, policy: Policy, tier: Tier | str | Path | None = None) -> None:
         if not isinstance(policy, Policy):
             raise ConfigurationError(
                 f"attach() takes a policy, such as LMInfinite(), not {policy!r}; by name: make_policy(name)"
@@ -86,7 +87,7 @@ class Attachment:
         self.training_length = anatomy.training_length
         self.cache_argument = cache_argument(decoder)
         self.policy = policy.resolve(anatomy.training_length)
-        self.tier = tier or Tier()
+        self.tier = Tier.of(tier)
         self.owner = uuid.uuid4().hex
         self._generator = inner
         self.adapters = Adapters(inner)
@@ -365,7 +366,7 @@ class Attachment:
         return output.transpose(1, 2).contiguous(), None
 
 
-def attach(model: nn.Module, policy: Policy, *, tier: Tier | None = None) -> Attachment:
+def attach(model: nn.Module, policy: Policy, *, tier: Tier | str | Path | None = None) -> Attachment:
     """Make `model` follow `policy`, in stock ``generate()`` and ``forward()``, until detached.
 
     Parameters
@@ -374,7 +375,7 @@ def attach(model: nn.Module, policy: Policy, *, tier: Tier | None = None) -> Att
         A loaded transformers causal language model, or a PEFT model around one.
     policy : Policy
         For example ``LMInfinite(window=4096)``.
-    tier : Tier, optional
+    tier : Tier, "ram", "disk" or a folder, optional
         Where what leaves the window goes, where the policy keeps it; in RAM, in half precision, by default.
 
     Returns

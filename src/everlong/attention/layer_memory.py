@@ -300,6 +300,11 @@ class LayerMemory:
         if self.keys is not None and self.values is not None:
             self._reserve(self.seen + 1, self.keys, self.values)
         if self.tier is not None:
+            if "tier" not in numbers:
+                raise StateError(
+                    "it was saved by an earlier version, which kept what left the window in another form: "
+                    "read the text again"
+                )
             self.tier.load(tensors, numbers["tier"])
 
     def take_frame(self, other: LayerMemory) -> None:

@@ -120,7 +120,7 @@ class LMInfinite(WindowPolicy):
     # --- middle tokens (section 3.3 of the paper) --------------------------------------------------
 
     def memory(self, layer: int, start: int) -> LayerMemory:
-        """Return an empty memory for `layer`, with a tier in RAM where its queries see middle keys."""
+        """Return an empty memory for `layer`, with a tier where its queries see middle keys."""
         sinks, local = self.shape()
         keep_raw = self.local_ceiling() is not None
         return LayerMemory(sinks, local, keep_raw=keep_raw, keep_middle=self._sees_middle(layer), start=start)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
+import warnings
+import weakref
 from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
-from itertools import accumulate, pairwise
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate, groupby, pairwise
 from pathlib import Path
 from threading import Lock
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -35,13 +37,7 @@ class Shelf(Protocol):
     kind: str
 
     def put(self, tensors: Sequence[Tensor]) -> Block:
-        """Keep a block.
-
-        Raises
-        ------
-        OSError
-            There is no room for it.
-        """
+        """Keep a block."""
 
     def get(self, blocks: Sequence[Block]) -> list[Tensor]:
         """Return the tensors of at least one block, all of one form, stacked along a new first dimension.
@@ -106,13 +102,12 @@ class DiskShelf:
         self._file = tempfile.TemporaryFile(prefix="everlong-", dir=folder, buffering=0)  # noqa: SIM115
         self._freed: defaultdict[Form, deque[int]] = defaultdict(deque)
         self._length = 0
+        self._is_full = False
         self._lock = Lock()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return self  # blocks do not change, and copies share them
+        weakref.finalize(self, self._file.close)
 
     def put(self, tensors: Sequence[Tensor]) -> Block:
-        """Write a block where one like it was, or at the end."""
+        """Write a block where one like it was, or at the end; where there is no room, keep it in RAM."""
         flat = [tensor.detach().to("cpu").contiguous() for tensor in tensors]
         data = b"".join(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() for tensor in flat)
         form = tuple((tensor.shape, tensor.dtype) for tensor in flat)
@@ -121,32 +116,56 @@ class DiskShelf:
             begin = freed.popleft() if freed else self._length
             try:
                 self._file.seek(begin)
-                if self._file.write(data) != len(data):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            except OSError:
+                _whole(self._file.write, memoryview(data), errno.ENOSPC)
+            except OSError as error:
                 if begin < self._length:
                     freed.appendleft(begin)
-                raise
+                if not self._is_full:
+                    self._is_full = True
+                    warnings.warn(
+                        f"nothing more can be written in {self.folder} ({error}): the tier goes on in RAM",
+                        stacklevel=2,
+                    )
+                return RamShelf().put(flat)
             self._length = max(self._length, begin + len(data))
         return _Place(begin, form, freed)
 
     def get(self, blocks: Sequence[Block]) -> list[Tensor]:
         """Read blocks, those at once that lie one behind the other."""
-        form: Form = blocks[0].form
+        found = []
+        for in_ram, some in groupby(blocks, is_in_ram):
+            found.append((RamShelf().get if in_ram else self._read)([*some]))
+        return found[0] if len(found) == 1 else [torch.cat(parts) for parts in zip(*found, strict=True)]
+
+    def _read(self, places: Sequence[_Place]) -> list[Tensor]:
+        form = places[0].form
         sizes = [shape.numel() * dtype.itemsize for shape, dtype in form]
         each = sum(sizes)
-        data = torch.empty(len(blocks), each, dtype=torch.uint8)
+        data = torch.empty(len(places), each, dtype=torch.uint8)
         with self._lock:
-            for first, last in _runs([block.begin for block in blocks], each):
+            for first, last in _runs([place.begin for place in places], each):
                 wanted = memoryview(data[first:last].numpy()).cast("B")  # type: ignore[arg-type]
-                self._file.seek(blocks[first].begin)
-                if self._file.readinto(wanted) != len(wanted):
-                    raise OSError(errno.EIO, os.strerror(errno.EIO))
+                self._file.seek(places[first].begin)
+                _whole(self._file.readinto, wanted, errno.EIO)
         ends = [0, *accumulate(sizes)]
         return [
-            data[:, first:last].contiguous().view(dtype).reshape(len(blocks), *shape)
+            data[:, first:last].contiguous().view(dtype).reshape(len(places), *shape)
             for (first, last), (shape, dtype) in zip(pairwise(ends), form, strict=True)
         ]
+
+
+def is_in_ram(block: Block) -> bool:
+    """Whether a block lies in RAM, whatever shelf it is from."""
+    return not isinstance(block, _Place)
+
+
+def _whole(call: Callable[[memoryview], int | None], data: memoryview, failure: int) -> None:
+    """Read or write all of it: the system takes some two billion bytes at a time at most."""
+    while data:
+        done = call(data)
+        if not done:
+            raise OSError(failure, os.strerror(failure))
+        data = data[done:]
 
 
 def _runs(begins: Sequence[int], each: int) -> Iterator[tuple[int, int]]:

@@ -13,7 +13,7 @@ from typing import Any, Literal, Self, get_args
 import torch
 from torch import Tensor
 
-from everlong.attention.shelves import Block, DiskShelf, RamShelf, Shelf
+from everlong.attention.shelves import Block, DiskShelf, RamShelf, Shelf, is_in_ram
 from everlong.errors import ConfigurationError, StateError
 
 Precision = Literal["exact", "float16", "int8"]
@@ -21,6 +21,8 @@ Precision = Literal["exact", "float16", "int8"]
 
 BLOCK = 64
 """Tokens that are kept together."""
+
+_MOST = torch.finfo(torch.float16).max  # larger numbers, and infinite ones, are kept as this
 
 
 class TierLostError(Exception):
@@ -40,7 +42,8 @@ class Tier:
         Half precision; bytes, with a scale for each block of 64 tokens, head and channel; or as the model
         computes.
     limit : int or None
-        Bytes that all layers hold at most: the oldest blocks go, and count as forgotten. None: no limit.
+        Bytes of whole blocks that all layers hold at most: the oldest go, and count as forgotten. None: no
+        limit.
     """
 
     place: str | Path = "ram"
@@ -59,6 +62,11 @@ class Tier:
             )
         if not isinstance(self.place, (str, Path)) or not str(self.place):
             raise ConfigurationError(f"Tier: place must be 'ram', 'disk' or a folder, not {self.place!r}")
+
+    @classmethod
+    def of(cls, tier: Tier | str | Path | None) -> Tier:
+        """Return a tier, of which the place alone may be given."""
+        return tier if isinstance(tier, Tier) else cls() if tier is None else cls(tier)
 
     def shelf(self) -> Shelf:
         """Return where the blocks of one layer go.
@@ -138,26 +146,24 @@ class BlockStore:
                 self._shelve(_coded(*self._open, self._tier.precision))
 
     def _shelve(self, tensors: Sequence[Tensor]) -> None:
-        """Put a block on the shelf, in the place of the oldest where there is no room."""
-        if self._tier.limit is not None:
-            size = sum(tensor.nbytes for tensor in tensors)
-            self._give_up(len(self._blocks) + 1 - self._tier.limit // self._share // size)
-            if self._tier.limit // self._share < size:
-                self._gone += 1
-                return
-        while True:
-            try:
-                self._blocks.append(self._shelf.put(tensors))
-                return
-            except OSError as error:
-                warnings.warn(
-                    f"the tier has no room left ({error}): the oldest of what left the window is forgotten",
-                    stacklevel=2,
-                )
-                if not self._blocks:
-                    self._gone += 1
-                    return
-                self._give_up(1)
+        """Put a block on the shelf; beyond the limit the oldest goes, or this one where none fits."""
+        self._trim(1)
+        if self._fits(1):
+            self._blocks.append(self._shelf.put(tensors))
+        else:
+            self._gone += 1
+
+    def _fits(self, blocks: int) -> bool:
+        assert self._open is not None
+        limit = self._tier.limit
+        return (
+            limit is None or blocks * _block_bytes(self._open, self._tier.precision) <= limit // self._share
+        )
+
+    def _trim(self, more: int) -> None:
+        """Give up the oldest blocks until there is room for some more."""
+        while self._blocks and not self._fits(len(self._blocks) + more):
+            self._give_up(1)
 
     def _give_up(self, count: int) -> None:
         if count > 0:
@@ -171,10 +177,15 @@ class BlockStore:
 
         Raises
         ------
+        StateError
+            They are not here: not yet, or not any more.
         TierLostError
             They cannot be read; :attr:`first` is further on from now on.
         """
-        assert self.first <= begin < stop <= self.length and self._open is not None
+        if self._open is None or not self.first <= begin < stop <= self.length:
+            raise StateError(
+                f"tokens [{begin}, {stop}) are not in the tier: it holds [{self.first}, {self.length})"
+            )
         closed = self.length - self.length % BLOCK
         pieces: list[tuple[Tensor, Tensor]] = []
         if begin < closed:
@@ -215,7 +226,7 @@ class BlockStore:
 
     def pick_rows(self, rows: Tensor) -> None:
         """Keep the given rows of the batch, in that order (repeats allowed)."""
-        if self._open is None:
+        if self._open is None or rows.tolist() == list(range(self._open[0].shape[0])):
             return
         keys, values = self._open
         self._open = keys[rows.to(keys.device)], values[rows.to(values.device)]
@@ -225,8 +236,7 @@ class BlockStore:
             ]
         except TierLostError:
             return
-        except OSError as error:
-            self._lose(error)
+        self._trim(0)
 
     # --- accounts and state -------------------------------------------------------------------------------
 
@@ -234,18 +244,19 @@ class BlockStore:
         """Bytes held, by tier; those of blocks that a copy shares are counted in both."""
         if self._open is None:
             return {"ram": 0, "disk": 0}
-        return self._by_tier(sum(x.nbytes for x in self._open), len(self._blocks), self._open)
+        size, in_ram = _block_bytes(self._open, self._tier.precision), sum(map(is_in_ram, self._blocks))
+        return {
+            "ram": sum(x.nbytes for x in self._open) + in_ram * size,
+            "disk": (len(self._blocks) - in_ram) * size,
+        }
 
     def nbytes_at(self, tokens: int, like: tuple[Tensor, Tensor]) -> dict[str, int]:
         """Bytes held once `tokens` came, spare room aside; keys and values are `like` these."""
         blocks, size = tokens // BLOCK, _block_bytes(like, self._tier.precision)
         if self._tier.limit is not None:
             blocks = min(blocks, self._tier.limit // self._share // size)
-        return self._by_tier(tokens % BLOCK * sum(x[:, :, :1].nbytes for x in like), blocks, like)
-
-    def _by_tier(self, open_bytes: int, blocks: int, like: tuple[Tensor, Tensor]) -> dict[str, int]:
-        held = {"ram": open_bytes, "disk": 0}
-        held[self._shelf.kind] += blocks * _block_bytes(like, self._tier.precision)
+        held = {"ram": tokens % BLOCK * sum(x[:, :, :1].nbytes for x in like), "disk": 0}
+        held[self._shelf.kind] += blocks * size
         return held
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -317,11 +328,11 @@ def _coded(keys: Tensor, values: Tensor, precision: Precision) -> list[Tensor]:
     if precision == "exact":
         return [keys, values]
     if precision == "float16":
-        most = torch.finfo(torch.float16).max
-        return [x.float().clamp(-most, most).half() for x in (keys, values)]
+        return [x.float().clamp(-_MOST, _MOST).half() for x in (keys, values)]
     coded = []
     for x in (keys, values):
-        scale = x.float().abs().amax(dim=-2, keepdim=True) / 127
+        x = x.float().clamp(-_MOST, _MOST)
+        scale = x.abs().amax(dim=-2, keepdim=True) / 127
         coded += [(x / scale.clamp(min=torch.finfo(torch.float32).tiny)).round().to(torch.int8), scale]
     return coded
 

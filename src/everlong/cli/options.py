@@ -15,6 +15,7 @@ from everlong.models.files import parse_bytes
 
 if TYPE_CHECKING:
     from everlong.attention import Policy, Tier
+    from everlong.llm import LLM
     from everlong.models.pulling import OnProgress
     from everlong.reading.sampling import Sampling
 
@@ -188,13 +189,14 @@ class TierOptions:
         """Make the tier that was asked for."""
         return everlong.Tier(**self._given)
 
-    def check(self, policy: Policy) -> None:
+    def check(self, llm: LLM, policy: Policy) -> None:
         """Refuse a tier for a method that has none."""
-        if self._given and policy.forgets:
+        memories = llm.handle.new_cache(policy).memories.values() if self._given else ()
+        if self._given and all(memory.tier is None for memory in memories):
             name = type(policy).__name__
             raise ConfigurationError(
-                f"{name} forgets what leaves its window: --tier and its like are for methods that recall it, "
-                "such as --attention lm-infinite --set top_k=5"
+                f"{name} keeps nothing of what leaves its window: --tier and its like are for methods that "
+                "recall it, such as --attention lm-infinite --set top_k=5"
             )
 
     @property

@@ -137,6 +137,7 @@ def read(
         )
     with open_llm(model, method, weights=weights, quiet=output_options.quiet, below=below) as llm:
         if dry_run:
+            below.check(llm, llm.attention)
             _estimate(llm, files, surprisal=surprisal, as_json=output_options.as_json)
             return
         session = open_session(

@@ -79,9 +79,9 @@ def open_session(
                 f"{state} goes on as it was begun: leave out {', '.join(given)}, or begin another state file"
             )
         session = llm.restore(state)
-        (below or TierOptions()).check(session.policy)
+        (below or TierOptions()).check(llm, session.policy)
         return session
-    (below or TierOptions()).check(llm.attention)
+    (below or TierOptions()).check(llm, llm.attention)
     session = llm.session(surprisal=surprisal, seed=seed, memories=memories or ())
     if system is not None:
         session.pin(system)

@@ -44,7 +44,7 @@ def parse_bytes(text: str) -> int:
         count = float(found[1]) if found else math.nan
     except ValueError:
         count = math.nan
-    if found is None or not count >= 0:
+    if found is None or not 0 <= count < math.inf:
         raise ConfigurationError(f"{text!r} is no number of bytes: write 4GB, 500MB or 1000000")
     return round(count * _UNITS[found[2]])
 
