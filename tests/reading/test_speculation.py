@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from everlong.attention import FullAttention, Policy
+from everlong.attention import FullAttention, Policy, ReAttention
 from everlong.errors import NumericalError, UnknownNameError, UnsupportedUseError
 from everlong.reading import Session, writing
 from everlong.reading.sampling import Sampler
@@ -212,3 +212,10 @@ def test_surprisal_and_speculation_exclude_each_other():
     session.read(TEXT)
     with pytest.raises(UnsupportedUseError, match="leave speculate out"):
         session.generate(3, speculate="prompt-lookup")
+
+
+@pytest.mark.parametrize("speculate", ["prompt-lookup", "lookahead"])
+def test_policies_that_recall_for_groups_take_no_guesses(speculate):
+    session = begun(ReAttention(window=150))
+    with pytest.raises(UnsupportedUseError, match="ReAttention recalls for queries in groups"):
+        session.generate(3, speculate=speculate)

@@ -6,11 +6,14 @@ Positions i (query) and j (key) count the real tokens of a row; padding is no to
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from .recall import recalled_keys
 
 Places = tuple[int, int]
 """The positions by which a query and a key are rotated before their dot product."""
@@ -24,11 +27,13 @@ class ReferenceSpec:
     ----------
     kind
         `"full"`: every query sees all keys up to itself. `"lm-infinite"` and `"streaming-llm"`: the sinks and
-        the most recent keys.
+        the most recent keys. `"inf-llm"` and `"re-attention"`: a query before W sees all keys up to itself;
+        a later one sees the sinks, the latest keys, and what its group of queries recalls.
     sinks
         G, the first tokens of the row, seen by every query.
     window
-        W, all keys a query sees, itself and the sinks included: W - G recent ones.
+        W, all keys a query sees, itself and the sinks included: W - G recent ones, or, where it recalls,
+        up to R recalled and L = W - G - R recent ones.
     ceiling
         The distance that larger distances count as; None: every distance counts as it is.
     top_k
@@ -37,15 +42,30 @@ class ReferenceSpec:
         The first layer (from 0) that adds them.
     top_k_distance
         The distance at which middle keys are ranked and scored; None: half the window.
+    recalled
+        R, the most keys that a group of queries recalls.
+    block
+        For InfLLM: B, the keys in a block. Blocks are recalled whole.
+    representatives
+        For InfLLM: m, the keys of a block whose mean stands for it.
+    votes
+        For ReAttention: v, the keys that each query and query head votes for.
+    radius
+        For ReAttention: r, how far from a chosen key its neighbours are recalled.
     """
 
-    kind: Literal["full", "lm-infinite", "streaming-llm"] = "full"
+    kind: Literal["full", "lm-infinite", "streaming-llm", "inf-llm", "re-attention"] = "full"
     sinks: int = 0
     window: int | None = None
     ceiling: int | None = None
     top_k: int = 0
     top_k_layers: int = 4
     top_k_distance: int | None = None
+    recalled: int = 0
+    block: int = 0
+    representatives: int = 0
+    votes: int = 0
+    radius: int = 0
 
     def __post_init__(self) -> None:
         """Refuse constants that have no meaning."""
@@ -53,10 +73,33 @@ class ReferenceSpec:
             meaningful = self.window is None and self.sinks == 0 and self.top_k == 0
         else:
             meaningful = self.window is not None and self.window > self.sinks >= 0 and self.top_k >= 0
-        if self.kind == "streaming-llm":
+        if self.kind not in ("full", "lm-infinite"):
             meaningful = meaningful and self.ceiling is None and self.top_k == 0
+        if self.recalls:
+            meaningful = meaningful and self.recalled >= 0 and self.local > 0
+        else:
+            meaningful = meaningful and self.recalled == 0
+        if self.kind == "inf-llm":
+            meaningful = meaningful and self.block > 0 and self.representatives > 0
+        else:
+            meaningful = meaningful and self.block == 0 and self.representatives == 0
+        if self.kind == "re-attention":
+            meaningful = meaningful and self.votes > 0 and self.radius >= 0
+        else:
+            meaningful = meaningful and self.votes == 0 and self.radius == 0
         if not meaningful:
             raise ValueError(f"no such method: {self}")
+
+    @property
+    def recalls(self) -> bool:
+        """Whether groups of queries recall keys."""
+        return self.kind in ("inf-llm", "re-attention")
+
+    @property
+    def local(self) -> int:
+        """L, the latest keys that a query sees beside sinks and recalled keys, itself included."""
+        assert self.window is not None
+        return self.window - self.sinks - self.recalled
 
 
 @dataclass(frozen=True)
@@ -83,7 +126,14 @@ class Rotation:
         return torch.cat((first * cos - second * sin, second * cos + first * sin, untouched), dim=1)
 
 
-def places(spec: ReferenceSpec, i: int, j: int, sliding: int | None = None, offset: int = 0) -> Places | None:
+def places(
+    spec: ReferenceSpec,
+    i: int,
+    j: int,
+    sliding: int | None = None,
+    offset: int = 0,
+    recalled: Sequence[int] = (),
+) -> Places | None:
     """Where query i and key j are placed for their dot product; None if i does not see j.
 
     Parameters
@@ -92,7 +142,9 @@ def places(spec: ReferenceSpec, i: int, j: int, sliding: int | None = None, offs
         The width of a local layer: such a layer keeps to its own rule, whatever the method.
     offset
         Position of the row's first token. Moves absolute positions only: places inside a cache, and the two
-        places of a distance at the ceiling, stay.
+        places of a distance at the ceiling or of a recalled key, stay.
+    recalled
+        The keys that query i recalls, in order.
     """
     if j > i:
         return None
@@ -101,6 +153,8 @@ def places(spec: ReferenceSpec, i: int, j: int, sliding: int | None = None, offs
         return true if i - j < sliding else None
     if spec.kind == "streaming-llm":
         return _place_in_cache(spec, i, j)
+    if spec.recalls:
+        return _place_beside_recalled(spec, i, j, recalled, true)
     if spec.kind == "lm-infinite" and not _in_window(spec, i, j):
         return None
     if spec.ceiling is not None and i - j > spec.ceiling:
@@ -124,6 +178,21 @@ def _place_in_cache(spec: ReferenceSpec, i: int, j: int) -> Places | None:
     return (cache.index(i), cache.index(j)) if j in cache else None
 
 
+def _place_beside_recalled(
+    spec: ReferenceSpec, i: int, j: int, recalled: Sequence[int], true: Places
+) -> Places | None:
+    assert spec.window is not None
+    if i < spec.window:
+        return true
+    latest = range(i - spec.local + 1, i + 1)
+    cache = [*range(spec.sinks), *recalled, *latest]
+    if j not in cache:
+        return None
+    if spec.kind == "re-attention":
+        return (cache.index(i), cache.index(j))
+    return true if j in latest else (spec.local - 1, 0)
+
+
 def middle_keys(spec: ReferenceSpec, layer: int, i: int) -> list[int]:
     """The keys from which query i may recall in this layer: those between the sinks and the window."""
     if spec.top_k == 0 or layer < spec.top_k_layers:
@@ -141,6 +210,7 @@ def attend(
     layer: int = 0,
     sliding: int | None = None,
     offset: int = 0,
+    edges: Sequence[int] | None = None,
 ) -> Tensor:
     """Attend over one row.
 
@@ -164,6 +234,9 @@ def attend(
         Width of a local layer, None for a full one.
     offset
         Position of the row's first token.
+    edges
+        For a method that recalls for groups of queries: where groups begin, in positions of the row, from how
+        it was read. 0 first, ascending; those past the row's end count for nothing.
 
     Returns
     -------
@@ -173,6 +246,9 @@ def attend(
     heads, length = query.shape[:2]
     group = heads // len(key)
     query, key, value = query.double(), key.double(), value.double()
+    recalled: dict[int, list[int]] = {}
+    if spec.recalls and sliding is None:
+        recalled = recalled_keys(query, key, rotation, spec, edges, offset)
     key, value = key.repeat_interleave(group, dim=0), value.repeat_interleave(group, dim=0)
     output = torch.zeros(heads, length, value.shape[2], dtype=torch.float64)
 
@@ -184,7 +260,7 @@ def attend(
         values: list[list[Tensor]] = [[] for _ in range(heads)]
 
         for j in range(length):
-            at = places(spec, i, j, sliding, offset)
+            at = places(spec, i, j, sliding, offset, recalled.get(i, ()))
             if at is None:
                 continue
             scores = logit(i, j, at)

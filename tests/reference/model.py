@@ -7,7 +7,7 @@ are the reference's. Nothing is patched, and a row is always computed alone, wit
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ def reference_logits(
     spec: ReferenceSpec,
     attention_mask: Tensor | None = None,
     offset: int = 0,
+    edges: Sequence[int] | None = None,
 ) -> Tensor:
     """Logits at every position.
 
@@ -47,6 +48,8 @@ def reference_logits(
         (b, n), ones on real tokens; padding is on the left.
     offset
         Position of each row's first real token.
+    edges
+        See `attend`: where groups of queries begin, counted from each row's first real token.
 
     Returns
     -------
@@ -56,7 +59,8 @@ def reference_logits(
     Raises
     ------
     ValueError
-        If the model type is not supported, or padding is not on the left.
+        If the model type is not supported, or padding is not on the left, or a method that recalls for groups
+        of queries finds no edges or edges that do not ascend from 0.
     """
     if model.config.model_type not in SUPPORTED:
         raise ValueError(f"the reference walks {', '.join(SUPPORTED)}, not {model.config.model_type}")
@@ -67,11 +71,13 @@ def reference_logits(
         start = length - int(mask[row].sum())
         if mask[row, :start].any():
             raise ValueError(f"padding of row {row} is not on the left")
-        logits[row, start:] = _row_logits(model, input_ids[row, start:], spec, offset)
+        logits[row, start:] = _row_logits(model, input_ids[row, start:], spec, offset, edges)
     return logits
 
 
-def _row_logits(model: PreTrainedModel, ids: Tensor, spec: ReferenceSpec, offset: int) -> Tensor:
+def _row_logits(
+    model: PreTrainedModel, ids: Tensor, spec: ReferenceSpec, offset: int, edges: Sequence[int] | None
+) -> Tensor:
     decoder: Any = model.model
     config: Any = model.config
     hidden = decoder.embed_tokens(ids)
@@ -84,6 +90,7 @@ def _row_logits(model: PreTrainedModel, ids: Tensor, spec: ReferenceSpec, offset
             index=index,
             sliding=_sliding_width(config, index),
             offset=offset,
+            edges=edges,
         )
         if config.model_type == "gemma3_text":
             hidden = _sandwich_layer(layer, hidden, attention)
@@ -123,6 +130,7 @@ def _attention(
     index: int,
     sliding: int | None,
     offset: int,
+    edges: Sequence[int] | None,
 ) -> Tensor:
     """Project, attend and project back: x (n, hidden) to (n, hidden)."""
     length = len(x)
@@ -134,7 +142,7 @@ def _attention(
         query, key = attn.q_norm(query), attn.k_norm(key)
     if getattr(attn, "qk_layernorm", False):
         query, key = attn.q_layernorm(query), attn.k_layernorm(key)
-    mixed = attend(query[0], key[0], value[0], rotation, attn.scaling, spec, index, sliding, offset)
+    mixed = attend(query[0], key[0], value[0], rotation, attn.scaling, spec, index, sliding, offset, edges)
     joined = mixed.to(x.dtype).transpose(0, 1).reshape(length, -1)
     output: Tensor = attn.dense(joined) if hasattr(attn, "dense") else attn.o_proj(joined)
     return output

@@ -3,8 +3,10 @@
 from everlong.attention.attach import Attachment, attach
 from everlong.attention.cache import StreamCache
 from everlong.attention.full import FullAttention
+from everlong.attention.inf_llm import InfLLM
 from everlong.attention.lm_infinite import LMInfinite
 from everlong.attention.policy import POLICIES, Policy, make_policy, policy_options, with_sinks
+from everlong.attention.re_attention import ReAttention
 from everlong.attention.streaming_llm import StreamingLLM
 from everlong.attention.tiers import Tier
 
@@ -12,8 +14,10 @@ __all__ = [
     "POLICIES",
     "Attachment",
     "FullAttention",
+    "InfLLM",
     "LMInfinite",
     "Policy",
+    "ReAttention",
     "StreamCache",
     "StreamingLLM",
     "Tier",

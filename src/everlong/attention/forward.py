@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Protocol, Unpack
 
 import torch
@@ -219,6 +220,7 @@ class Forward:
             except TierLostError:
                 parts = policy.parts(queries, view)  # of what is left
             outputs.append(attend(parts, **logits))
+            policy.observe(queries, view)
         if self.layers.gives(layer):
             self._given[number] = view  # settled at the end, when the layers that share it have seen it
         elif self.is_kept and layer.donor is None:
@@ -277,9 +279,24 @@ def _groups(first: int, stop: int, policy: Policy, *, is_padded: bool) -> list[t
         return [(first, stop)]
     plain = 0 if is_padded else policy.plain_until()
     edges = [first, *sorted({at for at in policy.breaks() if first < at < stop}), stop]
+    asked = policy.lookup_group()
+    if asked is not None:
+        return _lookup_groups(edges, asked, plain)
     size = GROUP if policy.span is None else max(1, min(GROUP, policy.span))
     groups: list[tuple[int, int]] = []
     for low, high in zip(edges, edges[1:], strict=False):
         step = high - low if plain is None or high <= plain else size
         groups += [(begin, min(begin + step, high)) for begin in range(low, high, step)]
+    return groups
+
+
+def _lookup_groups(edges: Sequence[int], size: int, plain: int | None) -> list[tuple[int, int]]:
+    """Cut what lies between edges at multiples of `size` too, but not what is attended plainly."""
+    groups: list[tuple[int, int]] = []
+    for low, high in pairwise(edges):
+        if plain is None or high <= plain:
+            groups.append((low, high))
+            continue
+        ends = [*range((low // size + 1) * size, high, size), high]
+        groups += pairwise([low, *ends])
     return groups

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from everlong.attention.positions import FRAME, Angles, Rotation
+from everlong.attention.ready import ReadyTokens
 from everlong.attention.tiers import BlockStore
 from everlong.attention.view import LayerCall, LayerView
 from everlong.errors import StateError
@@ -66,6 +67,9 @@ class LayerMemory:
         self.sink_keys: Tensor | None = None
         self.sink_values: Tensor | None = None
         self.pending: tuple[Tensor, Tensor] | None = None
+        self.index: dict[str, Tensor] = {}
+        """What a policy notes of the tokens, to know later which to recall: by name, rows first."""
+        self.ready = ReadyTokens()
 
     # --- reading ---------------------------------------------------------------------------------
 
@@ -87,6 +91,14 @@ class LayerMemory:
         if self.local is None or index < self.sinks + self.local:
             return index
         return self.sinks + (index - self.sinks) % self.local
+
+    def runs(self, begin: int, stop: int) -> list[slice]:
+        """Return in which slots tokens [begin, stop), all in the ring, lie: one run of them, or two."""
+        if begin >= stop:
+            return []
+        at = self.slot(begin)
+        before = (stop - begin) if self.window is None else min(stop - begin, self.window - at)
+        return [slice(at, at + before), *self.runs(begin + before, stop)]
 
     def ordered(self, buffer: Tensor) -> Tensor:
         """Return a buffer's local tokens in stream order: all from 0, or the last L once the ring turned."""
@@ -254,15 +266,18 @@ class LayerMemory:
         if self.pending is not None:
             at = rows.to(self.pending[0].device)
             self.pending = (self.pending[0][at], self.pending[1][at])
+        self.index = {name: notes[rows.to(notes.device)] for name, notes in self.index.items()}
+        self.ready = ReadyTokens()
         if self.tier is not None:
             self.tier.pick_rows(rows)
 
     # --- accounts and state ----------------------------------------------------------------------
 
     def nbytes(self) -> dict[str, int]:
-        """Bytes held, by tier: ``window`` (sinks and ring included), ``ram`` and ``disk``."""
+        """Bytes held, by tier: ``window`` (all that is at hand), ``ram`` and ``disk``."""
         held = [getattr(self, name) for name in _BUFFERS] + list(self.pending or ())
-        window = sum(buffer.nbytes for buffer in held if buffer is not None)
+        window = sum(buffer.nbytes for buffer in (*held, *self.index.values()) if buffer is not None)
+        window += self.ready.nbytes()
         return {"window": window, **(_NOTHING if self.tier is None else self.tier.nbytes())}
 
     def nbytes_at(self, tokens: int) -> dict[str, int]:
@@ -285,6 +300,7 @@ class LayerMemory:
             for name in _BUFFERS
             if (buffer := getattr(self, name)) is not None
         }
+        tensors |= {f"index.{name}": notes.clone() for name, notes in self.index.items()}
         numbers: dict[str, Any] = {"seen": self.seen, "start": self.start, "origin": self.origin}
         if self.tier is not None:
             below, numbers["tier"] = self.tier.state()
@@ -299,6 +315,8 @@ class LayerMemory:
             setattr(self, name, tensors[name].clone() if name in tensors else None)
         if self.keys is not None and self.values is not None:
             self._reserve(self.seen + 1, self.keys, self.values)
+        notes = {name.removeprefix("index."): x for name, x in tensors.items() if name.startswith("index.")}
+        self.index = {name: x.clone() for name, x in notes.items()}
         if self.tier is not None:
             if "tier" not in numbers:
                 raise StateError(
@@ -359,9 +377,8 @@ class LayerMemory:
 
     def put_run(self, buffer: Tensor, begin: int, tokens: Tensor) -> None:
         """Copy consecutive tokens, the first with index `begin`, into their slots of a buffer, run by run."""
-        done, count = 0, tokens.shape[2]
-        while done < count:
-            at = self.slot(begin + done)
-            run = count - done if self.window is None else min(count - done, self.window - at)
-            buffer[:, :, at : at + run] = tokens[:, :, done : done + run]
-            done += run
+        done = 0
+        for run in self.runs(begin, begin + tokens.shape[2]):
+            count = run.stop - run.start
+            buffer[:, :, run] = tokens[:, :, done : done + count]
+            done += count

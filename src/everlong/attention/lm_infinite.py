@@ -152,7 +152,7 @@ class LMInfinite(WindowPolicy):
         best: tuple[Tensor, Tensor] | None = None
         for begin in range(sinks + tier.first, stop, _BLOCK):
             end = min(begin + _BLOCK, stop)
-            keys, values = _joined(view, sinks, begin, end)
+            keys, values = view.middle(begin, end)
             folded = placed.reshape(batch, keys.shape[1], -1, size).to(dtype)
             logits = folded @ view.rotation(keys, 0).to(dtype).transpose(-1, -2)
             logits = logits.reshape(batch, heads, n, -1) * view.call.scaling
@@ -186,18 +186,3 @@ def _best_of(
     top, seen = torch.cat((before[0], top), -1), torch.cat((before[1], seen), -2)
     top, order = top.topk(min(k, top.shape[-1]), dim=-1)
     return top, seen.gather(-2, order[..., None].expand(*order.shape, seen.shape[-1]))
-
-
-def _joined(view: LayerView, sinks: int, begin: int, stop: int) -> tuple[Tensor, Tensor]:
-    """Raw keys and values of tokens [begin, stop): from the tier, then from what is still at hand."""
-    tier = view.memory.tier
-    assert tier is not None
-    pieces, in_tier = [], sinks + len(tier)
-    if begin < in_tier:
-        pieces.append(tier.read(begin - sinks, min(stop, in_tier) - sinks))
-    if stop > in_tier:
-        begin = max(begin, in_tier)
-        pieces.append((view.raw(begin, stop), view.values(begin, stop)))
-    if len(pieces) == 1:
-        return pieces[0]
-    return torch.cat([keys for keys, _ in pieces], 2), torch.cat([values for _, values in pieces], 2)

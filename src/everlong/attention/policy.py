@@ -78,6 +78,21 @@ class Policy(ABC):
         """
         return 0
 
+    def lookup_group(self) -> int | None:
+        """Return how many queries look things up together at most; None: nothing is looked up.
+
+        Groups end at multiples of it, so that it is the same in which pieces a text is read, if these do too.
+        """
+        return None
+
+    def observe(self, queries: Queries, view: LayerView) -> None:
+        """Take note of a group of queries that has attended, in ``view.memory.index``.
+
+        Called for each group of a layer, in order. A policy that does is not shown tokens that may be taken
+        back.
+        """
+        return None
+
     def in_place(self, row_index: int, index: int) -> Sequence[int] | None:
         """Say whether one query sees the slots of its memory just as they lie; for the shortest way.
 
@@ -175,7 +190,7 @@ def with_sinks(policy: Policy, pinned: int) -> Policy:
             f"pin less, or use {name}(window=...) well above {pinned}"
         )
     sinks: int = getattr(policy, "sinks")  # noqa: B009
-    return dataclasses.replace(policy, **{"sinks": max(sinks, pinned)})
+    return dataclasses.replace(policy, **{"sinks": max(sinks, pinned)}).resolve(None)
 
 
 def require_count(owner: str, name: str, value: object, *, least: int, optional: bool = False) -> None:

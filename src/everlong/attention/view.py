@@ -18,6 +18,7 @@ from torch import Tensor
 from everlong.attention.branches import Branches
 from everlong.attention.parts import Part, Triangle
 from everlong.attention.positions import Rotation
+from everlong.models.rotary import Positions
 
 if TYPE_CHECKING:
     from everlong.attention.layer_memory import LayerMemory
@@ -143,6 +144,23 @@ class LayerView:
         """Unrotated keys of tokens [begin, stop); only where the policy keeps them."""
         return self._slice("raw", 2, begin, stop)
 
+    def middle(self, begin: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Raw keys and values of tokens [begin, stop), some or all of which may have left the window.
+
+        Only where the policy keeps those; the first are behind as many tokens as it has sinks.
+        """
+        tier, sinks = self.memory.tier, self.memory.sinks
+        assert tier is not None
+        pieces, in_tier = [], sinks + len(tier)
+        if begin < in_tier:
+            pieces.append(tier.read(begin - sinks, min(stop, in_tier) - sinks))
+        if stop > in_tier:
+            begin = max(begin, in_tier)
+            pieces.append((self.raw(begin, stop), self.values(begin, stop)))
+        if len(pieces) == 1:
+            return pieces[0]
+        return torch.cat([keys for keys, _ in pieces], 2), torch.cat([values for _, values in pieces], 2)
+
     @property
     def first(self) -> int:
         """Index of the first local token at hand."""
@@ -209,6 +227,8 @@ class LayerView:
             index = torch.arange(low, high, device=place.device) - self.pad_column(place.device)
             return [self._part(place, low, high, distance, visible & (index >= lowest))]
         if b - a == 1:
+            if self.new is None and distance is None:
+                return [self._run(place, run) for run in self.memory.runs(low, high)]
             return [self._part(place, low, high, distance, None)]
         near = a - nearest  # from here on, a key is hidden from the first queries
         seen_by_all = low if farthest is None else max(low, b - farthest)  # before, from the last
@@ -244,6 +264,12 @@ class LayerView:
         place = queries.placed if distance is None else queries.at(distance)
         return self._part(place, begin, memory.seen + count, distance, self.call.memo[key])
 
+    def _run(self, place: Tensor, run: slice) -> Part:
+        """Show all queries the tokens in a run of slots, as they lie."""
+        memory = self.memory
+        assert memory.keys is not None and memory.values is not None
+        return Part(place, memory.keys[:, :, run], memory.values[:, :, run])
+
     def _part(
         self, place: Tensor, begin: int, stop: int, distance: int | None, visible: Tensor | Triangle | None
     ) -> Part:
@@ -269,6 +295,11 @@ class LayerView:
         if far is not None:
             visible = far & (torch.arange(keys.shape[2], device=keys.device) <= self.row_index(queries))
         return Part(queries.at(reach), self._sinks_at(reach, distances), values, visible)
+
+    def sinks_placed(self, queries: Tensor, positions: Positions, visible: Tensor | None) -> Part:
+        """Show rotated `queries` the sinks, rotated to `positions`, where `visible` (batch or 1, 1, n, G)."""
+        keys, values = self._sinks()
+        return Part(queries, self.rotation(keys, positions), values, visible)
 
     def turned_window(self, queries: Queries, distances: Sequence[int], far: Tensor | None) -> Part:
         """Show one query the slots of a window that has turned for the longest row, in place: one part.

@@ -47,6 +47,11 @@ def checked_speculation(speculate: str | None, tape: Tape) -> type[Speculator] |
             "asks for: leave speculate out, or begin a session without surprisal=True"
         )
     policy = tape.driver.cache.policy
+    if speculator_of is not None and policy.lookup_group() is not None:
+        raise UnsupportedUseError(
+            f"{type(policy).__name__} recalls for queries in groups, so guesses that are checked together "
+            "would not be what it writes one by one: leave speculate out"
+        )
     if speculator_of is not None and speculator_of.branches and not policy.takes_branches:
         raise UnsupportedUseError(
             f"{type(policy).__name__} does not take tokens that follow in several ways, as "

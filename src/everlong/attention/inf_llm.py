@@ -1,0 +1,170 @@
+"""InfLLM: blocks of what left the window, found again by a few of their own keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from everlong.attention.policy import POLICIES, require_count
+from everlong.attention.positions import Rotation, working_dtype
+from everlong.attention.ready import Span
+from everlong.attention.recalled import Asking, RecallPolicy
+from everlong.attention.view import LayerView, Queries
+
+_FIRST_CAPACITY = 64  # blocks
+
+
+@POLICIES.register("inf-llm")
+@dataclass(frozen=True)
+class InfLLM(RecallPolicy):
+    """InfLLM: Training-Free Long-Context Extrapolation (Xiao et al., 2024, arXiv 2402.04617).
+
+    What is kept: all tokens, what left the window in a tier below, in blocks. What a query sees: `sinks`
+    tokens, the blocks that its group recalled, and the latest ones. At which positions: the latest at their
+    true distance L - 1 at most; sinks and blocks all at L - 1. What is forgotten: nothing.
+
+    A block is known by its representatives: of its keys those which the queries after it attended to most,
+    before the softmax. As a sum over queries of a product is the product of their sum, only sums of queries
+    are kept, one for each block: those count which follow the block, and are less than L tokens away from
+    all of its keys. What a block is worth to a group is the product of the mean query, at L - 1, and the mean
+    representative, summed over heads.
+
+    Parameters
+    ----------
+    sinks : int
+        G, first tokens kept; 128 in the paper.
+    window : int, optional
+        W, all keys a query sees: sinks, recalled and latest ones; the model's training length by default. In
+        the paper 128 + 2,048 + 4,096.
+    recalled : int, optional
+        Tokens recalled, a multiple of `block`; by default about a third of ``window - sinks``, as in the
+        paper.
+    block : int
+        Tokens of a block.
+    representatives : int
+        Keys by which a block is known.
+    group : int
+        Queries that ask together in prefill, with what they have in common; each alone while writing.
+    """
+
+    sinks: int = 128
+    window: int | None = None
+    recalled: int | None = None
+    block: int = 128
+    representatives: int = 4
+    group: int = 512
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("block", "representatives"):
+            require_count("InfLLM", name, getattr(self, name), least=1)
+
+    def unit(self) -> int:
+        """Return the tokens of a block."""
+        return self.block
+
+    def default_recalled(self, room: int) -> int:
+        """Return a third of the room."""
+        return room // 3
+
+    def least_local(self) -> int:
+        """Return a block: of one that leaves, others must tell what represents it."""
+        return self.block
+
+    def choose(self, asking: Asking, queries: Queries, view: LayerView) -> list[Span]:
+        """Return the blocks that are worth most."""
+        sinks, recalled, _ = self.shape()
+        first, end = -(-(asking.begin - sinks) // self.block), (asking.stop - sinks) // self.block
+        if end <= first:
+            return []
+        chosen = torch.arange(first, end)
+        if len(chosen) > recalled // self.block:
+            keys = view.memory.index["representatives"][asking.number, first:end]
+            asked = self._far_queries(queries)[asking.number, :, asking.queries].to(keys.dtype)
+            asked = _by_key_head(asked.mean(1), keys.shape[1])
+            worth = (keys * asked).sum((1, 2))
+            best = worth.sort(descending=True, stable=True).indices[: recalled // self.block]
+            chosen = first + best.sort().values.cpu()
+        begins = [sinks + number * self.block for number in chosen.tolist()]
+        return [(begin, begin + self.block) for begin in begins]
+
+    # --- representatives ---------------------------------------------------------------------------------
+
+    def observe(self, queries: Queries, view: LayerView) -> None:
+        """Add the queries to the sums of their blocks, and find what represents blocks that are left."""
+        sinks, _, local = self.shape()
+        index = view.memory.index
+        if not index:
+            index |= self._blank(queries, view)
+        for row, pad in enumerate(view.pads or (0,) * len(queries.raw)):
+            first, stop = queries.first - pad - sinks, queries.stop - pad - sinks
+            start = view.memory.frame(pad + sinks)
+            self._add(index["queries"][row], queries.placed[row], first, start, view.rotation)
+            before, now = (max(0, (at - local + 1) // self.block) for at in (first, stop))
+            _reserve(index, "representatives", now)
+            for number in range(before, now):
+                begin = pad + sinks + number * self.block
+                keys = view.middle(begin, begin + self.block)[0][row]
+                following = self._following(index["queries"][row], number)
+                index["representatives"][row, number] = self._representative(keys, following, view.rotation)
+
+    def _blank(self, queries: Queries, view: LayerView) -> dict[str, Tensor]:
+        keys = view.memory.keys if view.new is None else view.new[0]
+        assert keys is not None
+        sums = (self._window + self.group) // self.block + 2
+        with torch.inference_mode(False):  # later forwards, in whatever mode, write into it
+            return {
+                name: torch.zeros(
+                    (len(keys), count, keys.shape[1], keys.shape[3]),
+                    dtype=working_dtype(keys),
+                    device=queries.raw.device,
+                )
+                for name, count in (("queries", sums), ("representatives", 0))
+            }
+
+    def _add(self, sums: Tensor, placed: Tensor, first: int, start: int, rotation: Rotation) -> None:
+        """Add queries (heads, n, d), the first of them token `first` after the sinks, to their blocks' sums.
+
+        Each sum is of queries as if its block began at 0. `start` is where the sinks end in the frame.
+        """
+        heads, at = sums.shape[1], max(first, 0)
+        stop = first + placed.shape[1]
+        while at < stop:
+            number = at // self.block
+            end = min(stop, (number + 1) * self.block)
+            total = placed[:, at - first : end - first].detach().to(sums.dtype).sum(1)
+            total = _by_key_head(total, heads)
+            total = rotation.move(total[None, :, None], -(start + number * self.block))[0, :, 0]
+            slot = number % len(sums)
+            sums[slot] = total if at == number * self.block else sums[slot] + total
+            at = end
+
+    def _following(self, sums: Tensor, number: int) -> Tensor:
+        """Return the sums of the blocks that follow one less than L tokens away, shape (n, heads, d)."""
+        count = (self.shape()[2] - 1) // self.block
+        return sums[torch.arange(number + 1, number + 1 + count, device=sums.device) % len(sums)]
+
+    def _representative(self, keys: Tensor, following: Tensor, rotation: Rotation) -> Tensor:
+        """Return the mean of the keys, of a block's (heads, n, d), that draw the queries after it most."""
+        keys = keys.detach().to(following.dtype)
+        away = torch.arange(1, len(following) + 1)[:, None] * self.block
+        asked = rotation(following[:, :, None], away)[:, :, 0].sum(0)  # as the block's first token sees them
+        drawn = (rotation(keys[None], range(keys.shape[1]))[0] * asked[:, None]).sum(-1)
+        best = drawn.sort(dim=-1, descending=True, stable=True).indices[:, : self.representatives]
+        return keys.gather(1, best[..., None].expand(-1, -1, keys.shape[2])).mean(1)
+
+
+def _by_key_head(queries: Tensor, heads: int) -> Tensor:
+    """Add up queries (query heads, d) that share a key-value head."""
+    return queries.reshape(heads, -1, queries.shape[-1]).sum(1)
+
+
+def _reserve(index: dict[str, Tensor], name: str, count: int) -> None:
+    """Make room for `count` notes of each row: it doubles."""
+    notes = index[name]
+    if notes.shape[1] < count:
+        with torch.inference_mode(False):  # later forwards, in whatever mode, write into it
+            room = max(count, 2 * notes.shape[1], _FIRST_CAPACITY) - notes.shape[1]
+            index[name] = torch.cat((notes, notes.new_zeros(len(notes), room, *notes.shape[2:])), 1)

@@ -1,0 +1,214 @@
+"""The common ground of policies that bring back, from the tier below, some of what left the window.
+
+A query sees some first tokens, what is recalled for it and its group, and the latest tokens. A subclass says
+which tokens are recalled; where they stand is one of two ways, below.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from everlong.attention.layer_memory import LayerMemory
+from everlong.attention.parts import Part, Partial
+from everlong.attention.policy import Policy, require_count
+from everlong.attention.ready import Span
+from everlong.attention.view import LayerView, Queries
+from everlong.errors import ConfigurationError
+
+
+@dataclass(frozen=True)
+class Asking:
+    """One row of a group of queries, as it asks what to recall.
+
+    Attributes
+    ----------
+    number : int
+        The row's.
+    queries : slice
+        Which of the group's queries ask: those whose window is full.
+    begin, stop : int
+        The tokens it may recall: those that are still kept, and that none of these queries sees otherwise.
+        They are counted in the row, as all spans are.
+    """
+
+    number: int
+    queries: slice
+    begin: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class RecallPolicy(Policy):
+    """G sinks, at most R recalled tokens, and the latest L: W together. Subclasses choose what is recalled.
+
+    Up to W tokens a query sees all of them, at their true distances. From then on it sees its own latest L,
+    and tokens that its group recalled from what had left that before the group's first query. So tokens that
+    leave within a group are not seen until the next; while writing there are none.
+
+    Subclasses are dataclasses with the fields ``sinks``, ``window``, ``recalled`` and ``group``.
+    """
+
+    forgets: ClassVar[bool] = False
+    are_in_cache: ClassVar[bool] = False
+    """Whether sinks, recalled and latest tokens stand one behind the other; otherwise sinks and recalled
+    tokens all stand L - 1 before the query."""
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        require_count(name, "sinks", self._field("sinks"), least=0)
+        require_count(name, "group", self._field("group"), least=1)
+        for field in ("window", "recalled"):
+            require_count(name, field, self._field(field), least=1, optional=True)
+
+    def unit(self) -> int:
+        """Tokens that are recalled together, at least."""
+        return 1
+
+    def default_recalled(self, room: int) -> int:
+        """Return R, of `room` tokens for recalled and latest ones."""
+        return room // 2
+
+    def resolve(self, training_length: int | None) -> Self:
+        """Fill in the window, and from it the number of recalled tokens."""
+        resolved = super().resolve(training_length)
+        window, sinks = resolved._window, resolved._field("sinks")
+        recalled = resolved._field("recalled")
+        if recalled is None:
+            recalled = self.default_recalled(window - sinks) // self.unit() * self.unit()
+        if recalled < self.unit() or window - sinks - recalled <= self.least_local():
+            raise ConfigurationError(
+                f"{type(self).__name__}: a window of {window} cannot hold {sinks} sinks, {recalled} recalled "
+                f"tokens (at least {self.unit()}) and more than {self.least_local()} latest ones; use a "
+                "larger window, fewer sinks, or another number of recalled tokens"
+            )
+        return replace(resolved, **{"recalled": recalled})
+
+    def least_local(self) -> int:
+        """Return of how many latest tokens there must be more."""
+        return 0
+
+    def _field(self, name: str) -> int:
+        value: int = getattr(self, name)
+        return value
+
+    @property
+    def _window(self) -> int:
+        return self._field("window")
+
+    def shape(self) -> tuple[int, int, int]:
+        """Return G, R and L."""
+        sinks, recalled = self._field("sinks"), self._field("recalled")
+        return sinks, recalled, self._window - sinks - recalled
+
+    def memory(self, layer: int, start: int) -> LayerMemory:
+        """Return an empty memory for `layer`: a window with a tier below."""
+        sinks = self._field("sinks")
+        return LayerMemory(sinks, self._window - sinks, keep_middle=True, start=start)
+
+    def breaks(self) -> tuple[int, ...]:
+        """End groups where the window fills."""
+        return (self._window,)
+
+    def plain_until(self) -> int | None:
+        """Return W: before, queries see all there is."""
+        return self._window
+
+    def lookup_group(self) -> int | None:
+        """Return how many queries ask together what to recall."""
+        return self._field("group")
+
+    @abstractmethod
+    def choose(self, asking: Asking, queries: Queries, view: LayerView) -> list[Span]:
+        """Return which of the tokens from `asking.begin` to `asking.stop` are recalled, at most R.
+
+        They do not overlap, and stand in order.
+        """
+
+    def parts(self, queries: Queries, view: LayerView) -> list[Part | Partial]:
+        """Show sinks, what is recalled, and the latest tokens."""
+        if queries.stop <= self._window:
+            return [view.all_slots(queries)] if view.new is None else [*view.band(queries)]
+        row_index = view.row_index(queries)
+        pads = view.pads or (0,) * len(queries.raw)
+        is_mixed = queries.first - max(pads) < self._window
+        is_full = row_index >= self._window if is_mixed else None
+        spans = [self._chosen(queries, view, row, pad) for row, pad in enumerate(pads)]
+        counts = [sum(stop - begin for begin, stop in some) for some in spans]
+        return [
+            *self._sink_parts(queries, view, counts, is_full),
+            *self._recalled_part(queries, view, spans, counts, is_full),
+            *self._local_parts(queries, view, is_full),
+        ]
+
+    def _chosen(self, queries: Queries, view: LayerView, row: int, pad: int) -> list[Span]:
+        sinks, _, local = self.shape()
+        tier = view.memory.tier
+        assert tier is not None
+        first = max(queries.first - pad, self._window)
+        begin, stop = max(sinks, sinks + tier.first - pad), first - local + 1
+        if first >= queries.stop - pad or begin >= stop:
+            return []
+        asking = Asking(row, slice(first + pad - queries.first, None), begin, stop)
+        return self.choose(asking, queries, view)
+
+    def _far_queries(self, queries: Queries) -> Tensor:
+        """Return the queries where the tokens before their latest L stand at or before 0."""
+        return queries.at(self.shape()[2] - 1)
+
+    def _places(self, counts: Sequence[int], before: int, tokens: int) -> Tensor | int:
+        """Where `tokens` tokens stand, that have so many recalled ones behind them, less `before`."""
+        if not self.are_in_cache:
+            return 0
+        places = torch.arange(tokens) - before - torch.tensor(counts)[:, None]
+        return places[:1] if len(set(counts)) == 1 else places
+
+    def _sink_parts(
+        self, queries: Queries, view: LayerView, counts: Sequence[int], is_full: Tensor | None
+    ) -> list[Part]:
+        sinks = self._field("sinks")
+        if not sinks:
+            return []
+        placed, places = self._far_queries(queries), self._places(counts, sinks, sinks)
+        if is_full is None:
+            return [view.sinks_placed(placed, places, None)]
+        sink = torch.arange(sinks, device=is_full.device)
+        far = is_full & (sink >= 0)
+        seen = far & (sink <= view.row_index(queries))
+        return [view.sinks_near(queries, far), view.sinks_placed(placed, places, seen)]
+
+    def _recalled_part(
+        self,
+        queries: Queries,
+        view: LayerView,
+        spans: Sequence[Sequence[Span]],
+        counts: Sequence[int],
+        is_full: Tensor | None,
+    ) -> list[Part]:
+        most = max(counts)
+        if not most:
+            return []
+        keys, values = view.memory.ready.fetch(spans, view)
+        device, visible = keys.device, is_full
+        if len(set(counts)) > 1:
+            is_there = torch.arange(most, device=device) < torch.tensor(counts, device=device)[:, None]
+            visible = is_there[:, None, None] & (True if is_full is None else is_full)
+        elif visible is not None:
+            visible = visible.expand(*visible.shape[:3], most)
+        keys = view.rotation(keys, self._places(counts, 0, most))
+        return [Part(self._far_queries(queries), keys, values, visible)]
+
+    def _local_parts(self, queries: Queries, view: LayerView, is_full: Tensor | None) -> list[Part]:
+        sinks, recalled, local = self.shape()
+        if is_full is None:
+            return view.band(queries, farthest=local - 1, lowest=sinks)
+        begin, device = view.first, queries.raw.device
+        index = torch.arange(begin, queries.stop, device=device) - view.pad_column(device)
+        away = view.row_index(queries) - index
+        seen = (index >= sinks) & (away >= 0) & (away < torch.where(is_full, local, local + recalled))
+        return [Part(queries.placed, view.keys(begin, queries.stop), view.values(begin, queries.stop), seen)]

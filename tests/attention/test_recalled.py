@@ -1,0 +1,281 @@
+"""Policies that recall equal the brute-force reference: groups, chunks, rows, tiers, copies, saved states."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import warnings
+from itertools import pairwise
+
+import pytest
+import torch
+
+import tests.tiny as tiny
+from everlong.attention import InfLLM, ReAttention, Tier, attach, tiers
+from everlong.errors import ConfigurationError, UnsupportedUseError
+from tests.attention.test_exactness import MODELS, model_of
+from tests.reference.attention import ReferenceSpec
+from tests.reference.model import reference_logits
+
+LENGTH = 42
+PAD = 5
+EXACT = Tier(precision="exact")
+KINDS = {InfLLM: "inf-llm", ReAttention: "re-attention"}
+POLICIES = {
+    "inf-llm": InfLLM(window=16, sinks=2, recalled=6, block=3, representatives=2, group=8),
+    "inf-llm, one block": InfLLM(window=12, sinks=0, recalled=4, block=4, representatives=9, group=5),
+    "inf-llm, small groups": InfLLM(window=14, sinks=1, recalled=6, block=2, representatives=1, group=1),
+    "re-attention": ReAttention(window=16, sinks=2, recalled=6, votes=2, radius=1, group=8),
+    "re-attention, single keys": ReAttention(window=12, sinks=0, recalled=3, votes=1, radius=0, group=5),
+    "re-attention, wide": ReAttention(window=20, sinks=1, recalled=10, votes=3, radius=2, group=7),
+}
+CHUNKS = {
+    "one call": (0, LENGTH),
+    "uneven chunks": (0, 2, 3, 11, 12, 17, 29, 31, LENGTH),
+    "token by token": tuple(range(LENGTH + 1)),
+    "prefill, then token by token": (0, 28, *range(29, LENGTH + 1)),
+}
+
+
+def groups(policy, chunks, pad=None):
+    """Return where groups begin in a row: with chunks, where the window is full, and at multiples of a group.
+
+    Parameters
+    ----------
+    pad
+        Tokens before the row's first, in a batch that has padding; None: it has none.
+    """
+    edges = {policy.window}
+    for low, high in pairwise(chunks):
+        for begin, stop in pairwise([low, *({policy.window} & set(range(low + 1, high))), high]):
+            edges.add(begin)
+            if pad is not None or stop > policy.window:
+                edges |= {at for at in range(begin, stop) if at % policy.group == 0}
+    return tuple(sorted({max(0, edge - (pad or 0)) for edge in edges if edge < LENGTH}))
+
+
+def spec_of(policy):
+    known = {field.name for field in dataclasses.fields(ReferenceSpec)}
+    options = dataclasses.asdict(policy.resolve(tiny.TRAINING_LENGTH))
+    return ReferenceSpec(kind=KINDS[type(policy)], **{k: v for k, v in options.items() if k in known})
+
+
+@functools.cache
+def ids_of(rows=1):
+    """Return tokens of which none comes twice in a row: in the first layer their keys would be the same."""
+    draws = torch.Generator().manual_seed(2)
+    some = [3 + torch.randperm(tiny.VOCAB - 3, generator=draws)[:LENGTH] for _ in range(2)]
+    return torch.stack(some)[:rows]
+
+
+@functools.cache
+def reference(model, policy, edges, row=0, pad=0):
+    return reference_logits(
+        model_of(model), ids_of(2)[row : row + 1, pad:], spec_of(POLICIES[policy]), edges=edges
+    )
+
+
+@torch.no_grad()
+def read(model, cache, ids, edges, mask=None):
+    pieces = [
+        model(
+            ids[:, a:b],
+            attention_mask=None if mask is None else mask[:, :b],
+            **tiny.cached(cache),
+            use_cache=True,
+        ).logits
+        for a, b in pairwise(edges)
+    ]
+    return torch.cat(pieces, dim=1)
+
+
+def off(ours, theirs):
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+def differs(model, policy, chunks):
+    """Return how far a row is from the reference."""
+    edges = CHUNKS[chunks]
+    with attach(model_of(model), POLICIES[policy], tier=EXACT) as handle:
+        ours = read(model_of(model), handle.new_cache(), ids_of(), edges)
+    return off(ours, reference(model, policy, groups(POLICIES[policy], edges)))
+
+
+@pytest.mark.parametrize("chunks", CHUNKS)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_equals_the_reference_at_every_position(policy, chunks):
+    assert differs("grouped heads", policy, chunks) < 1e-5
+
+
+@pytest.mark.parametrize("chunks", ["one call", "prefill, then token by token"])
+@pytest.mark.parametrize("policy", ["inf-llm", "re-attention"])
+@pytest.mark.parametrize("model", [model for model in MODELS if model != "grouped heads"])
+def test_equals_the_reference_in_other_models(model, policy, chunks):
+    assert differs(model, policy, chunks) < 1e-5
+
+
+@pytest.mark.parametrize("chunks", ["one call", "uneven chunks", "token by token"])
+@pytest.mark.parametrize("policy", ["inf-llm", "re-attention"])
+def test_each_row_recalls_what_it_asks_for_padded_or_not(policy, chunks):
+    model, edges, ids = model_of("grouped heads"), CHUNKS[chunks], ids_of(2)
+    mask = torch.ones_like(ids)
+    mask[1, :PAD] = 0
+    with attach(model, POLICIES[policy], tier=EXACT) as handle:
+        ours = read(model, handle.new_cache(), ids, edges, mask)
+        alike = read(model, handle.new_cache(), ids, edges)
+    for row, pad in enumerate((0, PAD)):
+        theirs = reference("grouped heads", policy, groups(POLICIES[policy], edges, pad), row, pad)
+        assert off(ours[row : row + 1, pad:], theirs) < 1e-5
+    plain = reference("grouped heads", policy, groups(POLICIES[policy], edges), 1)
+    assert off(alike[1:], plain) < 1e-5
+
+
+def mutants(policy):
+    for field in ("window", "sinks", "recalled", "block", "representatives", "votes", "radius"):
+        value = getattr(policy, field, None)
+        if value is None:
+            continue
+        for step in (-1, 1, getattr(policy, "block", 0)):
+            try:
+                mutant = dataclasses.replace(policy, **{field: value + step}).resolve(None)
+            except ConfigurationError:
+                continue
+            if mutant != policy:
+                yield field, mutant
+
+
+@pytest.mark.parametrize("policy", ["inf-llm", "re-attention"])
+def test_the_comparison_notices_other_constants(policy):
+    model, right = model_of("grouped heads"), POLICIES[policy]
+    seen = set()
+    for field, mutant in mutants(right):
+        with attach(model, mutant, tier=EXACT) as handle:
+            ours = read(model, handle.new_cache(), ids_of(2)[:1], CHUNKS["token by token"])
+        edges = groups(right, CHUNKS["token by token"])
+        if off(ours, reference("grouped heads", policy, edges)) > 1e-4:
+            seen.add(field)
+    assert {"window", "sinks"} < seen
+    assert ({"block", "representatives"} if policy == "inf-llm" else {"votes", "radius"}) <= seen
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_up_to_the_window_it_is_the_stock_model(policy):
+    model, window = model_of("grouped heads"), POLICIES[policy].window
+    ids = ids_of()[:, :window]
+    with torch.no_grad():
+        stock = model(ids).logits
+    for edges in ((0, window), (0, 3, window), tuple(range(window + 1))):
+        with attach(model, POLICIES[policy]) as handle:
+            assert off(read(model, handle.new_cache(), ids, edges), stock) < 1e-5
+
+
+@pytest.mark.parametrize("policy", ["inf-llm", "re-attention"])
+def test_chunks_that_end_on_groups_make_no_difference(policy):
+    model, size = model_of("grouped heads"), POLICIES[policy].group
+    with attach(model, POLICIES[policy]) as handle:
+        whole = read(model, handle.new_cache(), ids_of(), (0, LENGTH))
+        pieces = read(model, handle.new_cache(), ids_of(), (0, *range(2 * size, LENGTH, size), LENGTH))
+    assert torch.allclose(whole, pieces, atol=1e-4 * float(whole.abs().max()))
+
+
+@pytest.mark.parametrize("tier", [Tier(), Tier("disk"), Tier(precision="int8")], ids=str)
+@pytest.mark.parametrize("policy", ["inf-llm", "re-attention"])
+def test_from_any_tier(policy, tier, monkeypatch):
+    monkeypatch.setattr(tiers, "BLOCK", 4)
+    model, found = model_of("grouped heads"), []
+    for each in (EXACT, tier):
+        with attach(model, POLICIES[policy], tier=each) as handle:
+            found.append(read(model, handle.new_cache(), ids_of(), CHUNKS["prefill, then token by token"]))
+    assert 0 < off(found[1], found[0]) < (0.2 if tier.precision == "int8" else 2e-2)
+
+
+@pytest.mark.parametrize("policy", ["inf-llm", "re-attention"])
+def test_copies_and_saved_states_go_on_bit_by_bit(policy):
+    model = model_of("grouped heads")
+    ids = tiny.random_ids(2, 160)
+    with attach(model, POLICIES[policy], tier="disk") as handle:
+        cache = handle.new_cache()
+        read(model, cache, ids, (0, 100, 133, *range(134, 141)))
+        tensors, meta = cache.state()
+        copies = [cache.fork(), handle.restore_cache(tensors, meta)]
+        rows = cache.fork()
+        rows.batch_select_indices(torch.tensor([1, 1, 0]))
+        theirs = read(model, cache, ids, tuple(range(140, 161)))
+        for twin in copies:
+            assert torch.equal(read(model, twin, ids, tuple(range(140, 161))), theirs)
+        picked = read(model, rows, ids[[1, 1, 0]], tuple(range(140, 161)))
+        assert off(picked, theirs[[1, 1, 0]]) < 1e-5
+
+
+def test_accounts_count_what_is_known_of_blocks_and_what_was_made_ready():
+    model = model_of("grouped heads")
+    with attach(model, POLICIES["inf-llm"]) as handle:
+        cache = handle.new_cache()
+        read(model, cache, ids_of(), (0, 30, *range(31, LENGTH)))
+        memory = next(iter(cache.memories.values()))
+        held = [memory.keys, memory.values, memory.raw, memory.sink_keys, memory.sink_values]
+        held += [*memory.index.values(), *memory.ready._held]
+        assert memory.nbytes()["window"] == sum(x.nbytes for x in held)
+        assert (cache.forgotten, cache.recallable) == (0, LENGTH - 1 - POLICIES["inf-llm"].window)
+
+
+def test_a_limited_tier_forgets_the_oldest_and_recalls_the_rest():
+    model = model_of("grouped heads")
+    ids = tiny.random_ids(1, 700)
+    for policy in ("inf-llm", "re-attention"):
+        with attach(model, POLICIES[policy], tier=Tier(limit=2**15)) as handle:
+            cache = handle.new_cache()
+            logits = read(model, cache, ids, (0, 300, 650, *range(651, 701)))
+            assert torch.isfinite(logits).all()
+            assert 0 < cache.forgotten < 700 - POLICIES[policy].window
+
+
+def test_a_tier_that_fails_leaves_what_is_in_the_window():
+    model = model_of("grouped heads")
+    ids = tiny.random_ids(1, 400)
+    for policy in ("inf-llm", "re-attention"):
+        with attach(model, POLICIES[policy], tier="disk") as handle:
+            cache = handle.new_cache()
+            read(model, cache, ids, (0, 399))
+            for memory in cache.memories.values():
+                memory.tier._shelf.get = _fails
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                assert torch.isfinite(read(model, cache, ids, (399, 400))).all()
+            assert any("are forgotten" in str(warning.message) for warning in told) or policy == "inf-llm"
+
+
+def _fails(blocks):
+    raise OSError("the disk is gone")
+
+
+def test_tokens_cannot_be_taken_back_where_queries_are_noted():
+    with attach(model_of("grouped heads"), POLICIES["inf-llm"]) as handle:
+        cache = handle.new_cache()
+        with pytest.raises(UnsupportedUseError, match="InfLLM takes note of queries"), cache.provisional():
+            pass
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: InfLLM(window=300).resolve(None), "cannot hold 128 sinks, 0 recalled tokens"),
+        (lambda: InfLLM(window=600, recalled=400).resolve(None), "use a larger window, fewer sinks"),
+        (lambda: ReAttention(window=64).resolve(None), "at least 33"),
+        (lambda: InfLLM().resolve(None), r"pass InfLLM\(window=...\)"),
+        (lambda: InfLLM(block=0), "block must be a whole number of at least 1"),
+        (lambda: InfLLM(recalled=0), "recalled must be a whole number"),
+        (lambda: ReAttention(votes=0), "votes must be a whole number"),
+        (lambda: ReAttention(radius=-1), "radius must be a whole number"),
+        (lambda: ReAttention(group=0), "group must be a whole number"),
+        (lambda: ReAttention(sinks=-1), "sinks must be a whole number"),
+    ],
+)
+def test_budgets_that_cannot_work_are_refused(make, said):
+    with pytest.raises(ConfigurationError, match=said):
+        make()
+
+
+def test_the_defaults_are_the_papers_shares():
+    assert InfLLM(window=128 + 2048 + 4096).resolve(None).recalled == 2048 - 2048 % 128
+    assert ReAttention(window=32 + 4191 + 4191).resolve(None).recalled == 127 * 33
