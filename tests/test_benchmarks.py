@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The scripts can be imported, for this test only."""
     names = ("common", "speed", "bounded", "real_text", "weights", "writing", "goals", "llama", "start_up")
-    names += ("speculation", "profile_step", "memories", "naive")
+    names += ("speculation", "profile_step", "memories", "naive", "passkey")
     memories = ("facts", "skills", "grounded", "sequence", "cost", "routing", "passing")
     names += tuple(f"memory_{name}" for name in memories)
     assert not set(names) & set(sys.modules)
@@ -297,6 +297,31 @@ def test_real_text_compares_with_a_model_that_reads_its_window_anew(
     monkeypatch.setattr(script.module, "read_stream", None)
     script.run()
     assert measured(capsys) == [] and script.saved == before
+
+
+# --- passkeys -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("scripts")
+def test_passkeys_are_looked_for_text_by_text(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--model", str(folder / "tiny"), "--lengths", "900", "800", "--digits", "7", "--samples", "2"]
+    script = Script("passkey", monkeypatch, tmp_path / "passkey.json", *options)
+    small = {"window": 400, "sinks": 16, "recalled": 128}
+    ways = {"stock": ("stock", {}), "last": ("last", {"window": 400}), "inf-llm": ("inf-llm", small)}
+    monkeypatch.setattr(script.module, "WAYS", ways)
+    script.run("--ways", "last")
+    assert measured(capsys) == [f"last; 7 digits in {n}, {s}" for n in (800, 900) for s in (0, 1)]
+    script.run("--ways", *ways)
+    assert len(measured(capsys)) == 8
+    assert script.table(0) == [[way, "0 (0 to 66) [0]", "0 (0 to 66) [0]"] for way in ways]
+    costs = {row[0]: row[1:4] for row in script.table(1)}
+    assert costs["stock"] == ["900", "900", "0"] and costs["last"] == ["400", "400", "500"]
+    assert costs["inf-llm"] == ["900", "400", "0"]
+    monkeypatch.setattr(script.module, "look", None)
+    script.run()
+    assert measured(capsys) == []
 
 
 # --- packed weights -----------------------------------------------------------------------------------

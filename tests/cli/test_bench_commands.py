@@ -86,3 +86,36 @@ def test_bad_input_is_one_line(everlong, words, message):
 )
 def test_durations_are_rounded_up(seconds, words):
     assert bench_commands._duration(seconds) == words
+
+
+PASSKEY = ("bench passkey", "--lengths", "900,1k", "--digits", 7, "--samples", 2)
+SMALL = ("--set", "window=400", "--set", "sinks=16", "--set", "recalled=128")
+
+
+def test_methods_look_for_passkeys(everlong):
+    result = everlong(*PASSKEY, "--methods", "stock,last,lm-infinite,inf-llm", *SMALL)
+    assert result.code == 0
+    for word in ("found", "told", "held", "last", "inf-llm", "7 digits in 1,024 tokens", "tokens/s"):
+        assert word in result.out
+    assert result.err.count("lm-infinite: 7 digits in 900 tokens") == 2 and "27% deep: told 0%" in result.err
+
+
+def test_passkeys_as_json_hold_every_text(everlong):
+    result = everlong(*PASSKEY, "--methods", "last", "--set", "window=400", "--json", "--quiet")
+    found = json.loads(result.out)
+    assert not result.err and len(found["texts"]) == 4 and found["settings"]["window"] == "400"
+    assert {"way", "length", "depth", "told", "answer"} <= found["texts"][0].keys()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--attention", "inf-llm"), "--methods names all"),
+        (("--lengths", "4m"), "--lengths takes whole numbers, such as 4k,8192; got '4m'"),
+        (("--methods", "inflm"), "did you mean 'inf-llm'"),
+        (("--lengths", "100", "--methods", "stock"), "does not fit into 100 tokens"),
+    ],
+)
+def test_passkeys_that_cannot_be_looked_for_are_refused(everlong, words, said):
+    result = everlong("bench passkey", *words)
+    assert result.code == 2 and said in " ".join(result.err.split())

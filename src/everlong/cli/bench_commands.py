@@ -1,4 +1,4 @@
-"""``everlong bench speed``: how fast this machine reads and writes, and what it could do at best."""
+"""``everlong bench``: how fast this machine reads and writes, and what methods find in long texts."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from everlong.cli.options import (
     WeightsOption,
     parse_settings,
 )
+from everlong.cli.passkeys import passkey
 from everlong.cli.terminal import notes, output, print_json, pull_progress
 from everlong.errors import ConfigurationError
 
@@ -34,17 +35,18 @@ def register(app: typer.Typer) -> None:
     """Add the group to `app`."""
     group = typer.Typer(
         name="bench",
-        help="Measure this machine.",
+        help="Measure this machine, and methods.",
         rich_markup_mode="markdown",
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     group.callback()(_bench)
     group.command("speed")(grouped(speed))
+    group.command("passkey")(grouped(passkey))
     app.add_typer(group)
 
 
 def _bench() -> None:
-    """Measure this machine."""
+    """Measure this machine, and methods."""
 
 
 def speed(

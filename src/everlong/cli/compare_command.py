@@ -26,8 +26,8 @@ Methods = Annotated[
     typer.Option(
         "--methods",
         metavar="A,B,…",
-        help="What to compare: stock (the model as it is), lm-infinite, streaming-llm, full, "
-        "Python files that register one. Default: stock and the method of --attention.",
+        help="What to compare: stock (the model as it is), lm-infinite, streaming-llm, inf-llm, "
+        "re-attention, full, Python files that register one. Default: stock and the method of --attention.",
     ),
 ]
 

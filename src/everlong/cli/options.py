@@ -124,8 +124,8 @@ class MethodOptions:
             "--attention",
             "-a",
             metavar="METHOD",
-            help="lm-infinite, streaming-llm, full, or a Python file that registers one "
-            f"(default: {ATTENTION_DEFAULT}).",
+            help="lm-infinite, streaming-llm, inf-llm, re-attention, full, or a Python file that registers "
+            f"one (default: {ATTENTION_DEFAULT}).",
             rich_help_panel=_METHOD,
         ),
     ] = None
@@ -196,7 +196,7 @@ class TierOptions:
             name = type(policy).__name__
             raise ConfigurationError(
                 f"{name} keeps nothing of what leaves its window: --tier and its like are for methods that "
-                "recall it, such as --attention lm-infinite --set top_k=5"
+                "recall it, such as --attention inf-llm"
             )
 
     @property

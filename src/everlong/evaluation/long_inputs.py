@@ -13,7 +13,7 @@ from torch import Tensor
 
 from everlong.attention import Policy
 from everlong.errors import ConfigurationError
-from everlong.evaluation.comparison import make_methods
+from everlong.evaluation.comparison import STOCK, make_methods
 from everlong.evaluation.needles import Needle
 from everlong.evaluation.streams import open_stream
 from everlong.models.head import Head
@@ -115,14 +115,27 @@ def make_ways(names: Sequence[str], options: dict[str, Any] | None = None) -> li
         No way, or one named twice; a cut without a window.
     """
     options = options or {}
-    methods = {m.name: m for m in make_methods([n for n in names if n not in CUTS] or ["stock"], options)}
-    made = []
-    for name in names:
-        if name in methods:
-            made.append(Way(name, methods[name].policy))
-        else:
-            made.append(Way(name, cut=CUTS[CUTS.index(name)], window=options.get("window")))
-    return made
+    window = _count(options.get("window"))
+    policies = [name for name in names if name not in CUTS]
+    made = {method.name: method.policy for method in make_methods(policies or [STOCK])}
+    has_window = any(hasattr(policy, "window") for policy in made.values())
+    if len(policies) < len(names) and not has_window:  # it is for the cuts
+        options = {name: value for name, value in options.items() if name != "window"}
+    made = {method.name: method.policy for method in make_methods(policies or [STOCK], options)}
+    if len(set(names)) != len(names) or not names:
+        raise ConfigurationError(f"name each way to read once, and at least one: {', '.join(names)}")
+    return [
+        Way(name, made[name]) if cut is None else Way(name, None, cut, window)
+        for name, cut in ((name, next((cut for cut in CUTS if cut == name), None)) for name in names)
+    ]
+
+
+def _count(value: Any) -> int | None:
+    """Return a window, of which the command line tells the digits."""
+    try:
+        return None if value is None else int(value)
+    except ValueError:
+        raise ConfigurationError(f"window={value!r} must be a whole number of tokens") from None
 
 
 @torch.inference_mode()

@@ -1,0 +1,122 @@
+"""Who finds a passkey in a text longer than the window: methods that recall, methods that forget, and cuts.
+
+    python benchmarks/passkey.py                                     # 8K, 3 texts of each kind
+    python benchmarks/passkey.py --lengths 4096 8192 16384 32768 --samples 5       # hours
+
+Every method has the same window and reads the same texts: a passkey of 7 or of 64 digits among sentences that
+say nothing, ever deeper, and the question only after them. "stock" is the model as it is, which sees all
+there is; "last" and "first-and-last" are the model as it is, the text cut to the window. Found is a passkey
+told whole; told is the share of its digits before the first mistake. It can be interrupted and taken up again
+after each text; the default takes about 20 minutes with two threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS, Rows, table
+
+from everlong.evaluation.finding import Found, FoundShare, PasskeyPlan, look, shares
+from everlong.evaluation.long_inputs import Way, make_ways
+from everlong.models.files import human_bytes
+from everlong.models.loading import load_model
+
+WINDOW = 2048
+WAYS: dict[str, tuple[str, dict[str, Any]]] = {
+    "stock": ("stock", {}),
+    "last": ("last", {"window": WINDOW}),
+    "first-and-last": ("first-and-last", {"window": WINDOW}),
+    "lm-infinite": ("lm-infinite", {"window": WINDOW}),
+    "streaming-llm": ("streaming-llm", {"window": WINDOW}),
+    "lm-infinite, top_k=5": ("lm-infinite", {"window": WINDOW, "top_k": 5}),
+    "inf-llm": ("inf-llm", {"window": WINDOW}),
+    "inf-llm, blocks of 32": ("inf-llm", {"window": WINDOW, "block": 32, "sinks": 32}),
+    "re-attention": ("re-attention", {"window": WINDOW}),
+}
+"""How texts are read: a method's name and its options."""
+
+
+def main() -> None:
+    """Measure what is missing, and write the tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8192])
+    parser.add_argument("--digits", type=int, nargs="+", default=[7, 64])
+    parser.add_argument("--samples", type=int, default=3)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY")
+    parser.add_argument("--output", type=Path, default=RESULTS / "passkey.json")
+    options = parser.parse_args()
+    plan = PasskeyPlan(tuple(options.lengths), tuple(options.digits), options.samples)
+    rows = Rows(options.output, {"model": options.model, "window": WINDOW, "samples": plan.samples})
+    loaded = load_model(options.model)
+    ways = {name: made(name) for name in options.ways}
+    kinds = itertools.product(sorted(plan.lengths), plan.digits, ways.items(), range(plan.samples))
+    for length, digits, (name, way), sample in kinds:
+        rows.get(
+            f"{name}; {digits} digits in {length}, {sample}",
+            lambda w=way, n=length, d=digits, s=sample: look(loaded, w, plan, n, d, s).as_json(),
+        )
+    rows.write_table("Passkeys in long texts", page(options, rows.rows))
+
+
+def made(name: str) -> Way:
+    """Return a way to read."""
+    kind, changes = WAYS[name]
+    return make_ways([kind], changes)[0]
+
+
+def page(options: argparse.Namespace, rows: dict[str, Any]) -> list[str]:
+    """Return the lines of the page."""
+    found = [Found.restored({**row, "way": key.partition(";")[0]}) for key, row in rows.items()]
+    every = shares(sorted(found, key=lambda one: (one.digits, one.length)))
+    lengths = sorted({share.length for share in every})
+    lines = [
+        f"{options.model}; a window of {WINDOW:,} tokens; {options.samples} texts of each kind, in which the "
+        "passkey stands ever deeper; greedy. Percent of passkeys told whole, with intervals of 95 %; in "
+        "brackets the mean share of digits told before the first mistake. The question is not known before.",
+    ]
+    for digits in sorted({share.digits for share in every}):
+        some = {(share.way, share.length): share for share in every if share.digits == digits}
+        named = [way for way in WAYS if any(way == other for other, _ in some)]
+        lines += ["", f"## {digits} digits", ""]
+        lines += table(
+            ["", *(f"{length:,} tokens" for length in lengths)],
+            [[way, *(cell(some.get((way, length))) for length in lengths)] for way in named],
+        )
+    longest = [share for share in every if share.length == lengths[-1] and share.digits == every[0].digits]
+    lines += ["", f"## What {lengths[-1]:,} tokens take", ""]
+    lines += table(
+        ["", "read", "seen by a token", "forgotten", "window", "tier", "tokens/s", "ms to write a token"],
+        [costs(share) for share in longest],
+    )
+    return lines
+
+
+def cell(share: FoundShare | None) -> str:
+    """Return what was found, with its interval."""
+    if share is None:
+        return ""
+    low, high = round(100 * share.found.low), round(100 * share.found.high)
+    return f"{100 * share.found.mean:.0f} ({low} to {high}) [{100 * share.told:.0f}]"
+
+
+def costs(share: FoundShare) -> list[str]:
+    """Return what a way to read takes."""
+    below = share.bytes.get("ram", 0) + share.bytes.get("disk", 0)
+    return [
+        share.way,
+        *(f"{number:,}" for number in (share.read, share.seen, share.forgotten)),
+        human_bytes(share.bytes["window"]),
+        human_bytes(below) if below else "",
+        f"{share.tokens_per_second:,.0f}",
+        f"{share.decode_ms:,.0f}",
+    ]
+
+
+if __name__ == "__main__":
+    main()
