@@ -19,7 +19,16 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from everlong.attention import FullAttention, InfLLM, LMInfinite, Policy, ReAttention, StreamingLLM, attach
+from everlong.attention import (
+    FullAttention,
+    InfLLM,
+    LMInfinite,
+    Policy,
+    ReAttention,
+    Recall,
+    StreamingLLM,
+    attach,
+)
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -37,6 +46,9 @@ PANELS: dict[str, Policy] = {
     f"LMInfinite(sinks={SINKS}, top_k=2)": LMInfinite(window=WINDOW, sinks=SINKS, top_k=2, top_k_layers=0),
     f"InfLLM(sinks={SINKS}, block=2, group=4)": InfLLM(
         window=WINDOW, sinks=SINKS, recalled=4, block=2, representatives=1, group=4
+    ),
+    f"Recall(sinks={SINKS}, block=2, group=4)": Recall(
+        window=WINDOW, sinks=SINKS, recalled=4, block=2, group=4
     ),
     f"ReAttention(sinks={SINKS}, radius=1, group=4)": ReAttention(
         window=WINDOW, sinks=SINKS, recalled=6, votes=1, radius=1, group=4
@@ -130,7 +142,7 @@ def draw(folder: Path) -> Path:
     unseen = plt.get_cmap("Reds")(torch.linspace(0.45, 0.9, TOKENS - WINDOW).numpy())
     colours = ListedColormap([*trained, *unseen]).with_extremes(bad="white")
     norm = BoundaryNorm([at - 0.5 for at in range(TOKENS + 1)], TOKENS)
-    figure, grid = plt.subplots(2, 4, figsize=(14.5, 7.6), layout="constrained")
+    figure, grid = plt.subplots(3, 3, figsize=(11, 11), layout="constrained")
     for axes, (title, policy) in zip(grid.flat, PANELS.items(), strict=True):
         image = axes.imshow(seen_distances(policy, TOKENS).numpy(), cmap=colours, norm=norm)
         axes.set_title(title, fontsize=10, family="monospace")

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         LMInfinite,
         Policy,
         ReAttention,
+        Recall,
         StreamCache,
         StreamingLLM,
         Tier,
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "everlong.attention": (
         *("POLICIES", "Attachment", "FullAttention", "InfLLM", "LMInfinite", "Policy", "ReAttention"),
-        *("StreamCache", "StreamingLLM", "Tier", "attach", "make_policy"),
+        *("Recall", "StreamCache", "StreamingLLM", "Tier", "attach", "make_policy"),
     ),
     "everlong.llm": ("LLM", "load"),
     "everlong.memory.folder": ("Memory",),
@@ -62,6 +63,7 @@ __all__ = [
     "MemoryStore",
     "Policy",
     "ReAttention",
+    "Recall",
     "Sampling",
     "Session",
     "StreamCache",

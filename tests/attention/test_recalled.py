@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import warnings
 from itertools import pairwise
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import tests.tiny as tiny
-from everlong.attention import InfLLM, ReAttention, Tier, attach, tiers
+from everlong.attention import InfLLM, ReAttention, Recall, Tier, attach, layer_memory, tiers
 from everlong.errors import ConfigurationError, UnsupportedUseError
 from tests.attention.test_exactness import MODELS, model_of
 from tests.reference.attention import ReferenceSpec
@@ -20,11 +21,13 @@ from tests.reference.model import reference_logits
 LENGTH = 42
 PAD = 5
 EXACT = Tier(precision="exact")
-KINDS = {InfLLM: "inf-llm", ReAttention: "re-attention"}
+KINDS = {InfLLM: "inf-llm", ReAttention: "re-attention", Recall: "recall"}
 POLICIES = {
     "inf-llm": InfLLM(window=16, sinks=2, recalled=6, block=3, representatives=2, group=8),
     "inf-llm, one block": InfLLM(window=12, sinks=0, recalled=4, block=4, representatives=9, group=5),
     "inf-llm, small groups": InfLLM(window=14, sinks=1, recalled=6, block=2, representatives=1, group=1),
+    "recall": Recall(window=16, sinks=2, recalled=6, block=3, group=8),
+    "recall, single keys": Recall(window=12, sinks=0, recalled=3, block=1, group=5),
     "re-attention": ReAttention(window=16, sinks=2, recalled=6, votes=2, radius=1, group=8),
     "re-attention, single keys": ReAttention(window=12, sinks=0, recalled=3, votes=1, radius=0, group=5),
     "re-attention, wide": ReAttention(window=20, sinks=1, recalled=10, votes=3, radius=2, group=7),
@@ -108,14 +111,14 @@ def test_equals_the_reference_at_every_position(policy, chunks):
 
 
 @pytest.mark.parametrize("chunks", ["one call", "prefill, then token by token"])
-@pytest.mark.parametrize("policy", ["inf-llm", "re-attention"])
+@pytest.mark.parametrize("policy", ["inf-llm", "re-attention", "recall"])
 @pytest.mark.parametrize("model", [model for model in MODELS if model != "grouped heads"])
 def test_equals_the_reference_in_other_models(model, policy, chunks):
     assert differs(model, policy, chunks) < 1e-5
 
 
 @pytest.mark.parametrize("chunks", ["one call", "uneven chunks", "token by token"])
-@pytest.mark.parametrize("policy", ["inf-llm", "re-attention"])
+@pytest.mark.parametrize("policy", ["inf-llm", "re-attention", "recall"])
 def test_each_row_recalls_what_it_asks_for_padded_or_not(policy, chunks):
     model, edges, ids = model_of("grouped heads"), CHUNKS[chunks], ids_of(2)
     mask = torch.ones_like(ids)
@@ -128,6 +131,13 @@ def test_each_row_recalls_what_it_asks_for_padded_or_not(policy, chunks):
         assert off(ours[row : row + 1, pad:], theirs) < 1e-5
     plain = reference("grouped heads", policy, groups(POLICIES[policy], edges), 1)
     assert off(alike[1:], plain) < 1e-5
+
+
+@pytest.mark.parametrize("chunks", ["uneven chunks", "token by token"])
+@pytest.mark.parametrize("policy", ["inf-llm", "re-attention", "recall"])
+def test_a_frame_that_moves_changes_nothing(policy, chunks, monkeypatch):
+    monkeypatch.setattr(layer_memory, "FRAME", 24)
+    assert differs("grouped heads", policy, chunks) < 1e-5
 
 
 def mutants(policy):
@@ -144,7 +154,7 @@ def mutants(policy):
                 yield field, mutant
 
 
-@pytest.mark.parametrize("policy", ["inf-llm", "re-attention"])
+@pytest.mark.parametrize("policy", ["inf-llm", "re-attention", "recall"])
 def test_the_comparison_notices_other_constants(policy):
     model, right = model_of("grouped heads"), POLICIES[policy]
     seen = set()
@@ -154,8 +164,8 @@ def test_the_comparison_notices_other_constants(policy):
         edges = groups(right, CHUNKS["token by token"])
         if off(ours, reference("grouped heads", policy, edges)) > 1e-4:
             seen.add(field)
-    assert {"window", "sinks"} < seen
-    assert ({"block", "representatives"} if policy == "inf-llm" else {"votes", "radius"}) <= seen
+    own = {"inf-llm": {"block", "representatives"}, "re-attention": {"votes", "radius"}, "recall": {"block"}}
+    assert {"window", "sinks"} | own[policy] <= seen
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -169,7 +179,7 @@ def test_up_to_the_window_it_is_the_stock_model(policy):
             assert off(read(model, handle.new_cache(), ids, edges), stock) < 1e-5
 
 
-@pytest.mark.parametrize("policy", ["inf-llm", "re-attention"])
+@pytest.mark.parametrize("policy", ["inf-llm", "re-attention", "recall"])
 def test_chunks_that_end_on_groups_make_no_difference(policy):
     model, size = model_of("grouped heads"), POLICIES[policy].group
     with attach(model, POLICIES[policy]) as handle:
@@ -178,8 +188,14 @@ def test_chunks_that_end_on_groups_make_no_difference(policy):
     assert torch.allclose(whole, pieces, atol=1e-4 * float(whole.abs().max()))
 
 
-@pytest.mark.parametrize("tier", [Tier(), Tier("disk"), Tier(precision="int8")], ids=str)
-@pytest.mark.parametrize("policy", ["inf-llm", "re-attention"])
+@pytest.mark.parametrize(
+    ("policy", "tier"),
+    [
+        *itertools.product(["inf-llm", "re-attention", "recall"], [Tier(), Tier("disk")]),
+        ("inf-llm", Tier(precision="int8")),  # where choices are of the tier's keys, bytes change them
+    ],
+    ids=str,
+)
 def test_from_any_tier(policy, tier, monkeypatch):
     monkeypatch.setattr(tiers, "BLOCK", 4)
     model, found = model_of("grouped heads"), []
@@ -189,7 +205,7 @@ def test_from_any_tier(policy, tier, monkeypatch):
     assert 0 < off(found[1], found[0]) < (0.2 if tier.precision == "int8" else 2e-2)
 
 
-@pytest.mark.parametrize("policy", ["inf-llm", "re-attention"])
+@pytest.mark.parametrize("policy", ["inf-llm", "re-attention", "recall"])
 def test_copies_and_saved_states_go_on_bit_by_bit(policy):
     model = model_of("grouped heads")
     ids = tiny.random_ids(2, 160)
@@ -222,7 +238,7 @@ def test_accounts_count_what_is_known_of_blocks_and_what_was_made_ready():
 def test_a_limited_tier_forgets_the_oldest_and_recalls_the_rest():
     model = model_of("grouped heads")
     ids = tiny.random_ids(1, 700)
-    for policy in ("inf-llm", "re-attention"):
+    for policy in ("inf-llm", "re-attention", "recall"):
         with attach(model, POLICIES[policy], tier=Tier(limit=2**15)) as handle:
             cache = handle.new_cache()
             logits = read(model, cache, ids, (0, 300, 650, *range(651, 701)))
@@ -233,7 +249,7 @@ def test_a_limited_tier_forgets_the_oldest_and_recalls_the_rest():
 def test_a_tier_that_fails_leaves_what_is_in_the_window():
     model = model_of("grouped heads")
     ids = tiny.random_ids(1, 400)
-    for policy in ("inf-llm", "re-attention"):
+    for policy in ("inf-llm", "re-attention", "recall"):
         with attach(model, POLICIES[policy], tier="disk") as handle:
             cache = handle.new_cache()
             read(model, cache, ids, (0, 399))
@@ -265,6 +281,8 @@ def test_tokens_cannot_be_taken_back_where_queries_are_noted():
         (lambda: InfLLM().resolve(None), r"pass InfLLM\(window=...\)"),
         (lambda: InfLLM(block=0), "block must be a whole number of at least 1"),
         (lambda: InfLLM(recalled=0), "recalled must be a whole number"),
+        (lambda: Recall(block=0), "Recall: block must be a whole number"),
+        (lambda: Recall(window=40).resolve(None), "cannot hold 16 sinks, 0 recalled tokens"),
         (lambda: ReAttention(votes=0), "votes must be a whole number"),
         (lambda: ReAttention(radius=-1), "radius must be a whole number"),
         (lambda: ReAttention(group=0), "group must be a whole number"),

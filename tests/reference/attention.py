@@ -27,8 +27,8 @@ class ReferenceSpec:
     ----------
     kind
         `"full"`: every query sees all keys up to itself. `"lm-infinite"` and `"streaming-llm"`: the sinks and
-        the most recent keys. `"inf-llm"` and `"re-attention"`: a query before W sees all keys up to itself;
-        a later one sees the sinks, the latest keys, and what its group of queries recalls.
+        the most recent keys. `"inf-llm"`, `"re-attention"` and `"recall"`: a query before W sees all keys up
+        to itself; a later one sees the sinks, the latest keys, and what its group of queries recalls.
     sinks
         G, the first tokens of the row, seen by every query.
     window
@@ -45,7 +45,7 @@ class ReferenceSpec:
     recalled
         R, the most keys that a group of queries recalls.
     block
-        For InfLLM: B, the keys in a block. Blocks are recalled whole.
+        For InfLLM and Recall: B, the keys in a block. Blocks are recalled whole.
     representatives
         For InfLLM: m, the keys of a block whose mean stands for it.
     votes
@@ -54,7 +54,7 @@ class ReferenceSpec:
         For ReAttention: r, how far from a chosen key its neighbours are recalled.
     """
 
-    kind: Literal["full", "lm-infinite", "streaming-llm", "inf-llm", "re-attention"] = "full"
+    kind: Literal["full", "lm-infinite", "streaming-llm", "inf-llm", "re-attention", "recall"] = "full"
     sinks: int = 0
     window: int | None = None
     ceiling: int | None = None
@@ -79,10 +79,9 @@ class ReferenceSpec:
             meaningful = meaningful and self.recalled >= 0 and self.local > 0
         else:
             meaningful = meaningful and self.recalled == 0
-        if self.kind == "inf-llm":
-            meaningful = meaningful and self.block > 0 and self.representatives > 0
-        else:
-            meaningful = meaningful and self.block == 0 and self.representatives == 0
+        meaningful = meaningful and (self.block > 0) == (self.kind in ("inf-llm", "recall"))
+        meaningful = meaningful and (self.representatives > 0) == (self.kind == "inf-llm")
+        meaningful = meaningful and self.block >= 0 and self.representatives >= 0
         if self.kind == "re-attention":
             meaningful = meaningful and self.votes > 0 and self.radius >= 0
         else:
@@ -93,7 +92,7 @@ class ReferenceSpec:
     @property
     def recalls(self) -> bool:
         """Whether groups of queries recall keys."""
-        return self.kind in ("inf-llm", "re-attention")
+        return self.kind in ("inf-llm", "re-attention", "recall")
 
     @property
     def local(self) -> int:

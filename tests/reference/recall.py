@@ -1,4 +1,4 @@
-"""Which keys a query recalls, where queries recall in groups: InfLLM and ReAttention from their definitions.
+"""Which keys a query recalls, where queries recall in groups: InfLLM, ReAttention, Recall by definition.
 
 Queries from the window on ask; the asking queries of a group recall the same keys, those of all query heads
 together, once in each layer. What can be recalled is what the first of them does not see anyway.
@@ -49,7 +49,7 @@ def recalled_keys(
     """
     found: dict[int, list[int]] = {}
     for asking in asking_groups(spec, query.shape[1], edges):
-        if spec.kind == "inf-llm":
+        if spec.kind in ("inf-llm", "recall"):
             recalled = _best_blocks(query, key, rotation, spec, asking, offset)
         else:
             recalled = _most_voted(query, key, spec, asking)
@@ -101,6 +101,9 @@ def _best_blocks(
     if len(candidates) > count:
         worth = {}
         for block in candidates:
+            if spec.kind == "recall":
+                worth[block] = best_key(query, key, asking, block_tokens(spec, block))
+                continue
             representatives = block_representatives(query, key, rotation, spec, block, offset)
             worth[block] = block_worth(query, rotation, spec, asking, representatives)
         best = _largest(worth, count)
@@ -143,6 +146,18 @@ def block_worth(
     mean = torch.stack(rotated).mean(dim=0)
     heads_each = len(query) // len(representatives)
     return sum(float(mean[head] @ representatives[head // heads_each]) for head in range(len(query)))
+
+
+# Recall: whole blocks too, by the product of their best key with the mean query, neither rotated.
+
+
+def best_key(query: Tensor, key: Tensor, asking: list[int], tokens: list[int]) -> float:
+    """The largest product of one of these keys, over all query heads, with the mean of the asking queries."""
+    mean = query[:, asking].mean(dim=1)
+    heads_each = len(query) // len(key)
+    return max(
+        sum(float(mean[head] @ key[head // heads_each, p]) for head in range(len(query))) for p in tokens
+    )
 
 
 # ReAttention: the keys with most votes, and their neighbours.

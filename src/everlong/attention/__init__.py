@@ -7,6 +7,7 @@ from everlong.attention.inf_llm import InfLLM
 from everlong.attention.lm_infinite import LMInfinite
 from everlong.attention.policy import POLICIES, Policy, make_policy, policy_options, with_sinks
 from everlong.attention.re_attention import ReAttention
+from everlong.attention.recall import Recall
 from everlong.attention.streaming_llm import StreamingLLM
 from everlong.attention.tiers import Tier
 
@@ -18,6 +19,7 @@ __all__ = [
     "LMInfinite",
     "Policy",
     "ReAttention",
+    "Recall",
     "StreamCache",
     "StreamingLLM",
     "Tier",

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from everlong.attention.policy import POLICIES, require_count
 from everlong.attention.positions import Rotation, working_dtype
-from everlong.attention.ready import Span
-from everlong.attention.recalled import Asking, RecallPolicy
+from everlong.attention.recalled import Asking, BlockRecallPolicy, by_key_head
 from everlong.attention.view import LayerView, Queries
 
 _FIRST_CAPACITY = 64  # blocks
@@ -18,7 +17,7 @@ _FIRST_CAPACITY = 64  # blocks
 
 @POLICIES.register("inf-llm")
 @dataclass(frozen=True)
-class InfLLM(RecallPolicy):
+class InfLLM(BlockRecallPolicy):
     """InfLLM: Training-Free Long-Context Extrapolation (Xiao et al., 2024, arXiv 2402.04617).
 
     What is kept: all tokens, what left the window in a tier below, in blocks. What a query sees: `sinks`
@@ -58,37 +57,17 @@ class InfLLM(RecallPolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("block", "representatives"):
-            require_count("InfLLM", name, getattr(self, name), least=1)
-
-    def unit(self) -> int:
-        """Return the tokens of a block."""
-        return self.block
-
-    def default_recalled(self, room: int) -> int:
-        """Return a third of the room."""
-        return room // 3
+        require_count("InfLLM", "representatives", self.representatives, least=1)
 
     def least_local(self) -> int:
         """Return a block: of one that leaves, others must tell what represents it."""
         return self.block
 
-    def choose(self, asking: Asking, queries: Queries, view: LayerView) -> list[Span]:
-        """Return the blocks that are worth most."""
-        sinks, recalled, _ = self.shape()
-        first, end = -(-(asking.begin - sinks) // self.block), (asking.stop - sinks) // self.block
-        if end <= first:
-            return []
-        chosen = torch.arange(first, end)
-        if len(chosen) > recalled // self.block:
-            keys = view.memory.index["representatives"][asking.number, first:end]
-            asked = self._far_queries(queries)[asking.number, :, asking.queries].to(keys.dtype)
-            asked = _by_key_head(asked.mean(1), keys.shape[1])
-            worth = (keys * asked).sum((1, 2))
-            best = worth.sort(descending=True, stable=True).indices[: recalled // self.block]
-            chosen = first + best.sort().values.cpu()
-        begins = [sinks + number * self.block for number in chosen.tolist()]
-        return [(begin, begin + self.block) for begin in begins]
+    def worth(self, blocks: range, asking: Asking, queries: Queries, view: LayerView) -> Tensor:
+        """Return the products of the mean query with the representatives, summed over heads."""
+        keys = view.memory.index["representatives"][asking.number, blocks.start : blocks.stop]
+        asked = self.far_queries(queries)[asking.number, :, asking.queries].to(keys.dtype)
+        return (keys * by_key_head(asked.mean(1), keys.shape[1])).sum((1, 2))
 
     # --- representatives ---------------------------------------------------------------------------------
 
@@ -135,7 +114,7 @@ class InfLLM(RecallPolicy):
             number = at // self.block
             end = min(stop, (number + 1) * self.block)
             total = placed[:, at - first : end - first].detach().to(sums.dtype).sum(1)
-            total = _by_key_head(total, heads)
+            total = by_key_head(total, heads)
             total = rotation.move(total[None, :, None], -(start + number * self.block))[0, :, 0]
             slot = number % len(sums)
             sums[slot] = total if at == number * self.block else sums[slot] + total
@@ -154,11 +133,6 @@ class InfLLM(RecallPolicy):
         drawn = (rotation(keys[None], range(keys.shape[1]))[0] * asked[:, None]).sum(-1)
         best = drawn.sort(dim=-1, descending=True, stable=True).indices[:, : self.representatives]
         return keys.gather(1, best[..., None].expand(-1, -1, keys.shape[2])).mean(1)
-
-
-def _by_key_head(queries: Tensor, heads: int) -> Tensor:
-    """Add up queries (query heads, d) that share a key-value head."""
-    return queries.reshape(heads, -1, queries.shape[-1]).sum(1)
 
 
 def _reserve(index: dict[str, Tensor], name: str, count: int) -> None:

@@ -157,7 +157,7 @@ class RecallPolicy(Policy):
         asking = Asking(row, slice(first + pad - queries.first, None), begin, stop)
         return self.choose(asking, queries, view)
 
-    def _far_queries(self, queries: Queries) -> Tensor:
+    def far_queries(self, queries: Queries) -> Tensor:
         """Return the queries where the tokens before their latest L stand at or before 0."""
         return queries.at(self.shape()[2] - 1)
 
@@ -174,7 +174,7 @@ class RecallPolicy(Policy):
         sinks = self._field("sinks")
         if not sinks:
             return []
-        placed, places = self._far_queries(queries), self._places(counts, sinks, sinks)
+        placed, places = self.far_queries(queries), self._places(counts, sinks, sinks)
         if is_full is None:
             return [view.sinks_placed(placed, places, None)]
         sink = torch.arange(sinks, device=is_full.device)
@@ -201,7 +201,7 @@ class RecallPolicy(Policy):
         elif visible is not None:
             visible = visible.expand(*visible.shape[:3], most)
         keys = view.rotation(keys, self._places(counts, 0, most))
-        return [Part(self._far_queries(queries), keys, values, visible)]
+        return [Part(self.far_queries(queries), keys, values, visible)]
 
     def _local_parts(self, queries: Queries, view: LayerView, is_full: Tensor | None) -> list[Part]:
         sinks, recalled, local = self.shape()
@@ -212,3 +212,48 @@ class RecallPolicy(Policy):
         away = view.row_index(queries) - index
         seen = (index >= sinks) & (away >= 0) & (away < torch.where(is_full, local, local + recalled))
         return [Part(queries.placed, view.keys(begin, queries.stop), view.values(begin, queries.stop), seen)]
+
+
+@dataclass(frozen=True)
+class BlockRecallPolicy(RecallPolicy):
+    """Recalls blocks: from the first token after the sinks on, each of so many tokens. Subclasses judge them.
+
+    Subclasses have a field ``block``, too.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_count(type(self).__name__, "block", self._field("block"), least=1)
+
+    def unit(self) -> int:
+        """Return the tokens of a block."""
+        return self._field("block")
+
+    def default_recalled(self, room: int) -> int:
+        """Return a third of the room."""
+        return room // 3
+
+    def block_span(self, number: int) -> Span:
+        """Return the tokens of a block."""
+        begin = self._field("sinks") + number * self.unit()
+        return begin, begin + self.unit()
+
+    @abstractmethod
+    def worth(self, blocks: range, asking: Asking, queries: Queries, view: LayerView) -> Tensor:
+        """Return what each block is worth to the queries that ask, shape (blocks,)."""
+
+    def choose(self, asking: Asking, queries: Queries, view: LayerView) -> list[Span]:
+        """Return the blocks that are worth most; of blocks worth the same, the earlier."""
+        sinks, recalled, _ = self.shape()
+        first, stop = -(-(asking.begin - sinks) // self.unit()), (asking.stop - sinks) // self.unit()
+        blocks, most = range(first, max(first, stop)), recalled // self.unit()
+        chosen = list(blocks)
+        if len(blocks) > most:
+            order = self.worth(blocks, asking, queries, view).sort(descending=True, stable=True).indices
+            chosen = [first + number for number in sorted(order[:most].tolist())]
+        return [self.block_span(number) for number in chosen]
+
+
+def by_key_head(queries: Tensor, heads: int) -> Tensor:
+    """Add up queries (query heads, d) that share one of the key-value heads."""
+    return queries.reshape(heads, -1, queries.shape[-1]).sum(1)

@@ -26,7 +26,7 @@ Methods = Annotated[
     typer.Option(
         "--methods",
         metavar="A,B,…",
-        help="What to compare: stock (the model as it is), lm-infinite, streaming-llm, inf-llm, "
+        help="What to compare: stock (the model as it is), lm-infinite, streaming-llm, recall, inf-llm, "
         "re-attention, full, Python files that register one. Default: stock and the method of --attention.",
     ),
 ]

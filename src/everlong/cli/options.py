@@ -124,8 +124,8 @@ class MethodOptions:
             "--attention",
             "-a",
             metavar="METHOD",
-            help="lm-infinite, streaming-llm, inf-llm, re-attention, full, or a Python file that registers "
-            f"one (default: {ATTENTION_DEFAULT}).",
+            help="lm-infinite, streaming-llm, recall, inf-llm, re-attention, full, or a Python file that "
+            f"registers one (default: {ATTENTION_DEFAULT}).",
             rich_help_panel=_METHOD,
         ),
     ] = None

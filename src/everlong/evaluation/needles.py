@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from everlong.errors import ConfigurationError
+from everlong.errors import ConfigurationError, InputError
 from everlong.reading.tokens import TextCoder
 
 _OPENING = (
@@ -59,7 +60,15 @@ class Needle:
         return len(os.path.commonprefix([text.lstrip(), self.answer])) / len(self.answer)
 
 
-def passkey(tokenizer: Any, length: int, *, depth: float, digits: int = 7, seed: int = 0) -> Needle:
+def passkey(
+    tokenizer: Any,
+    length: int,
+    *,
+    depth: float,
+    digits: int = 7,
+    seed: int = 0,
+    haystack: Sequence[int] | None = None,
+) -> Needle:
     """Hide a passkey (Mohtashami and Jaggi, 2023; wording of our own).
 
     Parameters
@@ -69,16 +78,20 @@ def passkey(tokenizer: Any, length: int, *, depth: float, digits: int = 7, seed:
     length : int
         Tokens of text and question together: exactly so many.
     depth : float
-        From 0 to 1: where it stands, between two rounds of the filler.
+        From 0 to 1: where it stands; in the filler between two rounds of it.
     digits : int
         Of the passkey; 7 in most papers. 64 show damage that 7 hide.
     seed : int
         Of the passkey's digits.
+    haystack : sequence of int, optional
+        Token ids of a text to hide it in, from its beginning, instead of the filler.
 
     Raises
     ------
     ConfigurationError
         The length is too small to hold the question and the passkey, or the depth is not in a text.
+    InputError
+        The text to hide it in is too short.
     """
     if digits < 1 or not 0 <= depth <= 1:
         raise ConfigurationError(f"a passkey has at least one digit and a depth from 0 to 1, not {depth}")
@@ -86,7 +99,8 @@ def passkey(tokenizer: Any, length: int, *, depth: float, digits: int = 7, seed:
     key = "".join(draws.choice("0123456789") for _ in range(digits))
     coder = TextCoder(tokenizer)
     opening = [*coder.bos, *coder.encode(_OPENING)]
-    needle, question = coder.encode_after(_NEEDLE.format(key=key)), coder.encode_after(_QUESTION)
+    told = _NEEDLE.format(key=key) if haystack is None else f"\n\n{_NEEDLE.format(key=key)}\n\n"
+    needle, question = coder.encode_after(told), coder.encode_after(_QUESTION)
     unit = coder.encode_after(_FILLER)
     room = length - len(opening) - len(needle) - len(question)
     if room < len(unit):
@@ -94,7 +108,9 @@ def passkey(tokenizer: Any, length: int, *, depth: float, digits: int = 7, seed:
         raise ConfigurationError(
             f"a passkey of {digits} digits does not fit into {length} tokens: at least {least} are needed"
         )
-    at = round(depth * (room // len(unit))) * len(unit)
-    filler = (unit * (room // len(unit) + 1))[:room]
+    filler = (unit * (room // len(unit) + 1) if haystack is None else list(haystack))[:room]
+    if len(filler) < room:
+        raise InputError(f"a text of {len(filler):,} tokens is too short to hide a passkey in {length:,}")
+    at = round(depth * room) if haystack is not None else round(depth * (room // len(unit))) * len(unit)
     context = [*opening, *filler[:at], *needle, *filler[at:]]
     return Needle(torch.tensor(context), torch.tensor(question), key, at / room)
