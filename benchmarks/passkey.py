@@ -1,11 +1,13 @@
 """Who finds a passkey in a text longer than the window: methods that recall, methods that forget, and cuts.
 
     python benchmarks/passkey.py                                     # 8K, 3 texts of each kind
+    python benchmarks/passkey.py --text library --window 1024 --lengths 4096 --digits 7 --samples 5
     python benchmarks/passkey.py --lengths 4096 8192 16384 32768 --samples 5       # hours
 
-Every method has the same window and reads the same texts: a passkey of 7 or of 64 digits among sentences that
-say nothing, ever deeper, and the question only after them. "stock" is the model as it is, which sees all
-there is; "last" and "first-and-last" are the model as it is, the text cut to the window. Found is a passkey
+Every method has the same window and reads the same texts: a passkey of 7 or of 64 digits, ever deeper, and
+the question only after them. It is hidden among sentences that say nothing, or ("library") in Python's own
+sources, which are about something else in every line: that is harder. "stock" is the model as it is, which
+sees all there is; "last" and "first-and-last" are the model as it is, the text cut to the window. Found is a passkey
 told whole; told is the share of its digits before the first mistake. It can be interrupted and taken up again
 after each text; the default takes about 20 minutes with two threads.
 """
@@ -13,6 +15,7 @@ after each text; the default takes about 20 minutes with two threads.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 from pathlib import Path
 from typing import Any
@@ -21,22 +24,27 @@ from common import RESULTS, Rows, table
 
 from everlong.evaluation.finding import Found, FoundShare, PasskeyPlan, look, shares
 from everlong.evaluation.long_inputs import Way, make_ways
+from everlong.evaluation.texts import standard_library
 from everlong.models.files import human_bytes
 from everlong.models.loading import load_model
 
-WINDOW = 2048
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "stock": ("stock", {}),
-    "last": ("last", {"window": WINDOW}),
-    "first-and-last": ("first-and-last", {"window": WINDOW}),
-    "lm-infinite": ("lm-infinite", {"window": WINDOW}),
-    "streaming-llm": ("streaming-llm", {"window": WINDOW}),
-    "lm-infinite, top_k=5": ("lm-infinite", {"window": WINDOW, "top_k": 5}),
-    "inf-llm": ("inf-llm", {"window": WINDOW}),
-    "inf-llm, blocks of 32": ("inf-llm", {"window": WINDOW, "block": 32, "sinks": 32}),
-    "re-attention": ("re-attention", {"window": WINDOW}),
+    "last": ("last", {}),
+    "first-and-last": ("first-and-last", {}),
+    "lm-infinite": ("lm-infinite", {}),
+    "streaming-llm": ("streaming-llm", {}),
+    "lm-infinite, top_k=5": ("lm-infinite", {"top_k": 5}),
+    "inf-llm": ("inf-llm", {}),
+    "inf-llm, blocks of 32": ("inf-llm", {"block": 32, "sinks": 16}),
+    "inf-llm, blocks of 16": ("inf-llm", {"block": 16, "sinks": 16}),
+    "re-attention": ("re-attention", {}),
+    "recall": ("recall", {}),
+    "recall, blocks of 128": ("recall", {"block": 128}),
 }
-"""How texts are read: a method's name and its options."""
+"""How texts are read: a method's name and its options, beside the window."""
+
+TEXTS = {"filler": "sentences that say nothing", "library": "Python's own sources"}
 
 
 def main() -> None:
@@ -46,15 +54,21 @@ def main() -> None:
     )
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192])
+    parser.add_argument("--window", type=int, default=2048)
+    parser.add_argument("--text", choices=("filler", "library"), default="filler")
     parser.add_argument("--digits", type=int, nargs="+", default=[7, 64])
     parser.add_argument("--samples", type=int, default=3)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY")
     parser.add_argument("--output", type=Path, default=RESULTS / "passkey.json")
     options = parser.parse_args()
     plan = PasskeyPlan(tuple(options.lengths), tuple(options.digits), options.samples)
-    rows = Rows(options.output, {"model": options.model, "window": WINDOW, "samples": plan.samples})
+    setting = {name: getattr(options, name) for name in ("model", "window", "text", "samples")}
+    rows = Rows(options.output, setting)
     loaded = load_model(options.model)
-    ways = {name: made(name) for name in options.ways}
+    if options.text == "library":
+        haystack = standard_library(loaded.tokenizer, max(plan.lengths)).ids
+        plan = dataclasses.replace(plan, haystack=tuple(haystack.tolist()))
+    ways = {name: made(name, options.window) for name in options.ways}
     kinds = itertools.product(sorted(plan.lengths), plan.digits, ways.items(), range(plan.samples))
     for length, digits, (name, way), sample in kinds:
         rows.get(
@@ -64,10 +78,10 @@ def main() -> None:
     rows.write_table("Passkeys in long texts", page(options, rows.rows))
 
 
-def made(name: str) -> Way:
+def made(name: str, window: int) -> Way:
     """Return a way to read."""
     kind, changes = WAYS[name]
-    return make_ways([kind], changes)[0]
+    return make_ways([kind], {} if kind == "stock" else {"window": window, **changes})[0]
 
 
 def page(options: argparse.Namespace, rows: dict[str, Any]) -> list[str]:
@@ -76,9 +90,10 @@ def page(options: argparse.Namespace, rows: dict[str, Any]) -> list[str]:
     every = shares(sorted(found, key=lambda one: (one.digits, one.length)))
     lengths = sorted({share.length for share in every})
     lines = [
-        f"{options.model}; a window of {WINDOW:,} tokens; {options.samples} texts of each kind, in which the "
-        "passkey stands ever deeper; greedy. Percent of passkeys told whole, with intervals of 95 %; in "
-        "brackets the mean share of digits told before the first mistake. The question is not known before.",
+        f"{options.model}; a window of {options.window:,} tokens; {options.samples} texts of each kind, "
+        f"{TEXTS[options.text]}, in which the passkey stands ever deeper; greedy. Percent of passkeys told "
+        "whole, with intervals of 95 %; in brackets the mean share of digits told before the first mistake. "
+        "The question is not known before.",
     ]
     for digits in sorted({share.digits for share in every}):
         some = {(share.way, share.length): share for share in every if share.digits == digits}

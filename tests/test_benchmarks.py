@@ -307,9 +307,10 @@ def test_passkeys_are_looked_for_text_by_text(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--model", str(folder / "tiny"), "--lengths", "900", "800", "--digits", "7", "--samples", "2"]
+    options += ["--window", "400", "--text", "library"]
     script = Script("passkey", monkeypatch, tmp_path / "passkey.json", *options)
-    small = {"window": 400, "sinks": 16, "recalled": 128}
-    ways = {"stock": ("stock", {}), "last": ("last", {"window": 400}), "inf-llm": ("inf-llm", small)}
+    small = {"sinks": 16, "recalled": 128}
+    ways = {"stock": ("stock", {}), "last": ("last", {}), "inf-llm": ("inf-llm", small)}
     monkeypatch.setattr(script.module, "WAYS", ways)
     script.run("--ways", "last")
     assert measured(capsys) == [f"last; 7 digits in {n}, {s}" for n in (800, 900) for s in (0, 1)]

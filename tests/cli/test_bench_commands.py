@@ -107,6 +107,13 @@ def test_passkeys_as_json_hold_every_text(everlong):
     assert {"way", "length", "depth", "told", "answer"} <= found["texts"][0].keys()
 
 
+def test_passkeys_are_hidden_in_a_text_of_ones_own(everlong, novel):
+    words = ("--methods", "stock", "--text", novel, "--quiet")
+    assert "7 digits in 1,024 tokens" in everlong(*PASSKEY, *words).out
+    result = everlong("bench passkey", "--lengths", "4k", "--digits", 7, *words)
+    assert result.code == 2 and "is too short to hide a passkey in 4,096" in " ".join(result.err.split())
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -18,7 +18,7 @@ _KEYS = 4096  # looked at at a time
 @POLICIES.register("recall")
 @dataclass(frozen=True)
 class Recall(BlockRecallPolicy):
-    """Everlong's own choice among the ways to recall, by measurement (benchmarks/recalling.py).
+    """Everlong's own choice among the ways to recall, by measurement (benchmarks/passkey.py).
 
     What is kept: all tokens, what left the window in a tier below, in blocks. What a query sees: `sinks`
     tokens, the blocks that its group recalled, and the latest ones. At which positions: the latest at their

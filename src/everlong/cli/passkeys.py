@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from everlong.evaluation.long_inputs import Way
 
 _WINDOW = 2048
-_METHODS = "last,first-and-last,lm-infinite,inf-llm,re-attention"
+_METHODS = "last,first-and-last,lm-infinite,inf-llm,re-attention,recall"
 
 
 def passkey(
@@ -39,6 +41,12 @@ def passkey(
         str, typer.Option("--lengths", metavar="N,N,…", help="Tokens of a text; 4k is 4,096.")
     ] = "4k,8k",
     digits: Annotated[str, typer.Option("--digits", metavar="N,N,…", help="Of a passkey.")] = "7,64",
+    text: Annotated[
+        str | None,
+        typer.Option(
+            "--text", metavar="FILE", help="Hide it in this text, instead of sentences that say nothing."
+        ),
+    ] = None,
     samples: Annotated[
         int, typer.Option("--samples", min=1, help="Texts of each kind, the passkey ever deeper.")
     ] = 5,
@@ -58,12 +66,18 @@ def passkey(
     from everlong.evaluation.long_inputs import CUTS, make_ways
 
     ways = make_ways([name if name in CUTS else method_name(name) for name in names], settings)
-    plan = PasskeyPlan(token_counts("--lengths", lengths), token_counts("--digits", digits), samples)
+    kinds = token_counts("--lengths", lengths), token_counts("--digits", digits)
+    plan = PasskeyPlan(*kinds, samples)
     console = notes(quiet=output_options.quiet)
     with pull_progress(quiet=output_options.quiet) as progress:
         from everlong.models.loading import load_model
 
         loaded = load_model(model.model, **model.loading(progress))
+    if text is not None:
+        from everlong.evaluation.texts import first_tokens
+
+        excerpt = first_tokens(loaded.tokenizer, Path(text), max(plan.lengths))
+        plan = dataclasses.replace(plan, haystack=tuple(excerpt.ids.tolist()))
     found: list[Found] = []
     try:
         _look(loaded, ways, plan, found, console)

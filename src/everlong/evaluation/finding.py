@@ -29,12 +29,15 @@ class PasskeyPlan:
         Texts of each kind, with other passkeys, at depths spread evenly from beginning to end.
     chunk : int
         Tokens of one forward.
+    haystack : tuple of int, optional
+        Token ids of a text to hide it in, of the greatest length; None: sentences that say nothing.
     """
 
     lengths: tuple[int, ...] = (4096, 8192)
     digits: tuple[int, ...] = (7, 64)
     samples: int = 5
     chunk: int = 512
+    haystack: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("lengths", "digits"):
@@ -48,7 +51,7 @@ class PasskeyPlan:
     def needle(self, tokenizer: Any, length: int, digits: int, sample: int) -> Needle:
         """Return one of the texts: the same for every way to read."""
         depth = (sample + 0.5) / self.samples
-        return passkey(tokenizer, length, depth=depth, digits=digits, seed=sample)
+        return passkey(tokenizer, length, depth=depth, digits=digits, seed=sample, haystack=self.haystack)
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,8 @@ def look_for_passkeys(loaded: LoadedModel, ways: Sequence[Way], plan: PasskeyPla
     ------
     ConfigurationError
         A passkey does not fit into a length; said before anything is read.
+    InputError
+        The text to hide it in is too short; said before, too.
     """
     kinds = [(length, digits) for length in sorted(plan.lengths) for digits in plan.digits]
     for length, digits in kinds:
