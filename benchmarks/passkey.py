@@ -59,11 +59,12 @@ def main() -> None:
     parser.add_argument("--digits", type=int, nargs="+", default=[7, 64])
     parser.add_argument("--samples", type=int, default=3)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY")
-    parser.add_argument("--output", type=Path, default=RESULTS / "passkey.json")
+    parser.add_argument("--output", type=Path, help="default: results/passkey.json, passkey_library.json")
     options = parser.parse_args()
     plan = PasskeyPlan(tuple(options.lengths), tuple(options.digits), options.samples)
     setting = {name: getattr(options, name) for name in ("model", "window", "text", "samples")}
-    rows = Rows(options.output, setting)
+    name = "passkey" if options.text == "filler" else f"passkey_{options.text}"
+    rows = Rows(options.output or RESULTS / f"{name}.json", setting)
     loaded = load_model(options.model)
     if options.text == "library":
         haystack = standard_library(loaded.tokenizer, max(plan.lengths)).ids
@@ -86,8 +87,7 @@ def made(name: str, window: int) -> Way:
 
 def page(options: argparse.Namespace, rows: dict[str, Any]) -> list[str]:
     """Return the lines of the page."""
-    found = [Found.restored({**row, "way": key.partition(";")[0]}) for key, row in rows.items()]
-    every = shares(sorted(found, key=lambda one: (one.digits, one.length)))
+    every = shares(sorted(found_in(rows), key=lambda one: (one.digits, one.length)))
     lengths = sorted({share.length for share in every})
     lines = [
         f"{options.model}; a window of {options.window:,} tokens; {options.samples} texts of each kind, "
@@ -110,6 +110,11 @@ def page(options: argparse.Namespace, rows: dict[str, Any]) -> list[str]:
         [costs(share) for share in longest],
     )
     return lines
+
+
+def found_in(rows: dict[str, Any]) -> list[Found]:
+    """Return what became of each text, of rows as they are kept."""
+    return [Found.restored({**row, "way": key.partition(";")[0]}) for key, row in rows.items()]
 
 
 def cell(share: FoundShare | None) -> str:

@@ -20,8 +20,11 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from common import table  # noqa: E402
 from memories import share  # noqa: E402
 from memory_facts import FORMS  # noqa: E402
+from passkey import WAYS, found_in  # noqa: E402
 from real_text import excess_of, number  # noqa: E402
 from weights import cells  # noqa: E402
+
+from everlong.evaluation.finding import shares  # noqa: E402
 
 SHOWN = {
     "stock": "stock",
@@ -47,6 +50,8 @@ def with_results(readme: str) -> str:
             BEGIN,
             "",
             *real_text(),
+            "",
+            *passkeys(),
             "",
             *speed(),
             "",
@@ -90,6 +95,28 @@ def real_text() -> list[str]:
         )
         + ".",
         source("real_text", saved),
+    ]
+
+
+def passkeys() -> list[str]:
+    """Passkeys in Python's sources, found by the ways to read."""
+    saved = load("passkey_library")
+    setting = saved["setting"]
+    found = shares(found_in(saved["rows"]))
+    length, samples = found[0].length, setting["samples"]
+    shown = [
+        [share.way, f"{round(share.found.mean * samples)} of {samples}", f"{100 * share.told:.0f} %"]
+        for share in sorted(found, key=lambda each: list(WAYS).index(each.way))
+    ]
+    return [
+        f"**Finding again.** A passkey of {found[0].digits} digits in {length:,} tokens of Python's own "
+        f"sources, asked for at the end; {setting['model']}, a window of",
+        f"{setting['window']:,} tokens. `last` and `first-and-last` are the stock model, which reads a part "
+        "of the text:",
+        "",
+        *table(["", "found", "digits told before the first mistake"], shown),
+        "",
+        source("passkey_library", saved, "passkey"),
     ]
 
 
@@ -239,11 +266,11 @@ def ratio(stock: float, ours: float, form: str) -> str:
     return f"{form.format(stock)} / {form.format(ours)}: **{stock / ours:.1f}x**"
 
 
-def source(name: str, saved: dict[str, Any]) -> str:
-    """Say where a result comes from."""
-    machine = saved["machine"]
+def source(name: str, saved: dict[str, Any], script: str | None = None) -> str:
+    """Say where a result comes from; the script has its name unless another is given."""
+    machine, script = saved["machine"], script or name
     return (
-        f"([{name}.md](benchmarks/results/{name}.md), by [{name}.py](benchmarks/{name}.py); "
+        f"([{name}.md](benchmarks/results/{name}.md), by [{script}.py](benchmarks/{script}.py); "
         f"{machine['date']}, {machine['cpu']}, {machine['threads']} threads.)"
     )
 

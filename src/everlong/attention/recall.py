@@ -18,16 +18,15 @@ _KEYS = 4096  # looked at at a time
 @POLICIES.register("recall")
 @dataclass(frozen=True)
 class Recall(BlockRecallPolicy):
-    """Everlong's own choice among the ways to recall, by measurement (benchmarks/passkey.py).
+    """Everlong's own: the blocks of InfLLM, smaller, found by looking at every key as ReAttention does.
 
     What is kept: all tokens, what left the window in a tier below, in blocks. What a query sees: `sinks`
     tokens, the blocks that its group recalled, and the latest ones. At which positions: the latest at their
     true distance, L - 1 at most; sinks and blocks all at L - 1. What is forgotten: nothing.
 
     A block is worth as much as its best key: the product with the mean query of the group, neither rotated,
-    summed over heads. So all keys are looked at, as ReAttention does, but once a group instead of once a
-    query and head; and blocks stand at the ceiling, as InfLLM's do. What stands for several keys, their mean
-    or their bounds, does not find a number in a text that is about something else.
+    summed over heads. So every key is looked at once a group, not once a query and head. What each choice is
+    worth: benchmarks/results/passkey_library.md; the size of blocks, most.
 
     Parameters
     ----------
