@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from common import table
@@ -180,9 +181,9 @@ def recall_table(rows: Sequence[dict[str, Any]], forms: Sequence[str], whole: st
 
 
 def cost_table(learned: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """Return the table of what each way of learning took, on the mean of its rows."""
+    """Return the table of what each way of learning took, on the median of its rows."""
     cells = [
-        [way, *(f"{sum(row[what] for row in rows) / len(rows):,.0f}" for what in COSTS)]
+        [way, *(f"{median(row[what] for row in rows):,.0f}" for what in COSTS)]
         for way, rows in learned.items()
         if rows
     ]
