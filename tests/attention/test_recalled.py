@@ -140,6 +140,47 @@ def test_a_frame_that_moves_changes_nothing(policy, chunks, monkeypatch):
     assert differs("grouped heads", policy, chunks) < 1e-5
 
 
+@pytest.mark.parametrize("policy", ["inf-llm", "re-attention", "recall"])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_in_every_family_chunks_that_end_on_groups_make_no_difference(family, policy):
+    model, size = tiny.build(family), POLICIES[policy].group
+    with attach(model, POLICIES[policy], tier=EXACT) as handle:
+        whole = read(model, handle.new_cache(), ids_of(), (0, LENGTH))
+        pieces = read(model, handle.new_cache(), ids_of(), (0, *range(size, LENGTH, size), LENGTH))
+    assert off(pieces, whole) < 1e-4
+
+
+@pytest.mark.parametrize("policy", ["inf-llm", "re-attention", "recall"])
+def test_gradients_flow_into_what_is_recalled(policy):
+    model = tiny.build("llama").double()
+    weight = model.model.layers[0].self_attn.v_proj.weight
+
+    def loss():
+        with attach(model, POLICIES[policy], tier=EXACT) as handle:
+            cache = tiny.cached(handle.new_cache())
+            return model(ids_of(), **cache, use_cache=True).logits[0, :, 5].sum()
+
+    loss().backward()
+    found, step = float(weight.grad[0, 0]), 2e-3  # norms are computed in single precision
+    with torch.no_grad():
+        sides = []
+        for side in (step, -2 * step):
+            weight[0, 0] += side
+            sides.append(float(loss()))
+    assert found == pytest.approx((sides[0] - sides[1]) / (2 * step), rel=2e-3)
+
+
+def test_a_cache_that_was_read_into_without_gradients_goes_on_with_them():
+    model = model_of("grouped heads")
+    for policy in POLICIES.values():
+        with attach(model, policy) as handle:
+            cache = handle.new_cache()
+            with torch.inference_mode():
+                model(ids_of()[:, :30], **tiny.cached(cache), use_cache=True)
+                model(ids_of()[:, 30:31], **tiny.cached(cache), use_cache=True)
+            model(ids_of()[:, 31:], **tiny.cached(cache), use_cache=True).logits.sum().backward()
+
+
 def mutants(policy):
     for field in ("window", "sinks", "recalled", "block", "representatives", "votes", "radius"):
         value = getattr(policy, field, None)

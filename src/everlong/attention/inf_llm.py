@@ -65,8 +65,9 @@ class InfLLM(BlockRecallPolicy):
 
     def worth(self, blocks: range, asking: Asking, queries: Queries, view: LayerView) -> Tensor:
         """Return the products of the mean query with the representatives, summed over heads."""
-        keys = view.memory.index["representatives"][asking.number, blocks.start : blocks.stop]
-        asked = self.far_queries(queries)[asking.number, :, asking.queries].to(keys.dtype)
+        _, representatives = _names(view)
+        keys = view.memory.index[representatives][asking.number, blocks.start : blocks.stop]
+        asked = self.far_queries(queries)[asking.number, :, asking.queries].detach().to(keys.dtype)
         return (keys * by_key_head(asked.mean(1), keys.shape[1])).sum((1, 2))
 
     # --- representatives ---------------------------------------------------------------------------------
@@ -74,25 +75,25 @@ class InfLLM(BlockRecallPolicy):
     def observe(self, queries: Queries, view: LayerView) -> None:
         """Add the queries to the sums of their blocks, and find what represents blocks that are left."""
         sinks, _, local = self.shape()
-        index = view.memory.index
-        if not index:
+        index, (sums, representatives) = view.memory.index, _names(view)
+        if sums not in index:
             index |= self._blank(queries, view)
         for row, pad in enumerate(view.pads or (0,) * len(queries.raw)):
             first, stop = queries.first - pad - sinks, queries.stop - pad - sinks
             start = view.memory.frame(pad + sinks)
-            self._add(index["queries"][row], queries.placed[row], first, start, view.rotation)
+            self._add(index[sums][row], queries.placed[row], first, start, view.rotation)
             before, now = (max(0, (at - local + 1) // self.block) for at in (first, stop))
-            _reserve(index, "representatives", now)
+            _reserve(index, representatives, now)
             for number in range(before, now):
                 begin = pad + sinks + number * self.block
                 keys = view.middle(begin, begin + self.block)[0][row]
-                following = self._following(index["queries"][row], number)
-                index["representatives"][row, number] = self._representative(keys, following, view.rotation)
+                following = self._following(index[sums][row], number)
+                index[representatives][row, number] = self._representative(keys, following, view.rotation)
 
     def _blank(self, queries: Queries, view: LayerView) -> dict[str, Tensor]:
         keys = view.memory.keys if view.new is None else view.new[0]
         assert keys is not None
-        sums = (self._window + self.group) // self.block + 2
+        counts = (self._window + self.group) // self.block + 2, 0
         with torch.inference_mode(False):  # later forwards, in whatever mode, write into it
             return {
                 name: torch.zeros(
@@ -100,7 +101,7 @@ class InfLLM(BlockRecallPolicy):
                     dtype=working_dtype(keys),
                     device=queries.raw.device,
                 )
-                for name, count in (("queries", sums), ("representatives", 0))
+                for name, count in zip(_names(view), counts, strict=True)
             }
 
     def _add(self, sums: Tensor, placed: Tensor, first: int, start: int, rotation: Rotation) -> None:
@@ -133,6 +134,11 @@ class InfLLM(BlockRecallPolicy):
         drawn = (rotation(keys[None], range(keys.shape[1]))[0] * asked[:, None]).sum(-1)
         best = drawn.sort(dim=-1, descending=True, stable=True).indices[:, : self.representatives]
         return keys.gather(1, best[..., None].expand(-1, -1, keys.shape[2])).mean(1)
+
+
+def _names(view: LayerView) -> tuple[str, str]:
+    """Return what a layer calls sums of queries and representatives: some layers share a memory."""
+    return f"{view.call.layer}.queries", f"{view.call.layer}.representatives"
 
 
 def _reserve(index: dict[str, Tensor], name: str, count: int) -> None:

@@ -49,12 +49,18 @@ class ReadyTokens:
             Shape (batch, key-value heads, m, d), m of the row that has most; others end in zeros.
         """
         wanted = [list(some) for some in spans]
+        if view.new is not None and view.new[2].requires_grad:  # a gradient flows into what is not settled
+            self._spans, self._held = [], None
+            return self._read(wanted, view)
         if self._held is None or wanted != self._spans:
             with torch.inference_mode(False), torch.no_grad():  # later forwards, in whatever mode, see it
-                rows = [self._row(row, some, view) for row, some in enumerate(wanted)]
-                keys, values = (_stacked([row[which] for row in rows]) for which in (0, 1))
-            self._spans, self._held = wanted, (keys, values)
+                held = self._read(wanted, view)
+            self._spans, self._held = wanted, held
         return self._held
+
+    def _read(self, wanted: Sequence[Sequence[Span]], view: LayerView) -> tuple[Tensor, Tensor]:
+        rows = [self._row(row, some, view) for row, some in enumerate(wanted)]
+        return _stacked([keys for keys, _ in rows]), _stacked([values for _, values in rows])
 
     def _row(self, row: int, spans: Sequence[Span], view: LayerView) -> tuple[Tensor, Tensor]:
         """Return keys and values of one row's spans: those that are held are copied, others read."""
