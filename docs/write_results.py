@@ -105,16 +105,20 @@ def passkeys() -> list[str]:
     found = shares(found_in(saved["rows"]))
     length, samples = found[0].length, setting["samples"]
     shown = [
-        [share.way, f"{round(share.found.mean * samples)} of {samples}", f"{100 * share.told:.0f} %"]
+        [
+            share.way,
+            f"{100 * share.found.mean:.0f} ({100 * share.found.low:.0f} to {100 * share.found.high:.0f})",
+            f"{100 * share.told:.0f}",
+        ]
         for share in sorted(found, key=lambda each: list(WAYS).index(each.way))
     ]
     return [
         f"**Finding again.** A passkey of {found[0].digits} digits in {length:,} tokens of Python's own "
         f"sources, asked for at the end; {setting['model']}, a window of",
         f"{setting['window']:,} tokens. `last` and `first-and-last` are the stock model, which reads a part "
-        "of the text:",
+        f"of the text. Of {samples} texts, the passkey ever deeper; intervals of 95 %:",
         "",
-        *table(["", "found", "digits told before the first mistake"], shown),
+        *table(["", "found, percent", "digits told before the first mistake"], shown),
         "",
         source("passkey_library", saved, "passkey"),
     ]

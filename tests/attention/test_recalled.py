@@ -13,6 +13,7 @@ import torch
 
 import tests.tiny as tiny
 from everlong.attention import InfLLM, ReAttention, Recall, Tier, attach, layer_memory, tiers
+from everlong.attention.ready import ReadyTokens
 from everlong.errors import ConfigurationError, UnsupportedUseError
 from tests.attention.test_exactness import MODELS, model_of
 from tests.reference.attention import ReferenceSpec
@@ -150,10 +151,13 @@ def test_in_every_family_chunks_that_end_on_groups_make_no_difference(family, po
     assert off(pieces, whole) < 1e-4
 
 
+@pytest.mark.parametrize("only_values", [False, True])
 @pytest.mark.parametrize("policy", ["inf-llm", "re-attention", "recall"])
-def test_gradients_flow_into_what_is_recalled(policy):
+def test_gradients_flow_into_what_is_recalled(policy, only_values):
     model = tiny.build("llama").double()
     weight = model.model.layers[0].self_attn.v_proj.weight
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter is weight or not only_values)
 
     def loss():
         with attach(model, POLICIES[policy], tier=EXACT) as handle:
@@ -179,6 +183,33 @@ def test_a_cache_that_was_read_into_without_gradients_goes_on_with_them():
                 model(ids_of()[:, :30], **tiny.cached(cache), use_cache=True)
                 model(ids_of()[:, 30:31], **tiny.cached(cache), use_cache=True)
             model(ids_of()[:, 31:], **tiny.cached(cache), use_cache=True).logits.sum().backward()
+
+
+def test_what_was_taken_back_is_not_recalled():
+    model, ids = model_of("grouped heads"), ids_of()
+    policy = Recall(window=30, sinks=2, recalled=24, block=3, group=8)
+    with attach(model, policy, tier=EXACT) as handle, torch.no_grad():
+        cache, plain = handle.new_cache(), handle.new_cache()
+        for each in (cache, plain):
+            read(model, each, ids, (0, 25))
+        with cache.provisional():
+            read(model, cache, ids.flip(1), (0, 12))
+        cache.rollback()
+        ours, theirs = (read(model, each, ids, (25, 37, *range(38, LENGTH + 1))) for each in (cache, plain))
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("precision", ["float16", "int8"])
+def test_what_is_still_recalled_when_it_is_coded_is_read_again(precision, monkeypatch):
+    monkeypatch.setattr(tiers, "BLOCK", 4)
+    model, ids = model_of("grouped heads"), ids_of()
+    policy = Recall(window=14, sinks=1, recalled=8, block=2, group=4)
+    with attach(model, policy, tier=Tier(precision=precision)) as handle:
+        cache = handle.new_cache()
+        read(model, cache, ids, (0, 20))
+        for at in range(20, LENGTH):
+            twin = cache.fork()
+            assert torch.equal(*(read(model, each, ids, (at, at + 1)) for each in (cache, twin)))
 
 
 def mutants(policy):
@@ -296,10 +327,11 @@ def test_a_tier_that_fails_leaves_what_is_in_the_window():
             read(model, cache, ids, (0, 399))
             for memory in cache.memories.values():
                 memory.tier._shelf.get = _fails
+                memory.ready = ReadyTokens()
             with warnings.catch_warnings(record=True) as told:
                 warnings.simplefilter("always")
                 assert torch.isfinite(read(model, cache, ids, (399, 400))).all()
-            assert any("are forgotten" in str(warning.message) for warning in told) or policy == "inf-llm"
+            assert any("are forgotten" in str(warning.message) for warning in told)
 
 
 def _fails(blocks):
@@ -322,6 +354,7 @@ def test_tokens_cannot_be_taken_back_where_queries_are_noted():
         (lambda: InfLLM().resolve(None), r"pass InfLLM\(window=...\)"),
         (lambda: InfLLM(block=0), "block must be a whole number of at least 1"),
         (lambda: InfLLM(recalled=0), "recalled must be a whole number"),
+        (lambda: Recall(window=200, recalled=100).resolve(None), "use 96 or 128"),
         (lambda: Recall(block=0), "Recall: block must be a whole number"),
         (lambda: Recall(window=40).resolve(None), "cannot hold 16 sinks, 0 recalled tokens"),
         (lambda: ReAttention(votes=0), "votes must be a whole number"),

@@ -12,7 +12,7 @@ from everlong.evaluation.finding import Found, PasskeyPlan, look_for_passkeys, s
 from everlong.evaluation.long_inputs import Way, answer, make_ways
 from everlong.evaluation.needles import passkey
 from everlong.models.loading import LoadedModel
-from tests.tiny import byte_llama
+from tests.tiny import byte_llama, byte_tokenizer
 
 LENGTH, WINDOW = 900, 400
 OPTIONS = {"window": str(WINDOW), "sinks": 16, "block": 32, "recalled": 96}
@@ -50,6 +50,20 @@ def test_a_cut_text_is_read_by_the_model_as_it_is(loaded, needle, cut):
     theirs = loaded.model.generate(ids, max_new_tokens=9, do_sample=False)[0, WINDOW:]
     assert given.text == loaded.tokenizer.decode(theirs, skip_special_tokens=True)
     assert (given.read, given.seen, given.forgotten) == (WINDOW, WINDOW, LENGTH - WINDOW)
+
+
+def test_a_cut_text_begins_with_the_start_token():
+    tokenizer = byte_tokenizer(add_bos=True)
+    needle = passkey(tokenizer, LENGTH, depth=0.5)
+    for way in make_ways(["last", "first-and-last"], {"window": WINDOW}):
+        kept = way.kept(needle).tolist()
+        assert kept[0] == tokenizer.bos_token_id and kept.count(kept[0]) == 1
+        assert len(kept) + len(needle.question) == WINDOW
+
+
+def test_no_window_is_wanted_where_nothing_is_cut():
+    (way,) = make_ways(["lm-infinite"], {"window": "none"})
+    assert way.policy == LMInfinite()
 
 
 def test_a_text_that_fits_is_not_cut(needle):

@@ -30,19 +30,21 @@ def test_other_seeds_and_lengths_have_other_passkeys_and_the_same_seed_the_same(
     assert passkey(tokenizer, 3000, depth=0.5, digits=9, seed=3).answer[:7] != keys[3]
 
 
-def test_it_is_hidden_in_a_text_of_ones_own():
-    tokenizer = byte_tokenizer()
+@pytest.mark.parametrize("add_bos", [False, True])
+def test_it_is_hidden_in_a_text_of_ones_own(add_bos):
+    tokenizer = byte_tokenizer(add_bos)
     novel = "It is a truth universally acknowledged. " * 60
     needle = passkey(tokenizer, 2000, depth=0.25, haystack=tokenizer.encode(novel))
     before, after = tokenizer.decode(needle.context).split(
         f"\n\nThe passkey is {needle.answer}. Remember it. {needle.answer} is the passkey. \n\n"
     )
     opening = before.index("It is a truth")
+    assert (before + after).count("<s>") == needle.start == add_bos
     assert before[opening:] + after == novel[: len(before) - opening + len(after)]
     assert len(needle) == 2000 and (len(before) - opening) / (
         len(before) - opening + len(after)
     ) == pytest.approx(0.25, abs=0.001)
-    with pytest.raises(InputError, match="a text of 2,400 tokens is too short to hide a passkey in 4,000"):
+    with pytest.raises(InputError, match="a text of 2,40. tokens is too short to hide a passkey in 4,000"):
         passkey(tokenizer, 4000, depth=0.5, haystack=tokenizer.encode(novel))
 
 

@@ -14,7 +14,7 @@ from tests.tiny import byte_llama
 POLICIES = {
     "inf-llm": InfLLM(window=60, sinks=4, recalled=24, block=8, representatives=2, group=16),
     "recall": Recall(window=60, sinks=4, recalled=24, block=8, group=16),
-    "re-attention": ReAttention(window=60, sinks=4, recalled=24, votes=2, radius=2, group=16),
+    "re-attention": ReAttention(window=60, sinks=4, recalled=25, votes=2, radius=2, group=16),
 }
 
 

@@ -245,7 +245,7 @@ class LayerMemory:
         if self.pending is None:
             return
         raw_keys, values = self.pending
-        self.pending = None
+        self.rollback()
         if which is not None:
             picked = torch.tensor(which, dtype=torch.long, device=raw_keys.device)
             raw_keys, values = raw_keys[:, :, picked], values[:, :, picked]
@@ -255,7 +255,7 @@ class LayerMemory:
 
     def rollback(self) -> None:
         """Forget the provisional tokens."""
-        self.pending = None
+        self.pending, self.ready = None, ReadyTokens()
 
     def pick_rows(self, rows: Tensor) -> None:
         """Keep the given rows of the batch, in that order (repeats allowed)."""

@@ -25,6 +25,7 @@ class ReadyTokens:
     def __init__(self) -> None:
         self._spans: list[list[Span]] = []
         self._held: tuple[Tensor, Tensor] | None = None
+        self._coded = 0  # index of the first token that was not in a whole block of the tier
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return type(self)()
@@ -49,14 +50,26 @@ class ReadyTokens:
             Shape (batch, key-value heads, m, d), m of the row that has most; others end in zeros.
         """
         wanted = [list(some) for some in spans]
-        if view.new is not None and view.new[2].requires_grad:  # a gradient flows into what is not settled
+        if view.wants_gradient:  # into what is not settled
             self._spans, self._held = [], None
             return self._read(wanted, view)
+        self._drop_what_was_coded(view)
         if self._held is None or wanted != self._spans:
             with torch.inference_mode(False), torch.no_grad():  # later forwards, in whatever mode, see it
                 held = self._read(wanted, view)
             self._spans, self._held = wanted, held
         return self._held
+
+    def _drop_what_was_coded(self, view: LayerView) -> None:
+        """Let go of spans that were exact when they were read, and since are coded in the tier."""
+        tier = view.memory.tier
+        before, now = self._coded, view.memory.sinks + (0 if tier is None else tier.whole)
+        self._coded = now
+        for row, some in enumerate(self._spans):
+            pad = view.pads[row] if view.pads else 0
+            if before != now and any(stop + pad > before and begin + pad < now for begin, stop in some):
+                self._spans, self._held = [], None
+                return
 
     def _read(self, wanted: Sequence[Sequence[Span]], view: LayerView) -> tuple[Tensor, Tensor]:
         rows = [self._row(row, some, view) for row, some in enumerate(wanted)]

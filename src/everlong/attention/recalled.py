@@ -87,6 +87,12 @@ class RecallPolicy(Policy):
                 f"tokens (at least {self.unit()}) and more than {self.least_local()} latest ones; use a "
                 "larger window, fewer sinks, or another number of recalled tokens"
             )
+        if recalled % self.unit():
+            low = recalled // self.unit() * self.unit()
+            raise ConfigurationError(
+                f"{type(self).__name__}: recalled={recalled} must be a multiple of the {self.unit()} tokens "
+                f"that are recalled together: use {low} or {low + self.unit()}"
+            )
         return replace(resolved, **{"recalled": recalled})
 
     def least_local(self) -> int:

@@ -125,6 +125,11 @@ class BlockStore:
         """The first token that is still here."""
         return self._gone * BLOCK
 
+    @property
+    def whole(self) -> int:
+        """Tokens that came in whole blocks; the others are kept as they are."""
+        return self.length - self.length % BLOCK
+
     # --- tokens come and go --------------------------------------------------------------------------
 
     def append(self, raw_keys: Tensor, values: Tensor) -> None:

@@ -166,6 +166,11 @@ class LayerView:
         """Index of the first local token at hand."""
         return self._first
 
+    @property
+    def wants_gradient(self) -> bool:
+        """Whether a gradient flows into the new tokens."""
+        return self.new is not None and any(x.requires_grad for x in self.new)
+
     def _slice(self, name: str, which: int, begin: int, stop: int) -> Tensor:
         if name not in self._lists:
             buffer = getattr(self.memory, name)
@@ -360,7 +365,7 @@ class LayerView:
     def _sinks(self) -> tuple[Tensor, Tensor]:
         held = self.memory.sink_keys, self.memory.sink_values
         assert held[0] is not None and held[1] is not None
-        if self.new is None or not self.new[2].requires_grad:
+        if self.new is None or not self.wants_gradient:
             return held[0], held[1]
         # Sinks among the new tokens once more, with their gradient: the memory holds them without.
         index = torch.arange(held[0].shape[2], device=held[0].device) + self.pad_column(held[0].device)

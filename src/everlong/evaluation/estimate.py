@@ -78,7 +78,9 @@ def estimate(attachment: Attachment, tokens: int, *, chunk: int = 512, surprisal
         raise ConfigurationError(f"chunk must be at least 1, not {chunk}")
     chunk = min(chunk, tokens)
     driver = Driver(attachment, attachment.new_cache(), surprisal)
-    span = driver.cache.policy.span if driver.cache.policy.forgets else None
+    policy = driver.cache.policy
+    is_bounded = policy.forgets or policy.lookup_group() is not None
+    span = policy.span if is_bounded else None
     before, seconds = [], []
     for _ in range(_SAMPLES + 1):
         ids = random_ids(attachment.decoder, chunk).tolist()

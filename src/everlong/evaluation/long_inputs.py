@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from statistics import median
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from everlong.attention import Policy
+from everlong.attention import POLICIES, Policy
 from everlong.errors import ConfigurationError
 from everlong.evaluation.comparison import STOCK, make_methods
 from everlong.evaluation.needles import Needle
@@ -22,8 +22,8 @@ from everlong.models.loading import LoadedModel
 Cut = Literal["last", "first-and-last"]
 
 CUTS: tuple[Cut, ...] = ("last", "first-and-last")
-"""Ways to make a text as short as a window, which the model then reads as it is: its last tokens; its first
-and its last, half of each."""
+"""Ways to make a text as short as a window, which the model then reads as it is: its last tokens, behind a
+start token; its first and its last, half of each."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Way:
                 f"{self.name}: a window of {self.window} tokens does not hold the question, of "
                 f"{len(needle.question)}, and a text; use a larger one"
             )
-        first = room // 2 if self.cut == "first-and-last" else 0
+        first = room // 2 if self.cut == "first-and-last" else needle.start
         return torch.cat((context[:first], context[len(context) - (room - first) :]))
 
 
@@ -115,11 +115,11 @@ def make_ways(names: Sequence[str], options: dict[str, Any] | None = None) -> li
         No way, or one named twice; a cut without a window.
     """
     options = options or {}
-    window = _count(options.get("window"))
     policies = [name for name in names if name not in CUTS]
-    made = {method.name: method.policy for method in make_methods(policies or [STOCK])}
-    has_window = any(hasattr(policy, "window") for policy in made.values())
-    if len(policies) < len(names) and not has_window:  # it is for the cuts
+    is_cut = len(policies) < len(names)
+    window = _count(options.get("window")) if is_cut else None
+    kinds = [POLICIES[name] for name in policies if name in POLICIES]
+    if is_cut and not any("window" in {field.name for field in fields(kind)} for kind in kinds):
         options = {name: value for name, value in options.items() if name != "window"}
     made = {method.name: method.policy for method in make_methods(policies or [STOCK], options)}
     if len(set(names)) != len(names) or not names:

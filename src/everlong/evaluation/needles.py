@@ -40,12 +40,15 @@ class Needle:
         What is to be written then, word for word.
     depth : float
         Where it stands in the text: 0 at the beginning, 1 at the end.
+    start : int
+        Start tokens that the text begins with.
     """
 
     context: Tensor
     question: Tensor
     answer: str
     depth: float
+    start: int = 0
 
     def __len__(self) -> int:
         return len(self.context) + len(self.question)
@@ -84,7 +87,8 @@ def passkey(
     seed : int
         Of the passkey's digits.
     haystack : sequence of int, optional
-        Token ids of a text to hide it in, from its beginning, instead of the filler.
+        Token ids of a text to hide it in, from its beginning, instead of the filler. Start tokens are left
+        out.
 
     Raises
     ------
@@ -108,9 +112,11 @@ def passkey(
         raise ConfigurationError(
             f"a passkey of {digits} digits does not fit into {length} tokens: at least {least} are needed"
         )
+    if haystack is not None and list(haystack[: len(coder.bos)]) == list(coder.bos):
+        haystack = haystack[len(coder.bos) :]
     filler = (unit * (room // len(unit) + 1) if haystack is None else list(haystack))[:room]
     if len(filler) < room:
         raise InputError(f"a text of {len(filler):,} tokens is too short to hide a passkey in {length:,}")
     at = round(depth * room) if haystack is not None else round(depth * (room // len(unit))) * len(unit)
     context = [*opening, *filler[:at], *needle, *filler[at:]]
-    return Needle(torch.tensor(context), torch.tensor(question), key, at / room)
+    return Needle(torch.tensor(context), torch.tensor(question), key, at / room, len(coder.bos))
