@@ -9,7 +9,7 @@ the question only after them. It is hidden among sentences that say nothing, or 
 sources, which are about something else in every line: that is harder. "stock" is the model as it is, which
 sees all there is; "last" and "first-and-last" are the model as it is, the text cut to the window. Found is a
 passkey told whole; told is the share of its digits before the first mistake. It can be interrupted and taken
-up again after each text; the default takes about 20 minutes with two threads.
+up again after each text. The second of these took 19 minutes with one thread beside other work.
 """
 
 from __future__ import annotations
