@@ -12,8 +12,10 @@ import pytest
 import torch
 
 import tests.tiny as tiny
-from everlong.attention import InfLLM, ReAttention, Recall, Tier, attach, layer_memory, tiers
+from everlong.attention import InfLLM, ReAttention, Recall, Tier, attach, key_index, layer_memory, tiers
+from everlong.attention.positions import Rotation
 from everlong.attention.ready import ReadyTokens
+from everlong.attention.view import LayerCall, LayerView
 from everlong.errors import ConfigurationError, UnsupportedUseError
 from tests.attention.test_exactness import MODELS, model_of
 from tests.reference.attention import ReferenceSpec
@@ -27,8 +29,8 @@ POLICIES = {
     "inf-llm": InfLLM(window=16, sinks=2, recalled=6, block=3, representatives=2, group=8),
     "inf-llm, one block": InfLLM(window=12, sinks=0, recalled=4, block=4, representatives=9, group=5),
     "inf-llm, small groups": InfLLM(window=14, sinks=1, recalled=6, block=2, representatives=1, group=1),
-    "recall": Recall(window=16, sinks=2, recalled=6, block=3, group=8),
-    "recall, single keys": Recall(window=12, sinks=0, recalled=3, block=1, group=5),
+    "recall": Recall(window=16, sinks=2, recalled=6, block=3, group=8, layers=2),
+    "recall, single keys": Recall(window=12, sinks=0, recalled=3, block=1, group=5, layers=1),
     "re-attention": ReAttention(window=16, sinks=2, recalled=6, votes=2, radius=1, group=8),
     "re-attention, single keys": ReAttention(window=12, sinks=0, recalled=3, votes=1, radius=0, group=5),
     "re-attention, wide": ReAttention(window=20, sinks=1, recalled=10, votes=3, radius=2, group=7),
@@ -213,7 +215,7 @@ def test_what_is_still_recalled_when_it_is_coded_is_read_again(precision, monkey
 
 
 def mutants(policy):
-    for field in ("window", "sinks", "recalled", "block", "representatives", "votes", "radius"):
+    for field in ("window", "sinks", "recalled", "block", "representatives", "votes", "radius", "layers"):
         value = getattr(policy, field, None)
         if value is None:
             continue
@@ -236,7 +238,11 @@ def test_the_comparison_notices_other_constants(policy):
         edges = groups(right, CHUNKS["token by token"])
         if off(ours, reference("grouped heads", policy, edges)) > 1e-4:
             seen.add(field)
-    own = {"inf-llm": {"block", "representatives"}, "re-attention": {"votes", "radius"}, "recall": {"block"}}
+    own = {
+        "inf-llm": {"block", "representatives"},
+        "re-attention": {"votes", "radius"},
+        "recall": {"block", "layers"},
+    }
     assert {"window", "sinks"} | own[policy] <= seen
 
 
@@ -278,7 +284,8 @@ def test_from_any_tier(policy, tier, monkeypatch):
 
 
 @pytest.mark.parametrize("policy", ["inf-llm", "re-attention", "recall"])
-def test_copies_and_saved_states_go_on_bit_by_bit(policy):
+def test_copies_and_saved_states_go_on_bit_by_bit(policy, monkeypatch):
+    monkeypatch.setattr(key_index, "SEGMENT", 64)
     model = model_of("grouped heads")
     ids = tiny.random_ids(2, 160)
     with attach(model, POLICIES[policy], tier="disk") as handle:
@@ -302,9 +309,31 @@ def test_accounts_count_what_is_known_of_blocks_and_what_was_made_ready():
         read(model, cache, ids_of(), (0, 30, *range(31, LENGTH)))
         memory = next(iter(cache.memories.values()))
         held = [memory.keys, memory.values, memory.raw, memory.sink_keys, memory.sink_values]
-        held += [*memory.index.values(), *memory.ready._held]
+        held += [*memory.index.values(), *memory.ready._held, *itertools.chain(*memory.ready._left.values())]
         assert memory.nbytes()["window"] == sum(x.nbytes for x in held)
         assert (cache.forgotten, cache.recallable) == (0, LENGTH - 1 - POLICIES["inf-llm"].window)
+
+
+def test_what_was_wanted_shortly_before_is_not_read_again():
+    """Of blocks that come and go only those are read that are new; no more are kept than are shown."""
+    model, policy = model_of("grouped heads"), Recall(window=20, sinks=2, recalled=6, block=2, group=4)
+    with attach(model, policy, tier=EXACT) as handle:
+        cache = handle.new_cache()
+        read(model, cache, ids_of(), (0, 30))
+        memory = next(iter(cache.memories.values()))
+        view = LayerView(memory, LayerCall(0, Rotation(None, "halves")), memory.seen, None)
+        wanted = [[(2, 4), (4, 6), (6, 8)]], [[(2, 4), (8, 10), (12, 14)]], [[(4, 6), (6, 8), (8, 10)]]
+        seen: list[tuple[int, int]] = []
+        view.middle = lambda begin, stop: seen.append((begin, stop)) or LayerView.middle(view, begin, stop)
+        memory.ready = ReadyTokens()
+        for spans in (*wanted, *wanted):
+            ready = memory.ready.fetch(spans, view)
+            true = [
+                torch.cat(x, 2) for x in zip(*(LayerView.middle(view, *s) for s in spans[0]), strict=True)
+            ]
+            assert all(torch.equal(a, b) for a, b in zip(ready, true, strict=True))
+            assert sum(stop - begin for _, (begin, stop) in memory.ready._left) <= 6
+    assert len(seen) == len(set(seen)) == 5, "each block once: five blocks, six of them fit"
 
 
 def test_a_limited_tier_forgets_the_oldest_and_recalls_the_rest():

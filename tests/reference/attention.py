@@ -52,6 +52,8 @@ class ReferenceSpec:
         For ReAttention: v, the keys that each query and query head votes for.
     radius
         For ReAttention: r, how far from a chosen key its neighbours are recalled.
+    layers
+        For Recall: layers, one after another, of which the first asks what all of them recall.
     """
 
     kind: Literal["full", "lm-infinite", "streaming-llm", "inf-llm", "re-attention", "recall"] = "full"
@@ -66,6 +68,7 @@ class ReferenceSpec:
     representatives: int = 0
     votes: int = 0
     radius: int = 0
+    layers: int = 1
 
     def __post_init__(self) -> None:
         """Refuse constants that have no meaning."""
@@ -81,6 +84,7 @@ class ReferenceSpec:
             meaningful = meaningful and self.recalled == 0
         meaningful = meaningful and (self.block > 0) == (self.kind in ("inf-llm", "recall"))
         meaningful = meaningful and (self.representatives > 0) == (self.kind == "inf-llm")
+        meaningful = meaningful and self.layers >= 1 and (self.layers == 1 or self.kind == "recall")
         meaningful = meaningful and self.block >= 0 and self.representatives >= 0
         if self.kind == "re-attention":
             meaningful = meaningful and self.votes > 0 and self.radius >= 0
@@ -210,6 +214,7 @@ def attend(
     sliding: int | None = None,
     offset: int = 0,
     edges: Sequence[int] | None = None,
+    before: dict[int, tuple[int, list[int]]] | None = None,
 ) -> Tensor:
     """Attend over one row.
 
@@ -236,6 +241,8 @@ def attend(
     edges
         For a method that recalls for groups of queries: where groups begin, in positions of the row, from how
         it was read. 0 first, ascending; those past the row's end count for nothing.
+    before
+        What earlier layers recalled, where layers recall the same; see :func:`recalled_keys`.
 
     Returns
     -------
@@ -247,7 +254,7 @@ def attend(
     query, key, value = query.double(), key.double(), value.double()
     recalled: dict[int, list[int]] = {}
     if spec.recalls and sliding is None:
-        recalled = recalled_keys(query, key, rotation, spec, edges, offset)
+        recalled = recalled_keys(query, key, rotation, spec, edges, offset, layer, before)
     key, value = key.repeat_interleave(group, dim=0), value.repeat_interleave(group, dim=0)
     output = torch.zeros(heads, length, value.shape[2], dtype=torch.float64)
 

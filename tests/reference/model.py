@@ -81,6 +81,7 @@ def _row_logits(
     decoder: Any = model.model
     config: Any = model.config
     hidden = decoder.embed_tokens(ids)
+    before: dict[int, tuple[int, list[int]]] = {}
     for index, layer in enumerate(decoder.layers):
         attention = functools.partial(
             _attention,
@@ -91,6 +92,7 @@ def _row_logits(
             sliding=_sliding_width(config, index),
             offset=offset,
             edges=edges,
+            before=before,
         )
         if config.model_type == "gemma3_text":
             hidden = _sandwich_layer(layer, hidden, attention)
@@ -131,6 +133,7 @@ def _attention(
     sliding: int | None,
     offset: int,
     edges: Sequence[int] | None,
+    before: dict[int, tuple[int, list[int]]],
 ) -> Tensor:
     """Project, attend and project back: x (n, hidden) to (n, hidden)."""
     length = len(x)
@@ -142,7 +145,9 @@ def _attention(
         query, key = attn.q_norm(query), attn.k_norm(key)
     if getattr(attn, "qk_layernorm", False):
         query, key = attn.q_layernorm(query), attn.k_layernorm(key)
-    mixed = attend(query[0], key[0], value[0], rotation, attn.scaling, spec, index, sliding, offset, edges)
+    mixed = attend(
+        query[0], key[0], value[0], rotation, attn.scaling, spec, index, sliding, offset, edges, before
+    )
     joined = mixed.to(x.dtype).transpose(0, 1).reshape(length, -1)
     output: Tensor = attn.dense(joined) if hasattr(attn, "dense") else attn.o_proj(joined)
     return output

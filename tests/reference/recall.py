@@ -24,6 +24,8 @@ def recalled_keys(
     spec: ReferenceSpec,
     edges: Sequence[int] | None,
     offset: int = 0,
+    layer: int = 0,
+    before: dict[int, tuple[int, list[int]]] | None = None,
 ) -> dict[int, list[int]]:
     """The keys that each asking query recalls, in the order of the row.
 
@@ -41,6 +43,11 @@ def recalled_keys(
         Where groups begin, in positions of the row: 0 first, ascending. May be None where no query asks.
     offset
         Position of the row's first token.
+    layer
+        Index of the layer.
+    before
+        For Recall, where layers share: which layer asked last and what it recalled, for each group by its
+        first asking query. What this layer recalls is written into it.
 
     Raises
     ------
@@ -49,10 +56,14 @@ def recalled_keys(
     """
     found: dict[int, list[int]] = {}
     for asking in asking_groups(spec, query.shape[1], edges):
-        if spec.kind in ("inf-llm", "recall"):
-            recalled = _best_blocks(query, key, rotation, spec, asking, offset)
-        else:
-            recalled = _most_voted(query, key, spec, asking)
+        asked, recalled = (before or {}).get(asking[0], (layer - spec.layers, []))
+        if layer >= asked + spec.layers:
+            if spec.kind in ("inf-llm", "recall"):
+                recalled = _best_blocks(query, key, rotation, spec, asking, offset)
+            else:
+                recalled = _most_voted(query, key, spec, asking)
+            if before is not None:
+                before[asking[0]] = layer, recalled
         for i in asking:
             found[i] = recalled
     return found

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from everlong.attention.policy import POLICIES, require_count
 from everlong.attention.positions import Rotation, working_dtype
-from everlong.attention.recalled import Asking, BlockRecallPolicy, by_key_head
+from everlong.attention.recalled import Asking, BlockRecallPolicy, by_key_head, held_keys
 from everlong.attention.view import LayerView, Queries
 
 _FIRST_CAPACITY = 64  # blocks
@@ -91,8 +91,7 @@ class InfLLM(BlockRecallPolicy):
                 index[representatives][row, number] = self._representative(keys, following, view.rotation)
 
     def _blank(self, queries: Queries, view: LayerView) -> dict[str, Tensor]:
-        keys = view.memory.keys if view.new is None else view.new[0]
-        assert keys is not None
+        keys = held_keys(view)
         counts = (self._window + self.group) // self.block + 2, 0
         with torch.inference_mode(False):  # later forwards, in whatever mode, write into it
             return {

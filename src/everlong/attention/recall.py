@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from everlong.attention.policy import POLICIES
+from everlong.attention.policy import POLICIES, require_count
 from everlong.attention.positions import working_dtype
-from everlong.attention.recalled import Asking, BlockRecallPolicy, by_key_head
+from everlong.attention.ready import Span
+from everlong.attention.recalled import Asking, BlockRecallPolicy, by_key_head, held_keys, products_with
 from everlong.attention.view import LayerView, Queries
-
-_KEYS = 4096  # looked at at a time
 
 
 @POLICIES.register("recall")
@@ -25,8 +23,9 @@ class Recall(BlockRecallPolicy):
     true distance, L - 1 at most; sinks and blocks all at L - 1. What is forgotten: nothing.
 
     A block is worth as much as its best key: the product with the mean query of the group, neither rotated,
-    summed over heads. So every key is looked at once a group, not once a query and head. What each choice is
-    worth: benchmarks/results/passkey_library.md; the size of blocks, most.
+    summed over heads. So every key is looked at once a group, not once a query and head; keys that are in a
+    tier in bytes (:class:`~everlong.attention.key_index.KeyIndex`). What each choice is worth:
+    benchmarks/results/passkey_library.md; the size of blocks, most.
 
     Parameters
     ----------
@@ -40,6 +39,9 @@ class Recall(BlockRecallPolicy):
         Tokens of a block.
     group : int
         Queries that ask together in prefill, with what they have in common; each alone while writing.
+    layers : int
+        Layers, one after another, that recall the same: the first of them asks. Those with windows of their
+        own count, too.
     """
 
     sinks: int = 16
@@ -47,16 +49,26 @@ class Recall(BlockRecallPolicy):
     recalled: int | None = None
     block: int = 32
     group: int = 512
+    layers: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_count("Recall", "layers", self.layers, least=1)
+
+    def choose(self, asking: Asking, queries: Queries, view: LayerView) -> list[Span]:
+        """Return what a layer shortly before chose, or the blocks that are worth most."""
+        call, key = view.call, ("recalled", asking.number, queries.first)
+        layer, chosen = call.memo.get(key, (call.layer - self.layers, []))
+        is_here = not chosen or chosen[0][0] >= asking.begin  # unless its tier lost what others have
+        if call.layer - layer >= self.layers or not is_here:
+            chosen = super().choose(asking, queries, view)
+            call.memo[key] = call.layer, chosen
+        return chosen
 
     def worth(self, blocks: range, asking: Asking, queries: Queries, view: LayerView) -> Tensor:
         """Return the products of the mean query with the best key of each block, summed over heads."""
         asked = queries.raw[asking.number, :, asking.queries].detach()
-        mean = asked.to(working_dtype(asked)).mean(1)
-        pad = view.pads[asking.number] if view.pads else 0
-        step, worth = max(1, _KEYS // self.block), []
-        for number in range(blocks.start, blocks.stop, step):
-            begin, stop = self.block_span(number)[0], self.block_span(min(number + step, blocks.stop) - 1)[1]
-            keys = view.middle(begin + pad, stop + pad)[0][asking.number].detach().to(mean.dtype)
-            products = (keys @ by_key_head(mean, len(keys))[..., None]).sum((0, 2))
-            worth.append(products.reshape(-1, self.block).amax(1))
-        return torch.cat(worth)
+        mean = by_key_head(asked.to(working_dtype(asked)).mean(1), held_keys(view).shape[1])
+        begin, stop = self.block_span(blocks.start)[0], self.block_span(blocks.stop - 1)[1]
+        products = products_with(mean, asking.number, begin, stop, view)
+        return products.reshape(-1, self.block).amax(1)

@@ -263,3 +263,36 @@ class BlockRecallPolicy(RecallPolicy):
 def by_key_head(queries: Tensor, heads: int) -> Tensor:
     """Add up queries (query heads, d) that share one of the key-value heads."""
     return queries.reshape(heads, -1, queries.shape[-1]).sum(1)
+
+
+def held_keys(view: LayerView) -> Tensor:
+    """Return keys that are at hand, for their shape, type and device: (batch, key-value heads, n, d)."""
+    keys = view.memory.keys if view.new is None else view.new[0]
+    assert keys is not None
+    return keys
+
+
+def products_with(asked: Tensor, row: int, begin: int, stop: int, view: LayerView) -> Tensor:
+    """Return the products of `asked`, (key-value heads, d), with raw keys, added up over heads, shape (n,).
+
+    Parameters
+    ----------
+    asked : Tensor
+        In the type to add up in.
+    row : int
+        Whose keys.
+    begin, stop : int
+        Of which tokens, counted in the row; some or all may have left the window.
+    view : LayerView
+        Where they are.
+    """
+    pad, tier, sinks = view.pads[row] if view.pads else 0, view.memory.tier, view.memory.sinks
+    assert tier is not None
+    begin, stop, in_tier = begin + pad, stop + pad, sinks + len(tier)
+    found = []
+    if begin < in_tier:
+        found.append(tier.products(row, asked, begin - sinks, min(stop, in_tier) - sinks))
+    if stop > in_tier:
+        keys = view.raw(max(begin, in_tier), stop)[row].detach().to(asked.dtype)
+        found.append((keys @ asked[..., None]).sum((0, 2)))
+    return found[0] if len(found) == 1 else torch.cat(found)

@@ -101,6 +101,7 @@ class DiskShelf:
         self.folder = folder
         self._file = tempfile.TemporaryFile(prefix="everlong-", dir=folder, buffering=0)  # noqa: SIM115
         self._freed: defaultdict[Form, deque[int]] = defaultdict(deque)
+        self._forms: dict[Form, Form] = {}  # each once, however many blocks have it
         self._length = 0
         self._is_full = False
         self._lock = Lock()
@@ -112,6 +113,7 @@ class DiskShelf:
         data = b"".join(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() for tensor in flat)
         form = tuple((tensor.shape, tensor.dtype) for tensor in flat)
         with self._lock:
+            form = self._forms.setdefault(form, form)
             freed = self._freed[form]
             begin = freed.popleft() if freed else self._length
             try:

@@ -13,6 +13,7 @@ from typing import Any, Literal, Self, get_args
 import torch
 from torch import Tensor
 
+from everlong.attention.key_index import KeyIndex
 from everlong.attention.shelves import Block, DiskShelf, RamShelf, Shelf, is_in_ram
 from everlong.errors import ConfigurationError, StateError
 
@@ -21,6 +22,8 @@ Precision = Literal["exact", "float16", "int8"]
 
 BLOCK = 64
 """Tokens that are kept together."""
+
+_READ = 64  # blocks read at a time
 
 _MOST = torch.finfo(torch.float16).max  # larger numbers, and infinite ones, are kept as this
 
@@ -104,6 +107,7 @@ class BlockStore:
         self._gone = 0  # blocks given up, before those
         self._open: tuple[Tensor, Tensor] | None = None  # of BLOCK tokens each, not all filled
         self._like: tuple[torch.dtype, torch.device] | None = None
+        self._index: KeyIndex | None = None
 
     def use(self, tier: Tier, shelf: Shelf, layers: int = 1) -> None:
         """Keep blocks on a shelf as `tier` says, up to one of `layers` shares of its limit. Asked first."""
@@ -118,6 +122,7 @@ class BlockStore:
         twin._blocks = list(self._blocks)
         if self._open is not None:
             twin._open = (self._open[0].clone(), self._open[1].clone())
+        twin._index = copy.deepcopy(self._index, memo)
         return twin
 
     @property
@@ -152,6 +157,9 @@ class BlockStore:
 
     def _shelve(self, tensors: Sequence[Tensor]) -> None:
         """Put a block on the shelf; beyond the limit the oldest goes, or this one where none fits."""
+        if self._index is not None:
+            assert self._like is not None
+            self._index.append(_plain(tensors, self._tier.precision, self._like[0])[0])
         self._trim(1)
         if self._fits(1):
             self._blocks.append(self._shelf.put(tensors))
@@ -174,6 +182,8 @@ class BlockStore:
         if count > 0:
             self._gone += len(self._blocks[:count])
             del self._blocks[:count]
+            if self._index is not None:
+                self._index.forget(self.first)
 
     # --- reading ----------------------------------------------------------------------------------------
 
@@ -206,6 +216,35 @@ class BlockStore:
             return pieces[0]
         return torch.cat([keys for keys, _ in pieces], 2), torch.cat([values for _, values in pieces], 2)
 
+    def products(self, row: int, asked: Tensor, begin: int, stop: int) -> Tensor:
+        """Return the products of `asked`, (key-value heads, d), with a row's raw keys, added up over heads.
+
+        The keys of tokens [begin, stop), which are still here, are looked at where they are at hand in bytes,
+        except where the tier is exact: they are read for that once, at the first call.
+
+        Raises
+        ------
+        TierLostError
+            They cannot be read; :attr:`first` is further on from now on.
+        """
+        assert self._open is not None
+        index, found = self._indexed(), []
+        if begin < self.whole:
+            found.append(index.products(row, asked, begin, min(stop, self.whole)))
+        if stop > self.whole:
+            keys = self._open[0][row, :, max(begin - self.whole, 0) : stop - self.whole]
+            found.append((keys.to(asked.dtype) @ asked[..., None]).sum((0, 2)))
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _indexed(self) -> KeyIndex:
+        """Return the keys of whole blocks, brought together at the first call and kept up from then on."""
+        if self._index is None:
+            index = KeyIndex(self.first, is_exact=self._tier.precision == "exact")
+            for at in range(0, len(self._blocks), _READ):
+                index.append(self._decoded(self._blocks[at : at + _READ])[0])
+            self._index = index
+        return self._index
+
     def _get(self, blocks: Sequence[Block]) -> list[Tensor]:
         """Read blocks as they are kept; if that fails, all are given up."""
         try:
@@ -235,6 +274,8 @@ class BlockStore:
             return
         keys, values = self._open
         self._open = keys[rows.to(keys.device)], values[rows.to(values.device)]
+        if self._index is not None:
+            self._index.pick_rows(rows)
         try:
             self._blocks = [
                 self._shelf.put([x[0][rows] for x in self._get([block])]) for block in self._blocks
@@ -251,9 +292,13 @@ class BlockStore:
             return {"ram": 0, "disk": 0}
         size, in_ram = _block_bytes(self._open, self._tier.precision), sum(map(is_in_ram, self._blocks))
         return {
-            "ram": sum(x.nbytes for x in self._open) + in_ram * size,
+            "ram": sum(x.nbytes for x in self._open) + in_ram * size + self._index_bytes,
             "disk": (len(self._blocks) - in_ram) * size,
         }
+
+    @property
+    def _index_bytes(self) -> int:
+        return 0 if self._index is None else self._index.nbytes()
 
     def nbytes_at(self, tokens: int, like: tuple[Tensor, Tensor]) -> dict[str, int]:
         """Bytes held once `tokens` came, spare room aside; keys and values are `like` these."""

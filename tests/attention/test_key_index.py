@@ -1,0 +1,154 @@
+"""Keys in bytes: their products are those of the keys, in all segments, for copies, rows and what is left."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import everlong.attention.key_index as key_index
+from everlong.attention import Tier
+from everlong.attention.key_index import CodedKeys, KeyIndex
+from everlong.attention.tiers import BLOCK, BlockStore
+
+ROWS, HEADS, SIZE = 2, 3, 8
+
+
+@pytest.fixture(autouse=True)
+def short_segments(monkeypatch):
+    monkeypatch.setattr(key_index, "SEGMENT", 2 * BLOCK)
+
+
+def keys_of(count, seed=0):
+    """Return keys as models have them: some channels far from 0, some large."""
+    draws = torch.Generator().manual_seed(seed)
+    keys = torch.randn(ROWS, HEADS, count, SIZE, generator=draws)
+    keys[..., 1] += 20
+    keys[..., 2] *= 10
+    return keys
+
+
+def asked_of(seed=1):
+    return torch.randn(HEADS, SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+def true_products(keys, row, asked, begin=0, stop=None):
+    return torch.einsum("hnd,hd->n", keys[row, :, begin:stop].double(), asked.double())
+
+
+def most_off(keys, asked):
+    """How far products of rounded numbers can be off, where channels have their own scales."""
+    spread = (keys - keys.mean(2, keepdim=True)).abs().amax((0, 2))
+    scaled = (asked * spread).abs()
+    return float(scaled.sum() / 127 / 2 + scaled.amax() / 127 / 2 * HEADS * SIZE) * 1.01
+
+
+@pytest.mark.parametrize("is_exact", [True, False])
+def test_products_are_those_of_the_keys(is_exact):
+    keys, asked = keys_of(5 * BLOCK + 7), asked_of()
+    index = KeyIndex(is_exact=is_exact)
+    for begin, stop in ((0, 1), (1, BLOCK), (BLOCK, 4 * BLOCK + 3), (4 * BLOCK + 3, keys.shape[2])):
+        index.append(keys[:, :, begin:stop])
+    for row in range(ROWS):
+        for begin, stop in ((0, keys.shape[2]), (3, 5), (BLOCK, 3 * BLOCK), (4 * BLOCK, 4 * BLOCK + 9)):
+            off = index.products(row, asked, begin, stop) - true_products(keys, row, asked, begin, stop)
+            closed = stop <= 4 * BLOCK and not is_exact
+            assert off.shape == (stop - begin,)
+            assert off.abs().max() < (most_off(keys, asked) if closed or not is_exact else 1e-4)
+
+
+def test_the_latest_keys_are_as_they_came():
+    keys, asked = keys_of(3 * BLOCK), asked_of()
+    index = KeyIndex()
+    index.append(keys)
+    off = index.products(1, asked, 2 * BLOCK, 3 * BLOCK) - true_products(keys, 1, asked, 2 * BLOCK)
+    assert off.abs().max() < 1e-4
+
+
+def test_what_keys_have_in_common_costs_no_precision():
+    keys = keys_of(2 * BLOCK)
+    shifted = keys + 1000
+    asked = asked_of()
+    off = CodedKeys.of(shifted.transpose(1, 2).flatten(2)).products(0, asked.flatten()) - true_products(
+        shifted, 0, asked
+    )
+    assert off.abs().max() < most_off(keys, asked) + 0.02  # float32 of some thousands
+
+
+def test_bytes_are_multiplied_exactly():
+    draws = torch.Generator().manual_seed(0)
+    codes = torch.randint(-127, 128, (70, 1024), dtype=torch.int8, generator=draws)
+    asked = torch.randint(-127, 128, (1024,), dtype=torch.int8, generator=draws)
+    asked[:500] = codes[3, :500] = 127
+    true = (codes.long() * asked.long()).sum(1)
+    assert torch.equal(key_index._whole_products(codes, asked).long(), true)
+
+
+def test_a_copy_goes_its_own_way():
+    index = KeyIndex()
+    index.append(keys_of(3 * BLOCK))
+    twin = copy.deepcopy(index)
+    index.append(keys_of(3 * BLOCK, seed=5))
+    twin.append(keys_of(3 * BLOCK, seed=6))
+    asked = asked_of()
+    first, second = (each.products(0, asked, 3 * BLOCK, 6 * BLOCK) for each in (index, twin))
+    for found, seed in ((first, 5), (second, 6)):
+        keys = keys_of(3 * BLOCK, seed)
+        assert (found - true_products(keys, 0, asked)).abs().max() < 2 * most_off(keys, asked)
+    assert torch.equal(index.products(0, asked, 0, 2 * BLOCK), twin.products(0, asked, 0, 2 * BLOCK))
+    assert index._segments[0] is twin._segments[0], "what does not change is shared"
+
+
+@pytest.mark.parametrize("precision", ["float16", "int8", "exact"])
+@pytest.mark.parametrize("asked_first", [True, False])
+def test_a_tier_tells_products_of_all_its_keys_asked_early_or_late(precision, asked_first):
+    keys, values, asked = keys_of(5 * BLOCK + 7), keys_of(5 * BLOCK + 7, 3), asked_of()
+    store = BlockStore()
+    store.use(Tier(precision=precision), Tier().shelf())
+    store.append(keys[:, :, :BLOCK], values[:, :, :BLOCK])
+    if asked_first:
+        store.products(0, asked, 0, BLOCK)
+    twin = copy.deepcopy(store)
+    for each in (store, twin):
+        each.append(keys[:, :, BLOCK:], values[:, :, BLOCK:])
+    held = store.read(0, len(store))[0]
+    for row in range(ROWS):
+        found = store.products(row, asked, 5, len(store))
+        off = (found - true_products(held, row, asked, 5)).abs()
+        assert off[-7:].max() < 1e-4
+        assert off.max() < (1e-4 if precision == "exact" else most_off(held, asked))
+        assert torch.equal(twin.products(row, asked, 5, len(store)), found)
+    store.pick_rows(torch.tensor([1, 1, 0]))
+    for row, was in enumerate((1, 1, 0)):
+        assert torch.equal(
+            store.products(row, asked, 5, len(store)), twin.products(was, asked, 5, len(store))
+        )
+
+
+def test_what_a_tier_gives_up_is_let_go_of():
+    keys, asked = keys_of(9 * BLOCK), asked_of()
+    store, free = BlockStore(), BlockStore()
+    free.use(Tier(), Tier().shelf())
+    size = 2 * ROWS * HEADS * BLOCK * SIZE * 2  # a block of keys and values, two bytes each
+    store.use(Tier(limit=3 * size), Tier().shelf())
+    for each in (store, free):
+        each.append(keys[:, :, :BLOCK], keys[:, :, :BLOCK])
+        each.products(0, asked, 0, BLOCK)
+        each.append(keys[:, :, BLOCK:], keys[:, :, BLOCK:])
+    assert store.first == 6 * BLOCK
+    mine, all_of_it = (each.products(1, asked, 6 * BLOCK, 9 * BLOCK) for each in (store, free))
+    assert torch.equal(mine, all_of_it)
+    per_token = ROWS * HEADS * SIZE
+    freed = 3 * 2 * BLOCK * per_token + 3 * ROWS * HEADS * SIZE * 8  # three segments, and their scales
+    assert free._index.nbytes() - store._index.nbytes() == freed
+
+
+def test_bytes_held_count_it():
+    keys, asked = keys_of(4 * BLOCK), asked_of()
+    store = BlockStore()
+    store.use(Tier(), Tier().shelf())
+    store.append(keys, keys)
+    before = store.nbytes()["ram"]
+    store.products(0, asked, 0, BLOCK)
+    assert store.nbytes()["ram"] - before == store._index.nbytes() > ROWS * HEADS * SIZE * 4 * BLOCK
