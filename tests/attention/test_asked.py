@@ -36,6 +36,20 @@ def test_in_every_family_and_however_it_is_read(family):
 
 
 @torch.no_grad()
+def test_padding_receives_nothing():
+    model = tiny.build("llama")
+    model.set_attn_implementation("eager")
+    ids, mask = tiny.left_padded([LENGTH, LENGTH - 9])
+    with attach(model, AskedAttention(layer=1, begin=BEGIN, stop=STOP)) as handle:
+        cache = handle.new_cache()
+        model(ids, attention_mask=mask, **tiny.cached(cache), use_cache=True)
+    for row, pad in enumerate((0, 9)):
+        expected = question_attention(model, ids[row, pad:].tolist(), BEGIN - pad, STOP - pad, 1)
+        assert torch.allclose(received(cache)[row, pad:], torch.tensor(expected), atol=1e-4)
+        assert not received(cache)[row, :pad].any()
+
+
+@torch.no_grad()
 def test_a_long_question_is_looked_at_a_few_tokens_at_a_time():
     model = tiny.build("llama", max_position_embeddings=512)
     model.set_attn_implementation("eager")

@@ -28,7 +28,7 @@ class AskedAttention(FullAttention):
     layer : int
         The layer whose attention is noted, one with full attention.
     begin, stop : int
-        The question's tokens, by their index in the stream.
+        The question's tokens, by their index in the stream, padding counted.
     """
 
     layer: int = 0
@@ -84,7 +84,10 @@ def _weights(asked: Tensor, keys: Tensor, first: int, view: LayerView) -> Tensor
     if view.call.softcap is not None:
         logits = torch.tanh(logits / view.call.softcap) * view.call.softcap
     at = torch.arange(keys.shape[2], device=keys.device)
-    logits = logits.masked_fill(at > torch.arange(first, first + n, device=keys.device)[:, None], -torch.inf)
+    hidden = at > torch.arange(first, first + n, device=keys.device)[:, None]
+    if view.pads:
+        hidden = hidden | (at < view.pad_column(keys.device))
+    logits = logits.masked_fill(hidden, -torch.inf)
     if view.call.sink_logits is not None:
         sink = view.call.sink_logits.to(logits.dtype)[None, :, None, None].expand(batch, heads, n, 1)
         logits = torch.cat((logits, sink), -1)
