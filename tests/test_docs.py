@@ -23,6 +23,7 @@ from everlong.cli.app import build_app
 from everlong.errors import EverlongError
 from everlong.evaluation.comparison import STOCK
 from everlong.models import refusals
+from everlong.reading import READING_METHODS
 
 ROOT = Path(__file__).parents[1]
 PAGES = {str(path.relative_to(ROOT)): path for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]}
@@ -60,7 +61,8 @@ def little_world(monkeypatch, tmp_path):
     def load_tiny(source, attention=None, **options):
         given = {key: value for key, value in options.items() if key not in ("device", "dtype", "revision")}
         if isinstance(source, str):
-            return load(tiny.byte_llama()[0], attention, tokenizer=tokenizer, **given)
+            model, _ = tiny.byte_llama(max_position_embeddings=2048)
+            return load(model, attention, tokenizer=tokenizer, **given)
         return load(source, attention, **options)
 
     monkeypatch.setattr(everlong, "load", load_tiny)
@@ -115,6 +117,10 @@ def test_commands_and_their_options_exist(words):
         asked = [
             arguments[at + 1] for at, word in enumerate(arguments) if word in ("--attention", "--methods")
         ]
+        if arguments[0] == "ask":
+            assert {b for a, b in zip(arguments, arguments[1:], strict=False) if a == "--method"} <= set(
+                READING_METHODS
+            )
         known = {*POLICIES, STOCK}
         for name in (name for names in asked for name in names.split(",")):
             assert (ROOT / name).is_file() if name.endswith(".py") else name in known
@@ -156,6 +162,12 @@ def test_the_table_of_methods_is_the_registry():
     ours = {name for name in POLICIES if POLICIES[name].__module__.startswith("everlong.")}
     assert {name for name, _ in told} == ours
     assert told["lm-infinite", ()] and not told["lm-infinite", ("top_k",)]
+
+
+def test_the_table_of_reading_methods_is_the_registry():
+    rows = table_rows(README, "## Reading for one question")
+    told = {re.search(r"`([^`]+)`", name).group(1): kind.strip("`") for name, kind, *_ in rows}
+    assert told == {name: READING_METHODS[name].__name__ for name in READING_METHODS}
 
 
 def test_the_file_tree_is_the_repository():

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from everlong.memory.record import MemoryRecord
     from everlong.memory.store import MemoryStore
     from everlong.models.catalogue import CATALOGUE
-    from everlong.reading import Sampling, Session
+    from everlong.reading import InfiniRetri, ParallelWindows, Sampling, Session
 
 _HOMES = {
     "everlong.attention": (
@@ -45,7 +45,7 @@ _HOMES = {
     "everlong.memory.record": ("MemoryRecord",),
     "everlong.memory.store": ("MemoryStore",),
     "everlong.models.catalogue": ("CATALOGUE",),
-    "everlong.reading": ("Sampling", "Session"),
+    "everlong.reading": ("InfiniRetri", "ParallelWindows", "Sampling", "Session"),
 }
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -56,11 +56,13 @@ __all__ = [
     "Attachment",
     "FullAttention",
     "InfLLM",
+    "InfiniRetri",
     "LMInfinite",
     "Learning",
     "Memory",
     "MemoryRecord",
     "MemoryStore",
+    "ParallelWindows",
     "Policy",
     "ReAttention",
     "Recall",

@@ -17,6 +17,7 @@ from everlong.errors import ConfigurationError
 from everlong.models.collector import old_objects_left_out
 from everlong.models.loading import load_model
 from everlong.models.packing import Weights, choose_weights, pack
+from everlong.reading.answering import Answering
 from everlong.reading.attached import AttachedModel
 from everlong.reading.memories import Memories, Router
 from everlong.reading.passing import Learners
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from everlong.memory.store import MemoryStore
 
 
-class LLM:
+class LLM(Answering):
     """A loaded model that follows an attention policy; what :func:`load` returns. A context manager.
 
     Attributes
@@ -384,5 +385,6 @@ def _policy(attention: Policy | str) -> Policy:
     if isinstance(attention, str):
         return make_policy(attention)
     raise ConfigurationError(
-        f"attention={attention!r} is neither a policy, such as LMInfinite(window=2048), nor the name of one"
+        f"attention={attention!r} is neither a policy, such as LMInfinite(window=2048), nor the name of one; "
+        "a reading method is for llm.ask(source, question, method)"
     )

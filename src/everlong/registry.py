@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from everlong.errors import ConfigurationError, UnknownNameError
 
@@ -30,6 +31,7 @@ class Registry(Generic[T]):
     def __init__(self, kind: str) -> None:
         self.kind = kind
         self._entries: dict[str, T] = {}
+        self._elsewhere: dict[str, str] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
         """Decorate an entry to register it under `name`."""
@@ -42,7 +44,13 @@ class Registry(Generic[T]):
 
         return add
 
+    def refer(self, name: str, remedy: str) -> None:
+        """Say what to do with a name that is of another kind, for those who look for it here."""
+        self._elsewhere[name] = remedy
+
     def __getitem__(self, name: str) -> T:
+        if name in self._elsewhere and name not in self._entries:
+            raise UnknownNameError(f"{name!r} is no {self.kind}: {self._elsewhere[name]}")
         if name not in self._entries:
             raise unknown_name(self.kind, name, sorted(self._entries))
         return self._entries[name]
@@ -59,3 +67,48 @@ class Registry(Generic[T]):
             if known is entry:
                 return name
         raise UnknownNameError(f"{entry!r} is not a registered {self.kind}")
+
+
+def make(kinds: Registry[type[T]], name: str, options: dict[str, Any] | None = None) -> T:
+    """Make a registered dataclass from its name and options.
+
+    Parameters
+    ----------
+    kinds : Registry
+        Of dataclasses.
+    name : str
+        Which.
+    options : dict, optional
+        Values of its fields; strings are read as ``none``, an integer, a number, or a word.
+
+    Raises
+    ------
+    UnknownNameError
+        No such entry, or no such option; near matches are listed.
+    ConfigurationError
+        A value that cannot work.
+    """
+    kind: Any = kinds[name]
+    known = [field.name for field in dataclasses.fields(kind)]
+    values = {}
+    for key, value in (options or {}).items():
+        field = key.replace("-", "_")
+        if field not in known:
+            raise unknown_name(f"option of {name}", key, known)
+        values[field] = _parse(value) if isinstance(value, str) else value
+    made: T = kind(**values)
+    return made
+
+
+def _parse(text: str) -> int | float | str | bool | None:
+    lowered = text.strip().lower()
+    if lowered in ("none", "null"):
+        return None
+    if lowered in ("true", "false"):
+        return lowered == "true"
+    for kind in (int, float):
+        try:
+            return kind(lowered)
+        except ValueError:
+            continue
+    return text.strip()

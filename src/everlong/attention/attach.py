@@ -163,6 +163,11 @@ class Attachment:
             return begun_with(prefix, resolved, self._layers, self.owner, self.tier)
         return StreamCache(resolved, self._layers.kept, self.owner, offset, self.tier)
 
+    @property
+    def layers(self) -> Layers:
+        """The model's attention layers."""
+        return self._layers
+
     def why_apart(self, caches: Sequence[StreamCache]) -> str | None:
         """Say why streams cannot be the rows of one batch (see :meth:`batch`); None: they can."""
         for cache in caches:

@@ -17,7 +17,12 @@ class PolicyCache(Cache):
     ----------
     owner : str
         The attachment it belongs to.
+    folded : int
+        How many of its tokens stand beside others, at the same positions: by so much less than it has seen
+        stands the next token.
     """
+
+    folded: int = 0
 
     def __init__(self, owner: str) -> None:
         super().__init__(layers=[])

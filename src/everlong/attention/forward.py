@@ -84,6 +84,11 @@ class Layers:
                 alike.append(layer)
 
     @property
+    def full(self) -> tuple[int, ...]:
+        """The numbers of those with full attention, which follow the policy."""
+        return tuple(number for number, layer in self._by_number.items() if layer.window is None)
+
+    @property
     def tables_change(self) -> bool:
         """Whether some rotary table depends on the length of the input."""
         return any(layer.rotary is not None and layer.rotary.changes for layer in self._by_number.values())
@@ -197,8 +202,16 @@ class Forward:
                 self._attended += 1
                 return step.attend(memory, query, key, value, **logits)
         policy, rotation = manner.policy, manner.rotation
-        scaling, softcap = logits["scaling"], logits.get("softcap")
-        call = LayerCall(number, rotation, cache.pads, scaling, softcap, cache.branches, self._memo)
+        call = LayerCall(
+            number,
+            rotation,
+            cache.pads,
+            logits["scaling"],
+            logits.get("softcap"),
+            cache.branches,
+            self._memo,
+            logits.get("sink_logits"),
+        )
         if layer.donor is None:
             view = cache.memories[number].append(key, value, call, provisional=cache.is_provisional)
         else:

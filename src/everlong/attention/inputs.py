@@ -141,6 +141,7 @@ def clamped_positions(
                 "leave them out and they will; with generate(), pass all ids, "
                 "or only the new ones with an attention_mask over all"
             )
+    own = own - cache.folded
     return own.clamp(min=0) if span is None else own.clamp(min=0, max=span - 1)
 
 

@@ -14,7 +14,7 @@ from everlong.attention.layer_memory import LayerMemory
 from everlong.attention.parts import Part, Partial
 from everlong.attention.view import LayerView, Queries
 from everlong.errors import ConfigurationError, UnsupportedUseError
-from everlong.registry import Registry, unknown_name
+from everlong.registry import Registry, make
 
 if TYPE_CHECKING:
     from everlong.attention.cache import StreamCache
@@ -151,15 +151,7 @@ def make_policy(name: str, options: dict[str, Any] | None = None) -> Policy:
     ConfigurationError
         A value that cannot work.
     """
-    kind = POLICIES[name]
-    known = [field.name for field in dataclasses.fields(kind)]
-    values = {}
-    for key, value in (options or {}).items():
-        field = key.replace("-", "_")
-        if field not in known:
-            raise unknown_name(f"option of {name}", key, known)
-        values[field] = _parse(value) if isinstance(value, str) else value
-    return kind(**values)
+    return make(POLICIES, name, options)
 
 
 def policy_options(policy: Policy) -> tuple[str, dict[str, Any]]:
@@ -199,17 +191,3 @@ def require_count(owner: str, name: str, value: object, *, least: int, optional:
         return
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ConfigurationError(f"{owner}: {name} must be a whole number of at least {least}, not {value!r}")
-
-
-def _parse(text: str) -> int | float | str | bool | None:
-    lowered = text.strip().lower()
-    if lowered in ("none", "null"):
-        return None
-    if lowered in ("true", "false"):
-        return lowered == "true"
-    for kind in (int, float):
-        try:
-            return kind(lowered)
-        except ValueError:
-            continue
-    return text.strip()

@@ -38,8 +38,8 @@ class LayerCall:
         Padding tokens before each row's first real one; None: no row has any.
     scaling : float
         Factor on the products of queries and keys.
-    softcap : float or None
-        The model's soft-cap on logits.
+    softcap, sink_logits : float or None, Tensor (heads,) or None
+        The model's soft-cap on logits, and its logit per head that takes weight but has no value (gpt-oss).
     branches : Branches or None
         How the new tokens follow one another; None: each the one before.
     memo : dict
@@ -53,6 +53,7 @@ class LayerCall:
     softcap: float | None = None
     branches: Branches | None = None
     memo: dict[Any, Any] = field(default_factory=dict)
+    sink_logits: Tensor | None = None
 
 
 class Queries:

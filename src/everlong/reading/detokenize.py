@@ -26,10 +26,20 @@ class Detokenizer:
         The tokens before the first: a blank between them and the first is part of the text.
     stop : sequence of str
         Texts at which to stop; neither they nor what follows them is given out.
+    clusters : bool
+        Whether characters are given out as people count them, with the marks on them.
     """
 
-    def __init__(self, tokenizer: Any, context: Sequence[int] = (), stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        context: Sequence[int] = (),
+        stop: Sequence[str] = (),
+        *,
+        clusters: bool = True,
+    ) -> None:
         self._tokenizer = tokenizer
+        self._clusters = clusters
         self._stop = tuple(stop)
         # The tokens last taken: decoded together with the next, so that blanks between words are kept.
         self._before = list(context)[-_CONTEXT:]
@@ -50,7 +60,8 @@ class Detokenizer:
         if not is_whole and len(self._group) < _LONGEST_CHARACTER:
             return ""
         self._take(text)
-        return self._give(len(self._text) - max(self._begun_stop(), _open_cluster(self._text)))
+        open_cluster = _open_cluster(self._text) if self._clusters else 0
+        return self._give(len(self._text) - max(self._begun_stop(), open_cluster))
 
     @property
     def unfinished(self) -> int:
