@@ -70,7 +70,7 @@ def test_interrupted_before_anything_was_measured_there_is_nothing_to_show(everl
         (["--depths", "0"], "each at least 1 and given once"),
         (["--depths", ","], "not none"),
         (["--depths", "5,5"], "given once"),
-        (["--attention", "lm-infinte"], "did you mean 'lm-infinite'?"),
+        (["--attention", "lm-infinte"], "did you mean 'lm-infinite'"),
         (["--set", "wndow=3"], "did you mean 'window'?"),
         (["--weights", "int5"], "unknown choice of weights 'int5'"),
         (["--device", "cuda:99"], "device 'cuda:99' cannot be used here"),

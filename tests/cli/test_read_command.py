@@ -197,7 +197,7 @@ def test_a_dry_run_counts_and_reads_nothing(everlong, novel, tmp_path):
         (["-", "-"], "standard input (-) can be read once"),
         (["-"], "is empty: there is nothing to read"),
         (["-", "--state", "nowhere/a.state"], "there is no folder nowhere"),
-        (["-", "--attention", "lm-infinit"], "did you mean 'lm-infinite'?"),
+        (["-", "--attention", "lm-infinit"], "did you mean 'lm-infinite'"),
         (["-", "--set", "windw=3"], "unknown option of lm-infinite 'windw'; did you mean 'window'?"),
         (["-", "--set", "window=10"], "a window of 10 cannot hold 10 sinks and a local token"),
         (["-", "--set", "window=many"], "window must be a whole number"),
