@@ -171,8 +171,12 @@ class Attachment:
             refuse_foreign_cache(cache, self.owner, StreamCache)
         if len({self.adapters.group(cache.adapter) for cache in caches}) > 1:
             return "the memory of one of them is not plain LoRA on linear layers"
-        changes = any(self._layers.tables_change(cache.policy) for cache in caches)
+        changes = any(self.tables_change(cache.policy) for cache in caches)
         return why_apart(caches, tables_change=changes)
+
+    def tables_change(self, policy: Policy) -> bool:
+        """Whether, under `policy`, some rotary table depends on the length of the input."""
+        return self._layers.tables_change(policy)
 
     def batch(self, caches: Sequence[StreamCache]) -> StreamBatch:
         """Put streams of whatever length into the rows of one batch, copied.
