@@ -242,7 +242,7 @@ def test_accounts_add_up_to_what_was_read(model, handle, batch):
         tensors = [
             value
             for memory in cache.memories.values()
-            for value in vars(memory).values()
+            for value in (*vars(memory).values(), *memory.index.values())
             if isinstance(value, torch.Tensor)
         ]
         assert cache.bytes()["window"] == sum(tensor.nbytes for tensor in tensors)

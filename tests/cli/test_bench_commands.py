@@ -100,6 +100,14 @@ def test_methods_look_for_passkeys(everlong):
     assert result.err.count("lm-infinite: 7 digits in 900 tokens") == 2 and "27% deep: told 0%" in result.err
 
 
+def test_methods_without_a_window_look_for_passkeys_too(everlong):
+    words = ("--lengths", "900", "--digits", 7, "--samples", 1, "--json", "--quiet")
+    result = everlong("bench passkey", *words, "--methods", "self-extend, yarn", "--set", "factor=3")
+    found = json.loads(result.out)
+    assert found["settings"] == {"factor": "3"}
+    assert [text["way"] for text in found["texts"]] == ["self-extend", "yarn"]
+
+
 def test_passkeys_as_json_hold_every_text(everlong):
     result = everlong(*PASSKEY, "--methods", "last", "--set", "window=400", "--json", "--quiet")
     found = json.loads(result.out)
