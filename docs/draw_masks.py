@@ -20,12 +20,14 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from everlong.attention import (
+    DualChunk,
     FullAttention,
     InfLLM,
     LMInfinite,
     Policy,
     ReAttention,
     Recall,
+    SelfExtend,
     StreamingLLM,
     attach,
 )
@@ -54,6 +56,8 @@ PANELS: dict[str, Policy] = {
         window=WINDOW, sinks=SINKS, recalled=6, votes=1, radius=1, group=4
     ),
     f"StreamingLLM(sinks={SINKS})": StreamingLLM(window=WINDOW, sinks=SINKS),
+    "SelfExtend(neighbours=6, group_size=4)": SelfExtend(neighbours=6, group_size=4),
+    f"DualChunk(chunk=10, positions={WINDOW})": DualChunk(chunk=10, positions=WINDOW),
 }
 """What is drawn: a panel's title and its policy."""
 
@@ -142,8 +146,11 @@ def draw(folder: Path) -> Path:
     unseen = plt.get_cmap("Reds")(torch.linspace(0.45, 0.9, TOKENS - WINDOW).numpy())
     colours = ListedColormap([*trained, *unseen]).with_extremes(bad="white")
     norm = BoundaryNorm([at - 0.5 for at in range(TOKENS + 1)], TOKENS)
-    figure, grid = plt.subplots(3, 3, figsize=(11, 11), layout="constrained")
-    for axes, (title, policy) in zip(grid.flat, PANELS.items(), strict=True):
+    rows = -(-len(PANELS) // 3)
+    figure, grid = plt.subplots(rows, 3, figsize=(11, 11 * rows / 3), layout="constrained")
+    for axes in grid.flat[len(PANELS) :]:
+        axes.set_axis_off()
+    for axes, (title, policy) in zip(grid.flat, PANELS.items(), strict=False):
         image = axes.imshow(seen_distances(policy, TOKENS).numpy(), cmap=colours, norm=norm)
         axes.set_title(title, fontsize=10, family="monospace")
         axes.set_xlabel("key")

@@ -9,7 +9,19 @@ import pytest
 import torch
 
 import tests.tiny as tiny
-from everlong.attention import POLICIES, FullAttention, LMInfinite, StreamingLLM, attach
+from everlong.attention import (
+    POLICIES,
+    DualChunk,
+    FullAttention,
+    LinearScaling,
+    LMInfinite,
+    NTKScaling,
+    SelfExtend,
+    StreamingLLM,
+    YaRN,
+    attach,
+)
+from tests.reference.attention import ReferenceSpec, places
 
 ROOT = Path(__file__).parents[1]
 W, G = 14, 3
@@ -78,7 +90,22 @@ def test_the_pictures_are_drawn(masks, tmp_path):
     assert masks.draw(tmp_path).read_bytes()[:4] == b"\x89PNG"
     shown = {(type(policy), getattr(policy, "top_k", 0) > 0) for policy in masks.PANELS.values()}
     ours = {POLICIES[name] for name in POLICIES if POLICIES[name].__module__.startswith("everlong.")}
+    ours -= {LinearScaling, NTKScaling, YaRN}  # FullAttention's picture, in other units
     assert {kind for kind, _ in shown} == ours and (LMInfinite, True) in shown
+
+
+@pytest.mark.parametrize("chunks", [1, 7, TOKENS])
+def test_the_pictures_show_positions_as_their_methods_define_them(masks, chunks):
+    for policy, spec in (
+        (SelfExtend(neighbours=6, group_size=4), ReferenceSpec("self-extend", neighbours=6, group_size=4)),
+        (DualChunk(chunk=10, positions=W), ReferenceSpec("dual-chunk", chunk=10, positions=W)),
+    ):
+        table = torch.full((TOKENS, TOKENS), torch.nan, dtype=torch.float64)
+        for i in range(TOKENS):
+            for j in range(i + 1):
+                query, key = places(spec, i, j)
+                table[i, j] = query - key
+        torch.testing.assert_close(masks.seen_distances(policy, chunks), table, equal_nan=True)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tests.tiny as tiny
-from everlong.attention import FullAttention, LMInfinite, StreamingLLM, attach
+from everlong.attention import DualChunk, FullAttention, LMInfinite, SelfExtend, StreamingLLM, attach
 from everlong.errors import StateError
 
 CASES = {
@@ -15,6 +15,8 @@ CASES = {
     "top_k": ("llama", LMInfinite(window=24, sinks=3, top_k=2, top_k_layers=0)),
     "streaming-llm": ("llama", StreamingLLM(window=24)),
     "full": ("llama", FullAttention()),
+    "self-extend": ("llama", SelfExtend(neighbours=24, group_size=3)),
+    "dual-chunk": ("llama", DualChunk(chunk=24, positions=30)),
     "local layers": ("gemma3_text", LMInfinite(window=24, sinks=3)),
 }
 LENGTHS = [60, 41, 23, 2]  # beyond the window, and below
@@ -240,7 +242,7 @@ def test_accounts_add_up_to_what_was_read(model, handle, batch):
         tensors = [
             value
             for memory in cache.memories.values()
-            for value in vars(memory).values()
+            for value in (*vars(memory).values(), *memory.index.values())
             if isinstance(value, torch.Tensor)
         ]
         assert cache.bytes()["window"] == sum(tensor.nbytes for tensor in tensors)

@@ -70,7 +70,7 @@ def test_interrupted_before_anything_was_measured_there_is_nothing_to_show(everl
         (["--depths", "0"], "each at least 1 and given once"),
         (["--depths", ","], "not none"),
         (["--depths", "5,5"], "given once"),
-        (["--attention", "lm-infinte"], "did you mean 'lm-infinite'?"),
+        (["--attention", "lm-infinte"], "did you mean 'lm-infinite'"),
         (["--set", "wndow=3"], "did you mean 'window'?"),
         (["--weights", "int5"], "unknown choice of weights 'int5'"),
         (["--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
@@ -98,6 +98,14 @@ def test_methods_look_for_passkeys(everlong):
     for word in ("found", "told", "held", "last", "inf-llm", "7 digits in 1,024 tokens", "tokens/s"):
         assert word in result.out
     assert result.err.count("lm-infinite: 7 digits in 900 tokens") == 2 and "27% deep: told 0%" in result.err
+
+
+def test_methods_without_a_window_look_for_passkeys_too(everlong):
+    words = ("--lengths", "900", "--digits", 7, "--samples", 1, "--json", "--quiet")
+    result = everlong("bench passkey", *words, "--methods", "self-extend, yarn", "--set", "factor=3")
+    found = json.loads(result.out)
+    assert found["settings"] == {"factor": "3"}
+    assert [text["way"] for text in found["texts"]] == ["self-extend", "yarn"]
 
 
 def test_passkeys_as_json_hold_every_text(everlong):

@@ -46,6 +46,18 @@ def test_a_system_text_is_pinned_before_the_text_and_read_raw(everlong, novel, f
         assert nll == pytest.approx(score.nll * 400, rel=1e-4)
 
 
+def test_scaled_positions_and_others_are_methods_as_well(everlong, novel):
+    names = ["full", "yarn", "linear", "ntk", "self-extend", "dual-chunk"]
+    words = ("--set", "factor=2", "--set", "group-size=3", "--tokens", 300, "--bucket", 300)
+    result = everlong("compare", novel, "--methods", ",".join(names), *words, "--json")
+    told = json.loads(result.out)["results"]
+    assert [method["name"] for method in told] == names
+    assert [method["options"].get("factor") for method in told] == [None, 2, 2, 2, None, None]
+    assert told[4]["options"]["group_size"] == 3
+    assert all((method["kept"], method["forgotten"]) == (300, 0) for method in told)
+    assert len({method["buckets"][0]["perplexity"] for method in told}) == len(names)
+
+
 def test_a_system_text_comes_before_standard_input_too(everlong):
     result = everlong("compare", "-", "--system", "Be terse.", *OPTIONS, "--json", stdin=TEXT)
     assert json.loads(result.out)["pinned"] == len("Be terse.\n\n")
@@ -78,7 +90,7 @@ def test_pictures_and_numbers_are_written_where_asked(everlong, novel, tmp_path)
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--methods", "stok"], "unknown method 'stok'; did you mean 'stock'?"),
+        (["--methods", "stok"], "unknown method 'stok'; did you mean 'stock'"),
         (["--methods", "full,full"], "each method is compared once"),
         (["--methods", "full", "--attention", "full"], "give one of the two"),
         (["--methods", ","], "name at least one method"),

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from everlong.attention import LMInfinite, StreamingLLM
+from everlong.attention import LMInfinite, StreamingLLM, YaRN
 from everlong.llm import load
 from everlong.reading.session import Session
 from tests.cli.conftest import TEXT
@@ -43,6 +43,18 @@ def test_json_is_one_document_with_answers_and_accounts(everlong, novel, session
     assert (answer["question"], answer["answer"]) == ("Who?", expected.text)
     assert (answer["tokens"], answer["stop_reason"]) == (expected.tokens, expected.stop_reason)
     assert result.err == ""
+
+
+def test_a_scaling_is_an_attention_method(everlong, novel, tmp_path, folder):
+    state = tmp_path / "novel.state"
+    words = ("--attention", "yarn", "--set", "factor=2", "--json", "--state", state)
+    told = json.loads(everlong("read", novel, *words).out)["stats"]
+    assert (told["kept"], told["forgotten"]) == (told["tokens_read"] - told["waiting"], 0)
+    with load(folder, YaRN(factor=2), device="cpu") as llm:
+        session = llm.session()
+        session.read(TEXT)
+        assert llm.restore(state).policy == YaRN(factor=2)
+        assert llm.restore(state).generate(8).text == session.generate(8).text
 
 
 def test_a_state_file_is_begun_then_gone_on_with(everlong, novel, tmp_path, folder, session):
@@ -197,7 +209,7 @@ def test_a_dry_run_counts_and_reads_nothing(everlong, novel, tmp_path):
         (["-", "-"], "standard input (-) can be read once"),
         (["-"], "is empty: there is nothing to read"),
         (["-", "--state", "nowhere/a.state"], "there is no folder nowhere"),
-        (["-", "--attention", "lm-infinit"], "did you mean 'lm-infinite'?"),
+        (["-", "--attention", "lm-infinit"], "did you mean 'lm-infinite'"),
         (["-", "--set", "windw=3"], "unknown option of lm-infinite 'windw'; did you mean 'window'?"),
         (["-", "--set", "window=10"], "a window of 10 cannot hold 10 sinks and a local token"),
         (["-", "--set", "window=many"], "window must be a whole number"),

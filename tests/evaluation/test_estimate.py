@@ -13,9 +13,11 @@ import torch
 
 from everlong.attention import (
     Attachment,
+    DualChunk,
     FullAttention,
     LMInfinite,
     Policy,
+    SelfExtend,
     StreamCache,
     StreamingLLM,
     attach,
@@ -38,6 +40,8 @@ WINDOWS: dict[str, Policy] = {
 GROWING: dict[str, Policy] = {
     "full": FullAttention(),
     "full with a ceiling": FullAttention(ceiling=9),
+    "self-extend": SelfExtend(neighbours=W, group_size=3),
+    "dual-chunk": DualChunk(chunk=W, positions=2 * W),
     "top_k": LMInfinite(window=W, sinks=G, top_k=2, top_k_layers=1),
 }
 POLICIES = WINDOWS | GROWING

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from everlong.attention import FullAttention, LMInfinite, Policy, StreamingLLM
+from everlong.attention import FullAttention, LMInfinite, Policy, SelfExtend, StreamingLLM
 from everlong.llm import LLM
 from everlong.reading import Sampling, Session
 from tests.tiny import byte_llama
@@ -24,6 +24,7 @@ POLICIES = {
     "streaming-llm": StreamingLLM(sinks=4, window=WINDOW),
     "top_k": LMInfinite(sinks=4, window=WINDOW, top_k=2, top_k_layers=1),
     "full": FullAttention(),
+    "self-extend": SelfExtend(neighbours=WINDOW, group_size=3),
 }
 SAMPLINGS = {
     "greedy": Sampling(),

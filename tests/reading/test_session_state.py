@@ -12,7 +12,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from everlong.attention import FullAttention, LMInfinite, Policy, StreamingLLM
+from everlong.attention import (
+    DualChunk,
+    FullAttention,
+    LMInfinite,
+    NTKScaling,
+    Policy,
+    SelfExtend,
+    StreamingLLM,
+    YaRN,
+)
 from everlong.errors import InputError, StateError
 from everlong.llm import LLM
 from everlong.reading import Sampling, Session, Stats
@@ -44,6 +53,10 @@ def without_bytes(session: Session) -> Stats:
         LMInfinite(sinks=4, window=WINDOW, top_k=3, top_k_layers=1),
         StreamingLLM(sinks=4, window=WINDOW),
         FullAttention(),
+        SelfExtend(neighbours=WINDOW, group_size=3),
+        DualChunk(chunk=WINDOW, positions=2 * WINDOW),
+        NTKScaling(),
+        YaRN(),
     ],
 )
 def test_a_restored_session_goes_on_bit_by_bit(policy: Policy, tokens: int, tmp_path: Path) -> None:

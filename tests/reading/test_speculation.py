@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from everlong.attention import FullAttention, Policy, ReAttention
+from everlong.attention import DualChunk, FullAttention, NTKScaling, Policy, ReAttention, YaRN
 from everlong.errors import NumericalError, UnknownNameError, UnsupportedUseError
 from everlong.reading import Session, writing
 from everlong.reading.sampling import Sampler
@@ -42,6 +42,9 @@ def oracle(monkeypatch: pytest.MonkeyPatch) -> type[Oracle]:
     return Oracle
 
 
+UNBRANCHED = {"dual-chunk": DualChunk(chunk=50, positions=64), "yarn": YaRN()}
+
+
 def begun(policy: Policy, seed: int | None = 3) -> Session:
     session = make_llm(policy).session(seed=seed)
     session.read(TEXT)
@@ -50,9 +53,9 @@ def begun(policy: Policy, seed: int | None = 3) -> Session:
 
 @pytest.mark.parametrize("right", [0, 1, 3, 30])
 @pytest.mark.parametrize("sampling", SAMPLINGS)
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", [*POLICIES, *UNBRANCHED])
 def test_the_text_is_the_same_whether_guesses_are_right_or_wrong(policy, sampling, right, oracle):
-    plain, guessed = begun(POLICIES[policy]), begun(POLICIES[policy])
+    plain, guessed = (begun((POLICIES | UNBRANCHED)[policy]) for _ in range(2))
     expected = plain.generate(40, sampling=SAMPLINGS[sampling])
     written = list(plain._tape.driver.recent)[-expected.tokens + 1 :] + plain._tape.queue
     oracle.script, oracle.right = written, right
@@ -212,6 +215,13 @@ def test_surprisal_and_speculation_exclude_each_other():
     session.read(TEXT)
     with pytest.raises(UnsupportedUseError, match="leave speculate out"):
         session.generate(3, speculate="prompt-lookup")
+
+
+def test_a_table_that_follows_the_stream_takes_no_guesses_and_chunks_none_that_branch():
+    with pytest.raises(UnsupportedUseError, match="NTKScaling uses follows the length"):
+        begun(NTKScaling()).generate(3, speculate="prompt-lookup")
+    with pytest.raises(UnsupportedUseError, match="DualChunk does not take tokens that follow in several"):
+        begun(DualChunk()).generate(3, speculate="lookahead")
 
 
 @pytest.mark.parametrize("speculate", ["prompt-lookup", "lookahead"])

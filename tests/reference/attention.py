@@ -29,6 +29,7 @@ class ReferenceSpec:
         `"full"`: every query sees all keys up to itself. `"lm-infinite"` and `"streaming-llm"`: the sinks and
         the most recent keys. `"inf-llm"`, `"re-attention"` and `"recall"`: a query before W sees all keys up
         to itself; a later one sees the sinks, the latest keys, and what its group of queries recalls.
+        `"self-extend"` and `"dual-chunk"`: every query sees all keys up to itself, at other positions.
     sinks
         G, the first tokens of the row, seen by every query.
     window
@@ -54,9 +55,26 @@ class ReferenceSpec:
         For ReAttention: r, how far from a chosen key its neighbours are recalled.
     layers
         For Recall: layers, one after another, of which the first asks what all of them recall.
+    neighbours
+        For SelfExtend: W, from which distance on keys are grouped.
+    group_size
+        For SelfExtend: keys of a group, which share a position.
+    chunk
+        For DualChunk: s, the keys of a chunk.
+    positions
+        For DualChunk: c, the positions in use.
     """
 
-    kind: Literal["full", "lm-infinite", "streaming-llm", "inf-llm", "re-attention", "recall"] = "full"
+    kind: Literal[
+        "full",
+        "lm-infinite",
+        "streaming-llm",
+        "inf-llm",
+        "re-attention",
+        "recall",
+        "self-extend",
+        "dual-chunk",
+    ] = "full"
     sinks: int = 0
     window: int | None = None
     ceiling: int | None = None
@@ -69,10 +87,14 @@ class ReferenceSpec:
     votes: int = 0
     radius: int = 0
     layers: int = 1
+    neighbours: int = 0
+    group_size: int = 0
+    chunk: int = 0
+    positions: int = 0
 
     def __post_init__(self) -> None:
         """Refuse constants that have no meaning."""
-        if self.kind == "full":
+        if self.kind in ("full", "self-extend", "dual-chunk"):
             meaningful = self.window is None and self.sinks == 0 and self.top_k == 0
         else:
             meaningful = self.window is not None and self.window > self.sinks >= 0 and self.top_k >= 0
@@ -90,6 +112,9 @@ class ReferenceSpec:
             meaningful = meaningful and self.votes > 0 and self.radius >= 0
         else:
             meaningful = meaningful and self.votes == 0 and self.radius == 0
+        grouped, chunked = self.kind == "self-extend", self.kind == "dual-chunk"
+        meaningful = meaningful and (self.neighbours > 0) == (self.group_size > 0) == grouped
+        meaningful = meaningful and (0 < self.chunk < self.positions) == (self.positions > 0) == chunked
         if not meaningful:
             raise ValueError(f"no such method: {self}")
 
@@ -158,6 +183,11 @@ def places(
         return _place_in_cache(spec, i, j)
     if spec.recalls:
         return _place_beside_recalled(spec, i, j, recalled, true)
+    if spec.kind == "self-extend" and i - j >= spec.neighbours:
+        group, ahead = spec.group_size, spec.neighbours - spec.neighbours // spec.group_size
+        return (i // group + ahead, j // group)
+    if spec.kind == "dual-chunk":
+        return _place_in_chunk(spec, i, j)
     if spec.kind == "lm-infinite" and not _in_window(spec, i, j):
         return None
     if spec.ceiling is not None and i - j > spec.ceiling:
@@ -194,6 +224,17 @@ def _place_beside_recalled(
     if spec.kind == "re-attention":
         return (cache.index(i), cache.index(j))
     return true if j in latest else (spec.local - 1, 0)
+
+
+def _place_in_chunk(spec: ReferenceSpec, i: int, j: int) -> Places:
+    """DualChunk: by how many chunks lie between the two."""
+    size, last = spec.chunk, spec.positions - 1
+    between = i // size - j // size
+    if between == 0:
+        return (i % size, j % size)
+    if between == 1:
+        return (min(i % size + size, last), j % size)
+    return (last, j % size)
 
 
 def middle_keys(spec: ReferenceSpec, layer: int, i: int) -> list[int]:

@@ -87,6 +87,27 @@ def test_full_attention_sees_everything_before_it() -> None:
     assert seen(ReferenceSpec("full", ceiling=2), 3) == {0: (2, 0), 1: (3, 1), 2: (3, 2), 3: (3, 3)}
 
 
+def test_self_extend_groups_what_is_no_neighbour() -> None:
+    spec = ReferenceSpec("self-extend", neighbours=4, group_size=2)
+    assert seen(spec, 3) == {0: (3, 0), 1: (3, 1), 2: (3, 2), 3: (3, 3)}
+    # From 7 // 2 + 4 - 4 // 2 = 5.
+    assert seen(spec, 7) == {
+        **{0: (5, 0), 1: (5, 0), 2: (5, 1), 3: (5, 1)},
+        **{4: (7, 4), 5: (7, 5), 6: (7, 6), 7: (7, 7)},
+    }
+
+
+def test_dual_chunk_places_queries_in_three_ways() -> None:
+    spec = ReferenceSpec("dual-chunk", chunk=3, positions=5)
+    assert seen(spec, 2) == {0: (2, 0), 1: (2, 1), 2: (2, 2)}
+    assert seen(spec, 3) == {0: (3, 0), 1: (3, 1), 2: (3, 2), 3: (0, 0)}
+    assert seen(spec, 5) == {0: (4, 0), 1: (4, 1), 2: (4, 2), 3: (2, 0), 4: (2, 1), 5: (2, 2)}
+    assert seen(spec, 6) == {
+        **{0: (4, 0), 1: (4, 1), 2: (4, 2)},
+        **{3: (3, 0), 4: (3, 1), 5: (3, 2), 6: (0, 0)},
+    }
+
+
 @pytest.mark.parametrize("spec", [FULL, LM_INFINITE, STREAMING_LLM])
 def test_local_layers_keep_true_distances_whatever_the_method(spec: ReferenceSpec) -> None:
     assert seen(spec, 18, sliding=2) == {17: (18, 17), 18: (18, 18)}
@@ -300,6 +321,10 @@ def test_greedy_generation_takes_the_most_likely_token_of_the_method() -> None:
         {"kind": "streaming-llm", "window": 8, "ceiling": 7},
         {"kind": "streaming-llm", "window": 8, "top_k": 1},
         {"kind": "full", "window": 8},
+        {"kind": "self-extend", "neighbours": 8},
+        {"kind": "self-extend", "neighbours": 8, "group_size": 2, "window": 9},
+        {"kind": "dual-chunk", "chunk": 8, "positions": 8},
+        {"kind": "full", "chunk": 8, "positions": 9},
     ],
 )
 def test_constants_without_a_meaning_are_refused(constants: dict[str, Any]) -> None:

@@ -2,27 +2,35 @@
 
 from everlong.attention.attach import Attachment, attach
 from everlong.attention.cache import StreamCache
+from everlong.attention.dual_chunk import DualChunk
 from everlong.attention.full import FullAttention
 from everlong.attention.inf_llm import InfLLM
 from everlong.attention.lm_infinite import LMInfinite
 from everlong.attention.policy import POLICIES, Policy, make_policy, policy_options, with_sinks
 from everlong.attention.re_attention import ReAttention
 from everlong.attention.recall import Recall
+from everlong.attention.scaled import LinearScaling, NTKScaling, YaRN
+from everlong.attention.self_extend import SelfExtend
 from everlong.attention.streaming_llm import StreamingLLM
 from everlong.attention.tiers import Tier
 
 __all__ = [
     "POLICIES",
     "Attachment",
+    "DualChunk",
     "FullAttention",
     "InfLLM",
     "LMInfinite",
+    "LinearScaling",
+    "NTKScaling",
     "Policy",
     "ReAttention",
     "Recall",
+    "SelfExtend",
     "StreamCache",
     "StreamingLLM",
     "Tier",
+    "YaRN",
     "attach",
     "make_policy",
     "policy_options",

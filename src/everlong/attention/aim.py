@@ -54,7 +54,7 @@ def aims(cache: StreamCache, layers: Layers) -> list[Aim] | None:
         first = memories[kind[0].index]
         if not all(takes_tokens(memory) and _is_full(memory) for memory in memories.values()):
             return None
-        rotation = layers.rotation(kind[0], length, memo)
+        rotation = layers.rotation(kind[0], policy, length, memo)
         for memory in memories.values():
             memory.follow(rotation, 1)
         if any((m.seen, m.origin) != (first.seen, first.origin) for m in memories.values()):

@@ -93,6 +93,7 @@ class Attachment:
         self.adapters = Adapters(inner)
         self._with_adapter: set[int] = set()  # forwards that hold its lock
         self._layers = Layers(anatomy.layers)
+        self._layers.check(self.policy)
         self._closing = self._open([layer.module for layer in anatomy.layers if anatomy.can_skip_rotation])
         self.is_attached = True
         device: torch.device = inner.get_input_embeddings().weight.device
@@ -159,6 +160,7 @@ class Attachment:
             Keys and values to begin with (:func:`~everlong.attention.prefix.begun_with`), at position 0.
         """
         resolved = self.policy if policy is None else policy.resolve(self.training_length)
+        self._layers.check(resolved)
         if prefix is not None:
             return begun_with(prefix, resolved, self._layers, self.owner, self.tier)
         return StreamCache(resolved, self._layers.kept, self.owner, offset, self.tier)
@@ -174,7 +176,12 @@ class Attachment:
             refuse_foreign_cache(cache, self.owner, StreamCache)
         if len({self.adapters.group(cache.adapter) for cache in caches}) > 1:
             return "the memory of one of them is not plain LoRA on linear layers"
-        return why_apart(caches, tables_change=self._layers.tables_change)
+        changes = any(self.tables_change(cache.policy) for cache in caches)
+        return why_apart(caches, tables_change=changes)
+
+    def tables_change(self, policy: Policy) -> bool:
+        """Whether, under `policy`, some rotary table depends on the length of the input."""
+        return self._layers.tables_change(policy)
 
     def batch(self, caches: Sequence[StreamCache]) -> StreamBatch:
         """Put streams of whatever length into the rows of one batch, copied.
@@ -204,13 +211,12 @@ class Attachment:
             The state is incomplete, or of a model with other layers.
         """
         try:
-            span, seen = make_policy(meta["policy"], meta["options"]).span, int(meta["seen"])
+            policy, seen = make_policy(meta["policy"], meta["options"]), int(meta["seen"])
         except UnknownNameError as error:
             raise StateError(f"the saved state follows a policy that is not known here: {error}") from error
         except (KeyError, TypeError, ValueError) as error:
             raise StateError(f"the saved state is not complete: {error!r}") from error
-        length = seen if span is None else min(seen, span)
-        rotations = self._layers.rotations(length)
+        rotations = self._layers.rotations(policy, seen if policy.span is None else min(seen, policy.span))
         return StreamCache.from_state(tensors, meta, self._layers.kept, self.owner, rotations, self.tier)
 
     # --- writing -----------------------------------------------------------------------------------

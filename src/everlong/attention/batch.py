@@ -94,7 +94,7 @@ def why_apart(caches: Sequence[StreamCache], *, tables_change: bool) -> str | No
         return "they have not read anything yet, or have several rows"
     memories = [memory for cache in caches for memory in cache.memories.values()]
     if any(type(memory) is not LayerMemory or memory.tier is not None for memory in memories):
-        return "what left their windows is kept in a way that has no rows"
+        return "what they hold is kept in a way that has no rows"
     if any(memory.pending is not None for memory in memories):
         return "they hold provisional tokens"
     if tables_change and (span is None or any(cache.seen < span for cache in caches)):

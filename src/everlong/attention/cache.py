@@ -110,7 +110,7 @@ class StreamCache(PolicyCache):
     @property
     def kept(self) -> int:
         """Tokens per row that stand in the window of some layer."""
-        return max(memory.held for memory in self.memories.values())
+        return max(memory.kept for memory in self.memories.values())
 
     @property
     def first_kept(self) -> int:
@@ -167,8 +167,7 @@ class StreamCache(PolicyCache):
         """Whether the stream stands where branches of `height` tokens may follow: its sinks are filled."""
         longest = max(self.pads or (0,))
         return all(
-            self.seen >= memory.sinks + longest
-            and (memory.tier is None or memory.local is None or memory.local > height)
+            self.seen >= memory.sinks + longest and memory.takes_branches(height)
             for memory in self.memories.values()
         )
 

@@ -21,6 +21,7 @@ from everlong.attention.view import LayerCall, LayerView
 from everlong.attention.window import LocalWindow
 from everlong.errors import UnsupportedUseError
 from everlong.models.anatomy import LayerAnatomy
+from everlong.models.rotary import Rotary
 
 GROUP = 256
 """Queries that are attended together in prefill."""
@@ -88,10 +89,10 @@ class Layers:
         """The numbers of those with full attention, which follow the policy."""
         return tuple(number for number, layer in self._by_number.items() if layer.window is None)
 
-    @property
-    def tables_change(self) -> bool:
-        """Whether some rotary table depends on the length of the input."""
-        return any(layer.rotary is not None and layer.rotary.changes for layer in self._by_number.values())
+    def tables_change(self, policy: Policy) -> bool:
+        """Whether some rotary table depends, under `policy`, on the length of the input."""
+        tables = [self._rotary(layer, policy) for layer in self._by_number.values()]
+        return any(table is not None and table.changes for table in tables)
 
     def __len__(self) -> int:
         return len(self._by_number)
@@ -107,19 +108,27 @@ class Layers:
         """Whether other layers use the keys of this one."""
         return layer.index in self._donors
 
-    def rotation(self, layer: LayerAnatomy, length: int, memo: dict[Any, Any]) -> Rotation:
+    def rotation(self, layer: LayerAnatomy, policy: Policy, length: int, memo: dict[Any, Any]) -> Rotation:
         """Return the rotation of `layer` in an input of `length` tokens, the same for all of a forward."""
-        frequencies = None
-        if layer.rotary is not None:
-            key = (layer.rotary, length if layer.window is None else min(length, layer.window))
+        frequencies, rotary = None, self._rotary(layer, policy)
+        if rotary is not None:
+            key = (rotary, length if layer.window is None else min(length, layer.window))
             if key not in memo:
-                memo[key] = layer.rotary.frequencies(key[1])
+                memo[key] = rotary.frequencies(key[1])
             frequencies = memo[key]
         return Rotation(frequencies, layer.layout, memo)
 
-    def rotations(self, length: int) -> dict[int, Rotation]:
+    def rotations(self, policy: Policy, length: int) -> dict[int, Rotation]:
         """Return the rotation of each layer with keys of its own in an input of `length` tokens."""
-        return {number: self.rotation(self[number], length, {}) for number in self.kept}
+        return {number: self.rotation(self[number], policy, length, {}) for number in self.kept}
+
+    def check(self, policy: Policy) -> None:
+        """Raise unless all layers can rotate as `policy` says."""
+        for layer in self._by_number.values():
+            self._rotary(layer, policy)
+
+    def _rotary(self, layer: LayerAnatomy, policy: Policy) -> Rotary | None:
+        return None if layer.rotary is None else self.policy(layer, policy).rotary(layer.rotary)
 
     def _last_reader(self, layer: LayerAnatomy) -> int:
         readers = (other.index for other in self._by_number.values() if other.donor == layer.index)
@@ -251,7 +260,7 @@ class Forward:
             length = self.cache.seen + (self.tokens if branches is None else branches.height)
             if policy.span is not None:
                 length = min(length, policy.span)
-            rotation = self.layers.rotation(layer, length, self._memo)
+            rotation = self.layers.rotation(layer, policy, length, self._memo)
             found = self._manners[(*kind, device)] = _Manner(policy, rotation)
         return found
 

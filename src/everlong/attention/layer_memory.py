@@ -78,6 +78,15 @@ class LayerMemory:
         """Tokens per row in sinks and ring."""
         return self.seen if self.window is None else min(self.seen, self.window)
 
+    @property
+    def kept(self) -> int:
+        """Tokens per row that a query may see without their being recalled."""
+        return self.held
+
+    def takes_branches(self, height: int) -> bool:
+        """Whether branches of `height` tokens may follow: no token of one has left another's window."""
+        return self.tier is None or self.local is None or self.local > height
+
     def frame(self, index: int) -> int:
         """Return the frame position of token `index`."""
         return self.start + index - self.origin
@@ -146,7 +155,7 @@ class LayerMemory:
         if call.branches is not None:
             keys = rotation.turned(raw_keys, self.branch_angles(raw_keys, call))
             return LayerView(self, call, self.seen + call.branches.height, (keys, values, raw_keys))
-        keys = rotation(raw_keys, range(self.frame(self.seen), self.frame(self.seen + n)))
+        keys = self.rotated(raw_keys, self.seen, call)
         if n == 1 and not provisional and not torch.is_grad_enabled():
             self.put(keys, values, raw_keys, call.pads)
             return LayerView(self, call, stop=self.seen, new=None)
@@ -196,14 +205,9 @@ class LayerMemory:
         old, new = self.frequencies, rotation.frequencies
         if old is not None and new is not None and not new.same_as(old) and self.seen:
             assert self.keys is not None
-            before = Rotation(old, self.layout)
-            tokens = torch.arange(self.held)
-            if self.window is not None and self.local is not None and self.seen > self.window:
-                ring = torch.arange(self.seen - self.local, self.seen)
-                tokens[self.sinks + (ring - self.sinks) % self.local] = ring
-            at = tokens + (self.start - self.origin)
-            held = self.keys[:, :, : self.held]
-            held.copy_(rotation(before.undo(held, at), at))
+            held, at = self.keys[:, :, : self.held], self.places()
+            raw = Rotation(old, self.layout).undo(held, at) if self.raw is None else self.raw
+            held.copy_(rotation(raw[:, :, : self.held], at))
         self.frequencies, self.layout = new, rotation.layout
         if self.local is not None and self.keys is not None and self.outgrows_frame(n):
             shift = self.frame(max(0, self.seen - self.local))
@@ -211,6 +215,18 @@ class LayerMemory:
                 held = self.keys[:, :, : self.held]
                 held.copy_(rotation.move(held, -shift))
                 self.origin += shift
+
+    def rotated(self, x: Tensor, begin: int, call: LayerCall) -> Tensor:
+        """Rotate raw queries or keys of the tokens from `begin` on to where keys stand in the frame."""
+        return call.rotation(x, range(self.frame(begin), self.frame(begin + x.shape[2])))
+
+    def places(self) -> Tensor:
+        """Return where the key in each slot stands in the frame, shape (n,) or (batch, n)."""
+        tokens = torch.arange(self.held)
+        if self.window is not None and self.local is not None and self.seen > self.window:
+            ring = torch.arange(self.seen - self.local, self.seen)
+            tokens[self.sinks + (ring - self.sinks) % self.local] = ring
+        return tokens + (self.start - self.origin)
 
     def branch_angles(self, like: Tensor, call: LayerCall) -> Angles:
         """Return what rotates the tokens of a forward's branches to their places."""

@@ -14,6 +14,7 @@ from everlong.attention.layer_memory import LayerMemory
 from everlong.attention.parts import Part, Partial
 from everlong.attention.view import LayerView, Queries
 from everlong.errors import ConfigurationError, UnsupportedUseError
+from everlong.models.rotary import Rotary
 from everlong.registry import Registry, make
 
 if TYPE_CHECKING:
@@ -58,6 +59,16 @@ class Policy(ABC):
     def span(self) -> int | None:
         """Keys a query sees at most; None: no limit."""
         return getattr(self, "window", None)
+
+    def rotary(self, rotary: Rotary) -> Rotary:
+        """Return the table by which the policy's layers rotate: by default the model's own, which is given.
+
+        Raises
+        ------
+        UnsupportedUseError
+            The policy cannot make one of it.
+        """
+        return rotary
 
     @abstractmethod
     def memory(self, layer: int, start: int) -> LayerMemory:

@@ -42,14 +42,14 @@ def begun_with(
     UnsupportedUseError
         The policy keeps no first tokens, or the model's rotation depends on the length of its input.
     """
-    if layers.tables_change:
+    if layers.tables_change(policy):
         raise UnsupportedUseError(
             "this model's rotation depends on the length of its input: the keys of a prefix fit one length"
         )
     assert prefix.keys() == layers.kept.keys()
     (length,) = {keys.shape[2] for keys, _ in prefix.values()}
     cache = StreamCache(with_sinks(policy, length), layers.kept, owner, tier=tier)
-    for number, rotation in layers.rotations(length).items():
+    for number, rotation in layers.rotations(cache.policy, length).items():
         cache.memories[number].begin_with(*prefix[number], rotation)
     cache.rows, cache.seen = 1, length
     return cache

@@ -128,8 +128,7 @@ class LayerView:
         """Rotate the last queries of the forward, shape (batch, heads, n, d), at their own positions."""
         if self.branches is not None:
             return self.rotation.turned(raw_queries, self.memory.branch_angles(raw_queries, self.call))
-        stop = self.memory.frame(self.stop)
-        return self.rotation(raw_queries, range(stop - raw_queries.shape[2], stop))
+        return self.memory.rotated(raw_queries, self.stop - raw_queries.shape[2], self.call)
 
     # --- keys and values by index ------------------------------------------------------------------
 

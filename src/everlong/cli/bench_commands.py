@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from contextlib import closing
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +17,7 @@ from everlong.cli.options import (
     parse_settings,
 )
 from everlong.cli.passkeys import passkey
+from everlong.cli.policy_files import has_option
 from everlong.cli.terminal import notes, output, print_json, pull_progress
 from everlong.errors import ConfigurationError
 
@@ -86,10 +86,9 @@ def speed(
 
 def _policy(method: MethodOptions) -> Policy:
     """Make the policy that was asked for, its window of the size that benchmarks have."""
-    from everlong.attention import POLICIES, make_policy
+    from everlong.attention import make_policy
 
-    names = {field.name for field in dataclasses.fields(POLICIES[method.name])}
-    window: dict[str, Any] = {"window": _WINDOW} if "window" in names else {}
+    window: dict[str, Any] = {"window": _WINDOW} if has_option(method.name, "window") else {}
     return make_policy(method.name, window | parse_settings(method.settings))
 
 

@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from everlong.cli.grouping import grouped
 from everlong.cli.options import MethodOptions, ModelOptions, OutputOptions, System, parse_settings
+from everlong.cli.policy_files import has_option
 from everlong.cli.terminal import notes, output, print_json, pull_progress
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def demo(
         from everlong.models.loading import load_model
         from everlong.reading.sampling import Sampling
 
-        options: dict[str, Any] = {"window": _WINDOW} if method.name != "full" else {}
+        options: dict[str, Any] = {"window": _WINDOW} if has_option(method.name, "window") else {}
         policy = make_policy(method.name, options | parse_settings(method.settings))
         loaded = load_model(model.model, **model.loading(progress))
     excerpt = standard_library(loaded.tokenizer, tokens, system=system)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from everlong.cli.options import MethodOptions, ModelOptions, OutputOptions, parse_settings
-from everlong.cli.policy_files import method_name
+from everlong.cli.policy_files import has_option, method_name
 from everlong.cli.terminal import notes, output, print_json, pull_progress
 from everlong.errors import ConfigurationError
 
@@ -59,13 +59,15 @@ def passkey(
     """
     if method.attention is not None:
         raise ConfigurationError("--attention names one method; here --methods names all")
-    names = [name.strip() for name in methods.split(",")]
-    settings: dict[str, Any] = {"window": _WINDOW} if set(names) - {"stock"} else {}
-    settings |= parse_settings(method.settings)
     from everlong.evaluation.finding import PasskeyPlan
     from everlong.evaluation.long_inputs import CUTS, make_ways
 
-    ways = make_ways([name if name in CUTS else method_name(name) for name in names], settings)
+    asked = [name.strip() for name in methods.split(",")]
+    names = [name if name in CUTS else method_name(name) for name in asked]
+    has_window = any(name in CUTS or has_option(name, "window") for name in names)
+    settings: dict[str, Any] = {"window": _WINDOW} if has_window else {}
+    settings |= parse_settings(method.settings)
+    ways = make_ways(names, settings)
     kinds = token_counts("--lengths", lengths), token_counts("--digits", digits)
     plan = PasskeyPlan(*kinds, samples)
     console = notes(quiet=output_options.quiet)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import sys
 from pathlib import Path
@@ -36,6 +37,13 @@ def method_name(named: str) -> str:
         known = ", ".join(f"{file}:{each}" for each in registered) or "none"
         raise ConfigurationError(f"{named} is not one policy; those it registers: {known}")
     return registered[0]
+
+
+def has_option(name: str, option: str) -> bool:
+    """Whether a registered policy has an option; there is none of a name that is not registered."""
+    from everlong.attention import POLICIES
+
+    return name in POLICIES and option in {field.name for field in dataclasses.fields(POLICIES[name])}
 
 
 def _registered_by(path: Path) -> list[str]:

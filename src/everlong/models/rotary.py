@@ -14,6 +14,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from everlong.errors import UnsupportedUseError
 
 Layout = Literal["halves", "interleaved"]
 LAYOUTS: tuple[Layout, ...] = ("halves", "interleaved")
@@ -129,7 +132,31 @@ class Rotary:
         self._prefix = "" if layer_type is None else f"{layer_type}_"
         kind: Any = getattr(module, "rope_type", "default")
         self.kind = str(kind.get(layer_type, "default") if isinstance(kind, dict) else kind)
+        self._config: Any = getattr(module, "config", None)
         self._latest: tuple[int, Frequencies] | None = None
+        self._scaled: dict[Any, Rotary] = {}
+
+    def scaled(self, kind: str, parameters: dict[str, float], length: int | None = None) -> Rotary:
+        """Return the table that transformers makes where the model's configuration names a scaling.
+
+        Parameters
+        ----------
+        kind : str
+            transformers' ``rope_type``: "linear", "dynamic", "yarn".
+        parameters : dict of str to float
+            Other entries of ``rope_parameters``.
+        length : int, optional
+            The length for which a table is made that changes with it; None: the input's.
+
+        Raises
+        ------
+        UnsupportedUseError
+            The model's positions are scaled already, or not made as transformers makes them.
+        """
+        key = kind, length, tuple(sorted(parameters.items()))
+        if key not in self._scaled:
+            self._scaled[key] = ScaledRotary(self, kind, length, parameters)
+        return self._scaled[key]
 
     @property
     def changes(self) -> bool:
@@ -163,6 +190,64 @@ class Rotary:
         return Frequencies(
             inverse.detach().to("cpu", torch.float64, copy=True), float(1.0 if scaling is None else scaling)
         )
+
+
+class ScaledRotary(Rotary):
+    """A model's table as transformers makes it under another configuration; see :meth:`Rotary.scaled`."""
+
+    def __init__(self, rotary: Rotary, kind: str, length: int | None, parameters: dict[str, float]) -> None:
+        if rotary.kind != "default":
+            raise UnsupportedUseError(
+                f"this model's positions are scaled by its configuration already ({rotary.kind}): "
+                "use another policy, or load it without that scaling"
+            )
+        self.layer_type, self.kind = rotary.layer_type, kind
+        self._model_config, self._length = rotary._config, length
+        self._latest, self._scaled = None, {}
+        plain, own = self._made("linear", {"factor": 1.0}, None), rotary.frequencies(1)
+        if plain is None or plain.scaling != own.scaling or not _alike(plain.inverse, own.inverse):
+            raise UnsupportedUseError(
+                "this model's rotary table is not one that transformers' scaling starts from: "
+                "use another policy"
+            )
+        trained = getattr(self._model_config, "original_max_position_embeddings", None)
+        trained = trained or self._model_config.max_position_embeddings
+        self._parameters = dict(parameters)
+        if kind == "yarn":
+            self._parameters["original_max_position_embeddings"] = trained
+
+    @property
+    def changes(self) -> bool:
+        """Whether the frequencies depend on the length of the input."""
+        return super().changes and self._length is None
+
+    def frequencies(self, length: int) -> Frequencies:
+        """Return the frequencies for a fresh input of `length` tokens."""
+        latest = self._latest
+        if latest is not None and (latest[0] == length or not self.changes):
+            return latest[1]
+        found = self._made(self.kind, self._parameters, length if self._length is None else self._length)
+        assert found is not None
+        if latest is not None and found.same_as(latest[1]):
+            found = latest[1]
+        self._latest = length, found
+        return found
+
+    def _made(self, kind: str, parameters: dict[str, float], length: int | None) -> Frequencies | None:
+        """Return what transformers makes of the model's configuration with other RoPE parameters."""
+        config = copy.deepcopy(self._model_config)
+        tables = getattr(config, "rope_parameters", None)
+        table = tables if self.layer_type is None or not tables else tables.get(self.layer_type)
+        if not table or "rope_theta" not in table:
+            return None
+        table.update(parameters, rope_type=kind)
+        extra = {} if self.layer_type is None else {"layer_type": self.layer_type}
+        inverse, scaling = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), seq_len=length, **extra)
+        return Frequencies(inverse.to(torch.float64), float(scaling))
+
+
+def _alike(ours: Tensor, theirs: Tensor) -> bool:
+    return ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=1e-5)
 
 
 class IdentityRotary(nn.Module):

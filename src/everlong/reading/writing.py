@@ -52,6 +52,11 @@ def checked_speculation(speculate: str | None, tape: Tape) -> type[Speculator] |
             f"{type(policy).__name__} recalls for queries in groups, so guesses that are checked together "
             "would not be what it writes one by one: leave speculate out"
         )
+    if speculator_of is not None and policy.span is None and tape.driver.attachment.tables_change(policy):
+        raise UnsupportedUseError(
+            f"the rotary table that {type(policy).__name__} uses follows the length of the stream, so "
+            "guesses that are checked together would not be what it writes one by one: leave speculate out"
+        )
     if speculator_of is not None and speculator_of.branches and not policy.takes_branches:
         raise UnsupportedUseError(
             f"{type(policy).__name__} does not take tokens that follow in several ways, as "
