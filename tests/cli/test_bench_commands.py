@@ -95,23 +95,36 @@ SMALL = ("--set", "window=400", "--set", "sinks=16", "--set", "recalled=128")
 def test_methods_look_for_passkeys(everlong):
     result = everlong(*PASSKEY, "--methods", "stock,last,lm-infinite,inf-llm", *SMALL)
     assert result.code == 0
-    for word in ("found", "told", "held", "last", "inf-llm", "7 digits in 1,024 tokens", "tokens/s"):
+    for word in (
+        "found",
+        "told",
+        "held",
+        "last",
+        "inf-llm",
+        "first-and-last",
+        "passkey of 7 digits, 1,024 tokens",
+        "tokens/s",
+    ):
         assert word in result.out
-    assert result.err.count("lm-infinite: 7 digits in 900 tokens") == 2 and "27% deep: told 0%" in result.err
+    assert result.err.count("lm-infinite: passkey of 7 digits in 900 tokens") == 2
+    assert "27% deep: told 0%" in result.err
 
 
 def test_passkeys_as_json_hold_every_text(everlong):
     result = everlong(*PASSKEY, "--methods", "last", "--set", "window=400", "--json", "--quiet")
     found = json.loads(result.out)
-    assert not result.err and len(found["texts"]) == 4 and found["settings"]["window"] == "400"
+    assert not result.err and len(found["texts"]) == 12 and found["settings"]["window"] == "400"
     assert {"way", "length", "depth", "told", "answer"} <= found["texts"][0].keys()
+    assert [text["way"] for text in found["texts"][:6:2]] == ["stock", "last", "first-and-last"]
 
 
 def test_passkeys_are_hidden_in_a_text_of_ones_own(everlong, novel):
     words = ("--methods", "stock", "--text", novel, "--quiet")
-    assert "7 digits in 1,024 tokens" in everlong(*PASSKEY, *words).out
+    assert "passkey of 7 digits, 1,024 tokens" in everlong(*PASSKEY, *words).out
     result = everlong("bench passkey", "--lengths", "4k", "--digits", 7, *words)
-    assert result.code == 2 and "is too short to hide a passkey in 4,096" in " ".join(result.err.split())
+    assert result.code == 2 and "is too short to hide a passkey of 7 digits in 4,096" in " ".join(
+        result.err.split()
+    )
 
 
 @pytest.mark.parametrize(

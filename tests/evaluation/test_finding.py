@@ -8,9 +8,10 @@ import torch
 import everlong.evaluation.finding as finding
 from everlong.attention import InfLLM, LMInfinite
 from everlong.errors import ConfigurationError, UnknownNameError
-from everlong.evaluation.finding import Found, PasskeyPlan, look_for_passkeys, shares
-from everlong.evaluation.long_inputs import Way, answer, make_ways
-from everlong.evaluation.needles import passkey
+from everlong.evaluation.finding import FindingPlan, Found, find, shares
+from everlong.evaluation.kept import KeptRows
+from everlong.evaluation.long_inputs import Way, answer, make_ways, usable_methods, with_baselines
+from everlong.evaluation.needles import Passkey, passkey
 from everlong.models.loading import LoadedModel
 from tests.tiny import byte_llama, byte_tokenizer
 
@@ -109,7 +110,7 @@ def test_a_window_that_does_not_hold_the_question_is_refused(needle):
 
 
 def test_every_way_reads_the_same_texts_and_shares_add_up(loaded, monkeypatch):
-    plan = PasskeyPlan((900, 800), (7, 12), samples=3)
+    plan = FindingPlan((Passkey(), Passkey(digits=12)), (900, 800), samples=3)
     ways = make_ways(["stock", "last"], {"window": WINDOW})
     read = []
 
@@ -119,7 +120,7 @@ def test_every_way_reads_the_same_texts_and_shares_add_up(loaded, monkeypatch):
         return finding.Answer(text, 9, 9, 0, {"window": 8}, 1.0, 2.0)
 
     monkeypatch.setattr(finding, "answer", told)
-    found = list(look_for_passkeys(loaded, ways, plan))
+    found = list(find(loaded, ways, plan))
     assert [one.length for one in found] == [800] * 12 + [900] * 12
     texts = [(one.way, needle.answer, needle.depth) for one, needle in zip(found, read, strict=True)]
     for kind in range(4):
@@ -129,24 +130,32 @@ def test_every_way_reads_the_same_texts_and_shares_add_up(loaded, monkeypatch):
             text[2] for text in stock
         )
     table = shares(found)
-    assert [(share.way, share.length, share.digits) for share in table][:3] == [
-        ("stock", 800, 7),
-        ("last", 800, 7),
-        ("stock", 800, 12),
+    assert [(share.way, share.length, share.task) for share in table][:3] == [
+        ("stock", 800, "passkey of 7 digits"),
+        ("last", 800, "passkey of 7 digits"),
+        ("stock", 800, "passkey of 12 digits"),
     ]
-    assert [(share.found.mean, share.told) for share in table[:2]] == [(1, 1), (0, 0)]
+    assert [(share.found.mean, share.told.mean) for share in table[:2]] == [(1, 1), (0, 0)]
     assert [Found.restored(json.loads(json.dumps(one.as_json()))) for one in found] == found
 
 
 def test_a_passkey_that_does_not_fit_is_said_before_anything_is_read(loaded):
-    plan = PasskeyPlan((900, 950), (7, 300), samples=1)
+    plan = FindingPlan((Passkey(), Passkey(digits=300)), (900, 950), samples=1)
     with pytest.raises(ConfigurationError, match="passkey of 300 digits does not fit into 900"):
-        next(look_for_passkeys(loaded, [Way("stock")], plan))
+        next(find(loaded, [Way("stock")], plan))
 
 
 @pytest.mark.parametrize(
-    "changes", [{"lengths": ()}, {"lengths": (5, 5)}, {"digits": (0,)}, {"samples": 0}, {"chunk": 0}]
+    "changes",
+    [
+        {"lengths": ()},
+        {"lengths": (5, 5)},
+        {"tasks": ()},
+        {"tasks": (Passkey(), Passkey())},
+        {"samples": 0},
+        {"chunk": 0},
+    ],
 )
 def test_plans_that_cannot_be_are_refused(changes):
     with pytest.raises(ConfigurationError, match=next(iter(changes))):
-        PasskeyPlan(**changes)
+        FindingPlan(**changes)
