@@ -1,9 +1,12 @@
+import dataclasses
 import json
 
 import pytest
 
+from everlong.attention import POLICIES, LMInfinite
 from everlong.cli import bench_commands
-from everlong.evaluation import machine_speed, rooflines
+from everlong.errors import ConfigurationError
+from everlong.evaluation import finding, machine_speed, rooflines
 
 
 @pytest.fixture(autouse=True)
@@ -138,4 +141,82 @@ def test_passkeys_are_hidden_in_a_text_of_ones_own(everlong, novel):
 )
 def test_passkeys_that_cannot_be_looked_for_are_refused(everlong, words, said):
     result = everlong("bench passkey", *words)
+    assert result.code == 2 and said in " ".join(result.err.split())
+
+
+NIAH = ("bench niah", "--lengths", 900, "--samples", 2, "--set", "window=400")
+OWN = ("--needle", "Ann has a key.", "--question", "What has Ann?", "--answer", "a key")
+
+
+def test_a_sentence_of_ones_own_is_looked_for_in_a_text_of_ones_own(everlong, novel):
+    result = everlong(*NIAH, "--methods", "lm-infinite", "--text", novel, *OWN, "--json", "--quiet")
+    found = json.loads(result.out)
+    assert not result.err and len(found["texts"]) == 8 and found["texts"][0]["expected"] == ["a key"]
+    assert found["texts"][0]["task"] == "niah: Ann has a key." and found["texts"][0]["length"] == 900
+    result = everlong(*NIAH, "--methods", "last", "--no-baselines")
+    assert result.out.count("last") == 1 and "niah, 900 tokens" in result.out and "stock" not in result.out
+
+
+METHODS = ("bench methods", "--lengths", "900", "--samples", 2, "--set", "window=400", "--set", "sinks=16")
+
+
+def test_all_methods_run_side_by_side(everlong, monkeypatch):
+    monkeypatch.setattr(POLICIES, "_entries", dict(POLICIES._entries))
+
+    @POLICIES.register("impossible")
+    @dataclasses.dataclass(frozen=True)
+    class Impossible(LMInfinite):
+        def __post_init__(self):
+            raise ConfigurationError("no such luck")
+
+    result = everlong(*METHODS, "--tasks", "passkey:digits=9,vt")
+    assert result.code == 0 and "left out: impossible: no such luck" in result.err
+    names = set(POLICIES) - {"full", "impossible"}
+    for name in ("stock", "last", "first-and-last", *names):
+        assert sum(line.split()[:1] == [name] for line in result.out.splitlines()) == 2, name
+    assert "passkey of 9 digits, 900 tokens" in result.out and "vt, 900 tokens" in result.out
+
+
+def test_a_page_is_written_and_an_interrupted_measurement_goes_on(everlong, monkeypatch, tmp_path):
+    page, kept = tmp_path / "new" / "report.html", tmp_path / "new" / "report.json"
+    words = (*METHODS, "--tasks", "passkey,fwe", "--methods", "lm-infinite", "--output", page)
+    original, read = finding.answer, []
+
+    def interrupted(*args, **options):
+        if len(read) == 3:
+            raise KeyboardInterrupt
+        read.append(args)
+        return original(*args, **options)
+
+    monkeypatch.setattr(finding, "answer", interrupted)
+    result = everlong(*words)
+    assert result.code == 130 and len(json.loads(kept.read_text())["rows"]) == 3
+    assert "passkey of 7 digits, 900 tokens" in result.err and "passkey" in page.read_text()
+    monkeypatch.setattr(
+        finding, "answer", lambda *args, **options: read.append(args) or original(*args, **options)
+    )
+    result = everlong(*words)
+    assert result.code == 0 and len(read) == 16 and "report.html" in result.err
+    assert "first-and-last" in page.read_text() and "data:image/png" in page.read_text()
+    result = everlong(*words, "--json", "--quiet")
+    assert len(read) == 16 and len(json.loads(result.out)["texts"]) == 16
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("bench niah", "--needle", "x"), "--question and --answer is missing"),
+        (("bench niah", "--text", "missing.txt", "--methods", "stock"), "missing.txt"),
+        (("bench methods", "--tasks", "vtt"), "did you mean 'vt'"),
+        (("bench methods", "--tasks", "vt,vt"), "each of the tasks once"),
+        (("bench methods", "--tasks", "vt", "--lengths", "300"), "does not fit into 300 tokens: at least"),
+        (
+            ("bench methods", "--tasks", "vt", "--output", "folder"),
+            "--output names a page, such as report.html",
+        ),
+        (("bench methods", "--tasks", "vt", "--set", "wndow=3"), "did you mean 'window'"),
+    ],
+)
+def test_what_cannot_be_found_is_refused(everlong, words, said):
+    result = everlong(*words)
     assert result.code == 2 and said in " ".join(result.err.split())
