@@ -12,7 +12,7 @@ from everlong.evaluation.finding import Found, FoundShare
 
 _INK = {False: "#222222", True: "#dddddd"}
 _PANELS = 5  # in a row
-_LENGTHS = ("#7fb2d9", "#3b7fb5", "#1f4e79", "#8e5bb5", "#c0392b", "#d98a29")
+_LENGTHS = ("#7fb2d9", "#3b7fb5", "#2a9d8f", "#8e5bb5", "#c0392b", "#d98a29")
 
 
 def draw_heat(found: Sequence[Found], *, dark: bool) -> bytes:

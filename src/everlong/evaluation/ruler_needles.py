@@ -11,14 +11,12 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from random import Random
 from typing import Any, ClassVar
 
 from everlong.evaluation.needles import FILLER
 from everlong.evaluation.tasks import TASKS, Sample, Task, filled
 from everlong.evaluation.words import Drawn, number, unique_id, word_pair
 
-_Draw = Callable[[Random], str]
 _OPENING = (
     "In the notes below, secret {values} are told. Remember them: you will be asked for one at the end.\n"
 )
@@ -31,31 +29,30 @@ class _KeyTask(Task):
     """Sentences that give a value for a key, and a question for one of them."""
 
     has_depth: ClassVar[bool] = True
-    value: ClassVar[str] = "number"
-    draw_key: ClassVar[_Draw] = staticmethod(word_pair)
-    draw_value: ClassVar[_Draw] = staticmethod(number(7))
+    are_ids: ClassVar[bool] = False
+    """Whether keys and values are UUIDs; otherwise keys are two words, and values numbers."""
 
     def sample(self, tokenizer: Any, length: int, *, depth: float, seed: int) -> Sample:
         """Give the value of a key at the depth."""
-        keys = Drawn(f"keys, {seed}", self.draw_key)
-        values = Drawn(f"values, {seed}", self.draw_value)
+        keys = Drawn(f"keys, {seed}", unique_id if self.are_ids else word_pair)
+        values = Drawn(f"values, {seed}", unique_id if self.are_ids else number(7))
+        kind = "code" if self.are_ids else "number"
         needles: list[str] = []
 
         def needle(at: int) -> str:
             while len(needles) <= at:
                 count = len(needles) + 1
                 key, told = keys.first(count)[-1], values.first(count)[-1]
-                needles.append(_NEEDLE.format(value=self.value, key=key, told=told))
+                needles.append(_NEEDLE.format(value=kind, key=key, told=told))
             return needles[at]
 
         def context(items: int) -> str:
             others = self.others(items, needle)
             at = round(depth * len(others))
-            opening = _OPENING.format(values=f"{self.value}s")
-            return opening + "".join([*others[:at], needle(0), *others[at:]])
+            return _OPENING.format(values=f"{kind}s") + "".join([*others[:at], needle(0), *others[at:]])
 
         key, told = keys.first(1)[0], values.first(1)[0]
-        question = _QUESTION.format(value=self.value, key=key)
+        question = _QUESTION.format(value=kind, key=key)
         return filled(
             self,
             tokenizer,
@@ -97,6 +94,4 @@ class NeedleAmongNeedles(_KeyTask):
 class NeedleAmongIds(NeedleAmongNeedles):
     """A UUID for a UUID, among others."""
 
-    value: ClassVar[str] = "code"
-    draw_key: ClassVar[_Draw] = staticmethod(unique_id)
-    draw_value: ClassVar[_Draw] = staticmethod(unique_id)
+    are_ids: ClassVar[bool] = True
