@@ -202,6 +202,17 @@ def test_a_page_is_written_and_an_interrupted_measurement_goes_on(everlong, monk
     assert len(read) == 16 and len(json.loads(result.out)["texts"]) == 16
 
 
+def test_what_leaves_the_window_goes_to_the_tier_that_is_named(everlong, tmp_path):
+    words = (*METHODS, "--tasks", "passkey", "--methods", "recall", "--no-baselines", "--json", "--quiet")
+
+    def held(*more):
+        return [text["answer"]["bytes"] for text in json.loads(everlong(*words, *more).out)["texts"]]
+
+    (ram, _), (disk, _) = held(), held("--tier", tmp_path, "--tier-precision", "int8")
+    assert ram["ram"] > 0 and ram["disk"] == 0
+    assert disk["disk"] > 0 and disk["window"] == ram["window"]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from everlong.cli.options import MethodOptions, ModelOptions, OutputOptions, parse_settings
+from everlong.cli.options import MethodOptions, ModelOptions, OutputOptions, TierOptions, parse_settings
 from everlong.cli.policy_files import method_name
 from everlong.cli.terminal import notes, output, print_json, pull_progress
 from everlong.errors import ConfigurationError
@@ -71,6 +71,7 @@ def find_and_show(
     model: ModelOptions,
     method: MethodOptions,
     options: FindingOptions,
+    below: TierOptions,
     output_options: OutputOptions,
     make_tasks: Callable[[], Sequence[Task]],
     *,
@@ -80,7 +81,7 @@ def find_and_show(
 
     Parameters
     ----------
-    model, method, options, output_options
+    model, method, options, below, output_options
         What the command line says.
     make_tasks : callable
         Makes the tasks.
@@ -102,7 +103,12 @@ def find_and_show(
 
     is_all, left_out = names == [ALL_METHODS], dict[str, str]()
     names = [] if is_all else [method_name(name) for name in names]
-    ways = [] if is_all else make_ways(with_baselines(names) if options.baselines else names, settings)
+
+    def made(names: list[str]) -> list[Way]:
+        chosen = with_baselines(names) if options.baselines else names
+        return make_ways(chosen, settings, tier=below.tier())
+
+    ways = [] if is_all else made(names)
     plan = FindingPlan(tuple(make_tasks()), token_counts("--lengths", options.lengths), options.samples)
     console = notes(quiet=output_options.quiet)
     with pull_progress(quiet=output_options.quiet) as progress:
@@ -111,7 +117,7 @@ def find_and_show(
         loaded = load_model(model.model, **model.loading(progress))
     if is_all:
         names, left_out = usable_methods(loaded, settings)
-        ways = make_ways(with_baselines(names) if options.baselines else names, settings)
+        ways = made(names)
     for name, why in left_out.items():
         console.print(f"left out: {name}: {why}", soft_wrap=True)
     kept = None

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from everlong.cli.finding import ALL_METHODS, FindingOptions, find_and_show
-from everlong.cli.options import MethodOptions, ModelOptions, OutputOptions
+from everlong.cli.options import MethodOptions, ModelOptions, OutputOptions, TierOptions
 
 if TYPE_CHECKING:
     from everlong.evaluation.tasks import Task
@@ -19,6 +19,7 @@ def methods(
     model: ModelOptions,
     method: MethodOptions,
     finding: FindingOptions,
+    tier: TierOptions,
     output_options: OutputOptions,
     tasks: Annotated[
         str,
@@ -44,4 +45,4 @@ def methods(
 
         return [make_task(task) for task in tasks.split(",")]
 
-    find_and_show(model, method, finding, output_options, make_tasks, methods=ALL_METHODS)
+    find_and_show(model, method, finding, tier, output_options, make_tasks, methods=ALL_METHODS)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from everlong.cli.finding import SOME_METHODS, FindingOptions, find_and_show, token_counts
-from everlong.cli.options import MethodOptions, ModelOptions, OutputOptions
+from everlong.cli.options import MethodOptions, ModelOptions, OutputOptions, TierOptions
 from everlong.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ def passkey(
     model: ModelOptions,
     method: MethodOptions,
     finding: FindingOptions,
+    tier: TierOptions,
     output_options: OutputOptions,
     digits: Annotated[str, typer.Option("--digits", metavar="N,N,…", help="Of a passkey.")] = "7,64",
     text: Annotated[
@@ -43,13 +44,14 @@ def passkey(
 
         return [Passkey(text, count) for count in token_counts("--digits", digits)]
 
-    find_and_show(model, method, finding, output_options, make_tasks, methods=SOME_METHODS)
+    find_and_show(model, method, finding, tier, output_options, make_tasks, methods=SOME_METHODS)
 
 
 def niah(
     model: ModelOptions,
     method: MethodOptions,
     finding: FindingOptions,
+    tier: TierOptions,
     output_options: OutputOptions,
     text: Annotated[
         str,
@@ -83,4 +85,4 @@ def niah(
 
         return [SentenceInText(text, **{name: value for name, value in own.items() if value is not None})]
 
-    find_and_show(model, method, finding, output_options, make_tasks, methods=SOME_METHODS)
+    find_and_show(model, method, finding, tier, output_options, make_tasks, methods=SOME_METHODS)

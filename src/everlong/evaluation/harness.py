@@ -17,7 +17,8 @@ from everlong.reading.sampling import Sampling
 from everlong.reading.session import Session
 
 if TYPE_CHECKING:
-    from everlong.memory.store import Memory, MemoryStore
+    from everlong.memory.folder import Memory
+    from everlong.memory.store import MemoryStore
 
 try:
     from lm_eval.api.registry import register_model

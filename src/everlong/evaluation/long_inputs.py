@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from everlong.attention import POLICIES, FullAttention, Policy, make_policy
+from everlong.attention import POLICIES, FullAttention, Policy, Tier, make_policy
 from everlong.errors import ConfigurationError, EverlongError
 from everlong.evaluation.comparison import STOCK, make_methods
 from everlong.evaluation.perplexity import read_stream
@@ -41,12 +41,15 @@ class Way:
         How the text is made as short as `window` first; None: it is read whole.
     window : int or None
         Tokens of text and question together that are left of it then.
+    tier : Tier or None
+        Where what leaves a policy's window goes, where it keeps that; None: RAM, in half precision.
     """
 
     name: str
     policy: Policy | None = None
     cut: Cut | None = None
     window: int | None = None
+    tier: Tier | None = None
 
     def __post_init__(self) -> None:
         if self.cut is not None and (self.window is None or self.window < 1):
@@ -109,7 +112,9 @@ def with_baselines(names: Sequence[str]) -> list[str]:
     return [*baselines, *(name for name in names if name not in baselines)]
 
 
-def make_ways(names: Sequence[str], options: dict[str, Any] | None = None) -> list[Way]:
+def make_ways(
+    names: Sequence[str], options: dict[str, Any] | None = None, *, tier: Tier | None = None
+) -> list[Way]:
     """Make ways from names: ``"stock"``, a registered policy's, or one of :data:`CUTS`.
 
     Parameters
@@ -118,6 +123,8 @@ def make_ways(names: Sequence[str], options: dict[str, Any] | None = None) -> li
         Each once.
     options : dict, optional
         Each is given to all policies that have it; a window to the cuts, too, which need one.
+    tier : Tier, optional
+        Of all policies that keep what leaves their window.
 
     Raises
     ------
@@ -137,7 +144,9 @@ def make_ways(names: Sequence[str], options: dict[str, Any] | None = None) -> li
     if len(set(names)) != len(names) or not names:
         raise ConfigurationError(f"name each way to read once, and at least one: {', '.join(names)}")
     return [
-        Way(name, made[name]) if cut is None else Way(name, None, cut, window)
+        Way(name, made[name], tier=None if made[name] is None else tier)
+        if cut is None
+        else Way(name, None, cut, window)
         for name, cut in ((name, next((cut for cut in CUTS if cut == name), None)) for name in names)
     ]
 
@@ -199,7 +208,7 @@ def answer(
     limit = max_new_tokens or sample.tokens_to_write(tokenizer)
     context, question = way.kept(sample).to(head.weight.device), sample.question.to(head.weight.device)
     needs_surprisal = way.policy is not None and way.policy.needs_surprisal
-    with open_stream(loaded.model, way.policy) as stream:
+    with open_stream(loaded.model, way.policy, tier=way.tier) as stream:
         begun = time.perf_counter()
         if needs_surprisal:
             before = read_stream(stream, head, context, chunk=chunk).last_hidden
