@@ -15,16 +15,15 @@ up again after each text. The second of these took 19 minutes with one thread be
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
 from pathlib import Path
 from typing import Any
 
 from common import RESULTS, Rows, table
 
-from everlong.evaluation.finding import Found, FoundShare, PasskeyPlan, look, shares
+from everlong.evaluation.finding import FindingPlan, Found, FoundShare, look, shares
 from everlong.evaluation.long_inputs import Way, make_ways
-from everlong.evaluation.texts import standard_library
+from everlong.evaluation.needles import Passkey
 from everlong.models.files import human_bytes
 from everlong.models.loading import load_model
 
@@ -61,20 +60,20 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY")
     parser.add_argument("--output", type=Path, help="default: results/passkey.json, passkey_library.json")
     options = parser.parse_args()
-    plan = PasskeyPlan(tuple(options.lengths), tuple(options.digits), options.samples)
+    text = None if options.text == "filler" else options.text
+    tasks = tuple(Passkey(text, digits) for digits in options.digits)
+    plan = FindingPlan(tasks, tuple(options.lengths), options.samples)
     setting = {name: getattr(options, name) for name in ("model", "window", "text", "samples")}
     name = "passkey" if options.text == "filler" else f"passkey_{options.text}"
     rows = Rows(options.output or RESULTS / f"{name}.json", setting)
     loaded = load_model(options.model)
-    if options.text == "library":
-        haystack = standard_library(loaded.tokenizer, max(plan.lengths)).ids
-        plan = dataclasses.replace(plan, haystack=tuple(haystack.tolist()))
+    plan.check(loaded.tokenizer)
     ways = {name: made(name, options.window) for name in options.ways}
-    kinds = itertools.product(sorted(plan.lengths), plan.digits, ways.items(), range(plan.samples))
-    for length, digits, (name, way), sample in kinds:
+    kinds = itertools.product(sorted(plan.lengths), tasks, ways.items(), range(plan.samples))
+    for length, task, (name, way), sample in kinds:
         rows.get(
-            f"{name}; {digits} digits in {length}, {sample}",
-            lambda w=way, n=length, d=digits, s=sample: look(loaded, w, plan, n, d, s).as_json(),
+            f"{name}; {task.digits} digits in {length}, {sample}",
+            lambda w=way, t=task, n=length, s=sample: look(loaded, w, plan, t, n, s).as_json(),
         )
     rows.write_table("Passkeys in long texts", page(options, rows.rows))
 
@@ -87,7 +86,8 @@ def made(name: str, window: int) -> Way:
 
 def page(options: argparse.Namespace, rows: dict[str, Any]) -> list[str]:
     """Return the lines of the page."""
-    every = shares(sorted(found_in(rows), key=lambda one: (one.digits, one.length)))
+    labels = [Passkey(digits=digits).label for digits in sorted(options.digits)]
+    every = shares(sorted(found_in(rows), key=lambda one: (labels.index(one.task), one.length)))
     lengths = sorted({share.length for share in every})
     lines = [
         f"{options.model}; a window of {options.window:,} tokens; {options.samples} texts of each kind, "
@@ -95,15 +95,15 @@ def page(options: argparse.Namespace, rows: dict[str, Any]) -> list[str]:
         "whole, with intervals of 95 %; in brackets the mean share of digits told before the first mistake. "
         "The question is not known before.",
     ]
-    for digits in sorted({share.digits for share in every}):
-        some = {(share.way, share.length): share for share in every if share.digits == digits}
+    for label in labels:
+        some = {(share.way, share.length): share for share in every if share.task == label}
         named = [way for way in WAYS if any(way == other for other, _ in some)]
-        lines += ["", f"## {digits} digits", ""]
+        lines += ["", f"## {label.removeprefix('passkey of ')}", ""]
         lines += table(
             ["", *(f"{length:,} tokens" for length in lengths)],
             [[way, *(cell(some.get((way, length))) for length in lengths)] for way in named],
         )
-    longest = [share for share in every if share.length == lengths[-1] and share.digits == every[0].digits]
+    longest = [share for share in every if share.length == lengths[-1] and share.task == every[0].task]
     lines += ["", f"## What {lengths[-1]:,} tokens take", ""]
     lines += table(
         ["", "read", "seen by a token", "forgotten", "window", "tier", "tokens/s", "ms to write a token"],
@@ -122,7 +122,7 @@ def cell(share: FoundShare | None) -> str:
     if share is None:
         return ""
     low, high = round(100 * share.found.low), round(100 * share.found.high)
-    return f"{100 * share.found.mean:.0f} ({low} to {high}) [{100 * share.told:.0f}]"
+    return f"{100 * share.found.mean:.0f} ({low} to {high}) [{100 * share.told.mean:.0f}]"
 
 
 def costs(share: FoundShare) -> list[str]:

@@ -108,12 +108,12 @@ def passkeys() -> list[str]:
         [
             share.way,
             f"{100 * share.found.mean:.0f} ({100 * share.found.low:.0f} to {100 * share.found.high:.0f})",
-            f"{100 * share.told:.0f}",
+            f"{100 * share.told.mean:.0f}",
         ]
         for share in sorted(found, key=lambda each: list(WAYS).index(each.way))
     ]
     return [
-        f"**Finding again.** A passkey of {found[0].digits} digits in {length:,} tokens of Python's own "
+        f"**Finding again.** A {found[0].task} in {length:,} tokens of Python's own "
         f"sources, asked for at the end; {setting['model']}, a window of",
         f"{setting['window']:,} tokens. `last` and `first-and-last` are the stock model, which reads a part "
         f"of the text. Of {samples} texts, the passkey ever deeper; intervals of 95 %:",

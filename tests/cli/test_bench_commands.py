@@ -1,9 +1,12 @@
+import dataclasses
 import json
 
 import pytest
 
+from everlong.attention import POLICIES, LMInfinite
 from everlong.cli import bench_commands
-from everlong.evaluation import machine_speed, rooflines
+from everlong.errors import ConfigurationError
+from everlong.evaluation import finding, machine_speed, rooflines
 
 
 @pytest.fixture(autouse=True)
@@ -95,9 +98,19 @@ SMALL = ("--set", "window=400", "--set", "sinks=16", "--set", "recalled=128")
 def test_methods_look_for_passkeys(everlong):
     result = everlong(*PASSKEY, "--methods", "stock,last,lm-infinite,inf-llm", *SMALL)
     assert result.code == 0
-    for word in ("found", "told", "held", "last", "inf-llm", "7 digits in 1,024 tokens", "tokens/s"):
+    for word in (
+        "found",
+        "told",
+        "held",
+        "last",
+        "inf-llm",
+        "first-and-last",
+        "passkey of 7 digits, 1,024 tokens",
+        "tokens/s",
+    ):
         assert word in result.out
-    assert result.err.count("lm-infinite: 7 digits in 900 tokens") == 2 and "27% deep: told 0%" in result.err
+    assert result.err.count("lm-infinite: passkey of 7 digits in 900 tokens") == 2
+    assert "27% deep: told 0%" in result.err
 
 
 def test_methods_without_a_window_look_for_passkeys_too(everlong):
@@ -111,15 +124,18 @@ def test_methods_without_a_window_look_for_passkeys_too(everlong):
 def test_passkeys_as_json_hold_every_text(everlong):
     result = everlong(*PASSKEY, "--methods", "last", "--set", "window=400", "--json", "--quiet")
     found = json.loads(result.out)
-    assert not result.err and len(found["texts"]) == 4 and found["settings"]["window"] == "400"
+    assert not result.err and len(found["texts"]) == 12 and found["settings"]["window"] == "400"
     assert {"way", "length", "depth", "told", "answer"} <= found["texts"][0].keys()
+    assert [text["way"] for text in found["texts"][:6:2]] == ["stock", "last", "first-and-last"]
 
 
 def test_passkeys_are_hidden_in_a_text_of_ones_own(everlong, novel):
     words = ("--methods", "stock", "--text", novel, "--quiet")
-    assert "7 digits in 1,024 tokens" in everlong(*PASSKEY, *words).out
+    assert "passkey of 7 digits, 1,024 tokens" in everlong(*PASSKEY, *words).out
     result = everlong("bench passkey", "--lengths", "4k", "--digits", 7, *words)
-    assert result.code == 2 and "is too short to hide a passkey in 4,096" in " ".join(result.err.split())
+    assert result.code == 2 and "is too short to hide a passkey of 7 digits in 4,096" in " ".join(
+        result.err.split()
+    )
 
 
 @pytest.mark.parametrize(
@@ -133,4 +149,93 @@ def test_passkeys_are_hidden_in_a_text_of_ones_own(everlong, novel):
 )
 def test_passkeys_that_cannot_be_looked_for_are_refused(everlong, words, said):
     result = everlong("bench passkey", *words)
+    assert result.code == 2 and said in " ".join(result.err.split())
+
+
+NIAH = ("bench niah", "--lengths", 900, "--samples", 2, "--set", "window=400")
+OWN = ("--needle", "Ann has a key.", "--question", "What has Ann?", "--answer", "a key")
+
+
+def test_a_sentence_of_ones_own_is_looked_for_in_a_text_of_ones_own(everlong, novel):
+    result = everlong(*NIAH, "--methods", "lm-infinite", "--text", novel, *OWN, "--json", "--quiet")
+    found = json.loads(result.out)
+    assert not result.err and len(found["texts"]) == 8 and found["texts"][0]["expected"] == ["a key"]
+    assert found["texts"][0]["task"] == "niah: Ann has a key." and found["texts"][0]["length"] == 900
+    result = everlong(*NIAH, "--methods", "last", "--no-baselines")
+    assert result.out.count("last") == 1 and "niah, 900 tokens" in result.out and "stock" not in result.out
+
+
+METHODS = ("bench methods", "--lengths", "900", "--samples", 2, "--set", "window=400", "--set", "sinks=16")
+
+
+def test_all_methods_run_side_by_side(everlong, monkeypatch):
+    monkeypatch.setattr(POLICIES, "_entries", dict(POLICIES._entries))
+
+    @POLICIES.register("impossible")
+    @dataclasses.dataclass(frozen=True)
+    class Impossible(LMInfinite):
+        def __post_init__(self):
+            raise ConfigurationError("no such luck")
+
+    result = everlong(*METHODS, "--tasks", "passkey:digits=9,vt")
+    assert result.code == 0 and "left out: impossible: no such luck" in result.err
+    names = set(POLICIES) - {"full", "impossible"}
+    for name in ("stock", "last", "first-and-last", *names):
+        assert sum(line.split()[:1] == [name] for line in result.out.splitlines()) == 2, name
+    assert "passkey of 9 digits, 900 tokens" in result.out and "vt, 900 tokens" in result.out
+
+
+def test_a_page_is_written_and_an_interrupted_measurement_goes_on(everlong, monkeypatch, tmp_path):
+    page, kept = tmp_path / "new" / "report.html", tmp_path / "new" / "report.json"
+    words = (*METHODS, "--tasks", "passkey,fwe", "--methods", "lm-infinite", "--output", page)
+    original, read = finding.answer, []
+
+    def interrupted(*args, **options):
+        if len(read) == 3:
+            raise KeyboardInterrupt
+        read.append(args)
+        return original(*args, **options)
+
+    monkeypatch.setattr(finding, "answer", interrupted)
+    result = everlong(*words)
+    assert result.code == 130 and len(json.loads(kept.read_text())["rows"]) == 3
+    assert "passkey of 7 digits, 900 tokens" in result.err and "passkey" in page.read_text()
+    monkeypatch.setattr(
+        finding, "answer", lambda *args, **options: read.append(args) or original(*args, **options)
+    )
+    result = everlong(*words)
+    assert result.code == 0 and len(read) == 16 and "report.html" in result.err
+    assert "first-and-last" in page.read_text() and "data:image/png" in page.read_text()
+    result = everlong(*words, "--json", "--quiet")
+    assert len(read) == 16 and len(json.loads(result.out)["texts"]) == 16
+
+
+def test_what_leaves_the_window_goes_to_the_tier_that_is_named(everlong, tmp_path):
+    words = (*METHODS, "--tasks", "passkey", "--methods", "recall", "--no-baselines", "--json", "--quiet")
+
+    def held(*more):
+        return [text["answer"]["bytes"] for text in json.loads(everlong(*words, *more).out)["texts"]]
+
+    (ram, _), (disk, _) = held(), held("--tier", tmp_path, "--tier-precision", "int8")
+    assert ram["ram"] > 0 and ram["disk"] == 0
+    assert disk["disk"] > 0 and disk["window"] == ram["window"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("bench niah", "--needle", "x"), "--question and --answer is missing"),
+        (("bench niah", "--text", "missing.txt", "--methods", "stock"), "missing.txt"),
+        (("bench methods", "--tasks", "vtt"), "did you mean 'vt'"),
+        (("bench methods", "--tasks", "vt,vt"), "each of the tasks once"),
+        (("bench methods", "--tasks", "vt", "--lengths", "300"), "does not fit into 300 tokens: at least"),
+        (
+            ("bench methods", "--tasks", "vt", "--output", "folder"),
+            "--output names a page, such as report.html",
+        ),
+        (("bench methods", "--tasks", "vt", "--set", "wndow=3"), "did you mean 'window'"),
+    ],
+)
+def test_what_cannot_be_found_is_refused(everlong, words, said):
+    result = everlong(*words)
     assert result.code == 2 and said in " ".join(result.err.split())

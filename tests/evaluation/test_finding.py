@@ -1,16 +1,19 @@
 """Long texts under each way to read: what is read, what is written, what is told of it."""
 
+import dataclasses
 import json
+from typing import ClassVar
 
 import pytest
 import torch
 
 import everlong.evaluation.finding as finding
-from everlong.attention import InfLLM, LMInfinite
+from everlong.attention import POLICIES, InfLLM, LMInfinite
 from everlong.errors import ConfigurationError, UnknownNameError
-from everlong.evaluation.finding import Found, PasskeyPlan, look_for_passkeys, shares
-from everlong.evaluation.long_inputs import Way, answer, make_ways
-from everlong.evaluation.needles import passkey
+from everlong.evaluation.finding import FindingPlan, Found, find, shares
+from everlong.evaluation.kept import KeptRows
+from everlong.evaluation.long_inputs import Way, answer, make_ways, usable_methods, with_baselines
+from everlong.evaluation.needles import Passkey, passkey
 from everlong.models.loading import LoadedModel
 from tests.tiny import byte_llama, byte_tokenizer
 
@@ -109,7 +112,7 @@ def test_a_window_that_does_not_hold_the_question_is_refused(needle):
 
 
 def test_every_way_reads_the_same_texts_and_shares_add_up(loaded, monkeypatch):
-    plan = PasskeyPlan((900, 800), (7, 12), samples=3)
+    plan = FindingPlan((Passkey(), Passkey(digits=12)), (900, 800), samples=3)
     ways = make_ways(["stock", "last"], {"window": WINDOW})
     read = []
 
@@ -119,7 +122,7 @@ def test_every_way_reads_the_same_texts_and_shares_add_up(loaded, monkeypatch):
         return finding.Answer(text, 9, 9, 0, {"window": 8}, 1.0, 2.0)
 
     monkeypatch.setattr(finding, "answer", told)
-    found = list(look_for_passkeys(loaded, ways, plan))
+    found = list(find(loaded, ways, plan))
     assert [one.length for one in found] == [800] * 12 + [900] * 12
     texts = [(one.way, needle.answer, needle.depth) for one, needle in zip(found, read, strict=True)]
     for kind in range(4):
@@ -129,24 +132,130 @@ def test_every_way_reads_the_same_texts_and_shares_add_up(loaded, monkeypatch):
             text[2] for text in stock
         )
     table = shares(found)
-    assert [(share.way, share.length, share.digits) for share in table][:3] == [
-        ("stock", 800, 7),
-        ("last", 800, 7),
-        ("stock", 800, 12),
+    assert [(share.way, share.length, share.task) for share in table][:3] == [
+        ("stock", 800, "passkey of 7 digits"),
+        ("last", 800, "passkey of 7 digits"),
+        ("stock", 800, "passkey of 12 digits"),
     ]
-    assert [(share.found.mean, share.told) for share in table[:2]] == [(1, 1), (0, 0)]
+    assert [(share.found.mean, share.told.mean) for share in table[:2]] == [(1, 1), (0, 0)]
     assert [Found.restored(json.loads(json.dumps(one.as_json()))) for one in found] == found
 
 
 def test_a_passkey_that_does_not_fit_is_said_before_anything_is_read(loaded):
-    plan = PasskeyPlan((900, 950), (7, 300), samples=1)
+    plan = FindingPlan((Passkey(), Passkey(digits=300)), (900, 950), samples=1)
     with pytest.raises(ConfigurationError, match="passkey of 300 digits does not fit into 900"):
-        next(look_for_passkeys(loaded, [Way("stock")], plan))
+        next(find(loaded, [Way("stock")], plan))
 
 
 @pytest.mark.parametrize(
-    "changes", [{"lengths": ()}, {"lengths": (5, 5)}, {"digits": (0,)}, {"samples": 0}, {"chunk": 0}]
+    "changes",
+    [
+        {"lengths": ()},
+        {"lengths": (5, 5)},
+        {"tasks": ()},
+        {"tasks": (Passkey(), Passkey())},
+        {"samples": 0},
+        {"chunk": 0},
+    ],
 )
 def test_plans_that_cannot_be_are_refused(changes):
     with pytest.raises(ConfigurationError, match=next(iter(changes))):
-        PasskeyPlan(**changes)
+        FindingPlan(**changes)
+
+
+def test_stock_and_both_cuts_come_before_the_methods():
+    assert with_baselines(["recall", "last", "inf-llm"]) == [
+        *("stock", "last", "first-and-last", "recall", "inf-llm")
+    ]
+
+
+def test_what_was_read_is_not_read_again_unless_it_is_another_text_or_another_way(loaded, tmp_path):
+    kept = KeptRows(tmp_path / "new" / "found.json", {"model": "tiny"})
+    ways = make_ways(["stock", "last"], {"window": WINDOW})
+    plan = FindingPlan((Passkey(),), (800, 900), samples=2)
+    some = find(loaded, ways, plan, kept)
+    before = [next(some) for _ in range(3)]
+    some.close()
+    again = KeptRows(kept.path, {"model": "tiny"})
+    assert len(again.rows) == 3
+    read = []
+
+    def noted(*args, **options):
+        read.append(args[1].name)
+        return answer(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finding, "answer", noted)
+        whole = list(find(loaded, ways, plan, again))
+        assert whole[:3] == before and read == ["last", "stock", "stock", "last", "last"]
+        assert list(find(loaded, ways, plan, again)) == whole and len(read) == 5
+        others = [
+            (make_ways(["last"], {"window": 300}), plan),
+            (ways[1:], FindingPlan((Passkey("library"),), (800, 900), samples=2)),
+            (ways[1:], FindingPlan((Passkey(),), (800, 900), samples=4)),
+            (ways[1:], FindingPlan((Passkey(),), (800, 900), samples=2, chunk=100)),
+        ]
+        for count, (other_ways, other) in enumerate(others, 1):
+            read.clear()
+            found = list(find(loaded, other_ways, other, again))
+            assert len(read) == len(found) > 0, count
+
+
+def test_rows_of_passkeys_that_were_kept_before_there_were_tasks_are_read():
+    given = {"text": "1", "read": 9, "seen": 9, "forgotten": 0, "bytes": {"window": 8}}
+    row = {
+        "way": "last",
+        "length": 9,
+        "digits": 64,
+        "sample": 0,
+        "depth": 0.5,
+        "is_found": False,
+        "told": 0.5,
+    }
+    found = Found.restored({**row, "answer": {**given, "seconds": 1.0, "decode_ms": 2.0}})
+    assert found.task == Passkey(digits=64).label and found.told == 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Surprised(LMInfinite):
+    """Is told how surprising each token was."""
+
+    needs_surprisal: ClassVar[bool] = True
+    is_query_aware: ClassVar[bool] = True
+    told: ClassVar[list] = []
+
+    def after_forward(self, cache, tokens, surprisal):
+        if surprisal is not None:
+            self.told.append(surprisal[0])
+
+
+def test_policies_that_need_surprisal_are_told_it_and_query_aware_ones_are_marked(loaded, needle):
+    Surprised.told.clear()
+    way = Way("surprised", Surprised(window=WINDOW))
+    given = answer(loaded, way, needle, chunk=100, max_new_tokens=9)
+    assert (
+        given.text == answer(loaded, Way("plain", LMInfinite(window=WINDOW)), needle, max_new_tokens=9).text
+    )
+    surprisal = torch.cat(Surprised.told)
+    assert len(surprisal) == LENGTH and surprisal[1:].min() > 0
+    plan = FindingPlan((Passkey(),), (LENGTH,), samples=1)
+    (found,) = find(loaded, [way], plan)
+    assert found.is_query_aware and shares([found])[0].is_query_aware
+    assert not next(find(loaded, [Way("stock")], plan)).is_query_aware
+
+
+def test_methods_that_cannot_run_are_left_out_and_said(loaded, monkeypatch):
+    monkeypatch.setattr(POLICIES, "_entries", dict(POLICIES._entries))
+
+    @POLICIES.register("impossible")
+    @dataclasses.dataclass(frozen=True)
+    class Impossible(LMInfinite):
+        def __post_init__(self):
+            raise ConfigurationError("no such luck")
+
+    usable, refused = usable_methods(loaded, {"window": str(WINDOW), "sinks": "16"})
+    assert {"lm-infinite", "streaming-llm", "re-attention"} <= set(usable), refused
+    assert "full" not in usable
+    assert refused["impossible"] == "no such luck" and not set(usable) & set(refused)
+    with pytest.raises(UnknownNameError, match="sinkz"):
+        make_ways(with_baselines(usable), {"window": str(WINDOW), "sinkz": 3})

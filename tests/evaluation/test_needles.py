@@ -44,7 +44,9 @@ def test_it_is_hidden_in_a_text_of_ones_own(add_bos):
     assert len(needle) == 2000 and (len(before) - opening) / (
         len(before) - opening + len(after)
     ) == pytest.approx(0.25, abs=0.001)
-    with pytest.raises(InputError, match="a text of 2,40. tokens is too short to hide a passkey in 4,000"):
+    with pytest.raises(
+        InputError, match="a text of 2,40. tokens is too short to hide a passkey of 7 digits in 4,000"
+    ):
         passkey(tokenizer, 4000, depth=0.5, haystack=tokenizer.encode(novel))
 
 

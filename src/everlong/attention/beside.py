@@ -8,6 +8,7 @@ import torch
 
 from everlong.attention.cache import StreamCache
 from everlong.attention.forward import Layers
+from everlong.attention.full import FullAttention
 from everlong.attention.view import LayerCall, LayerView
 from everlong.errors import UnsupportedModelError, UnsupportedUseError
 
@@ -28,7 +29,7 @@ def require_beside(layers: Layers) -> None:
             "what is near is not defined for streams side by side. Read the text as one stream, such as by "
             "`everlong read`, or with InfiniRetri, or take another model"
         )
-    if layers.tables_change:
+    if layers.tables_change(FullAttention()):
         raise UnsupportedUseError(
             "this model's rotation depends on the length of its input: keys that were read apart do not fit "
             "together; read the text as one stream, such as by `everlong read`, or with InfiniRetri"

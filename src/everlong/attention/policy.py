@@ -35,6 +35,9 @@ class Policy(ABC):
     needs_surprisal: ClassVar[bool] = False
     """Whether :meth:`after_forward` must be told each token's surprisal; then only sessions can use it."""
 
+    is_query_aware: ClassVar[bool] = False
+    """Whether what it keeps of a text depends on the question that follows."""
+
     takes_branches: ClassVar[bool] = False
     """Whether :meth:`parts` shows tokens by :meth:`LayerView.band` and its kin, which know branches."""
 

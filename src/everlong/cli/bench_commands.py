@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from everlong.cli.grouping import grouped
+from everlong.cli.methods_bench import methods
 from everlong.cli.options import (
     MethodOptions,
     ModelOptions,
@@ -16,7 +17,7 @@ from everlong.cli.options import (
     WeightsOption,
     parse_settings,
 )
-from everlong.cli.passkeys import passkey
+from everlong.cli.passkeys import niah, passkey
 from everlong.cli.policy_files import has_option
 from everlong.cli.terminal import notes, output, print_json, pull_progress
 from everlong.errors import ConfigurationError
@@ -42,6 +43,8 @@ def register(app: typer.Typer) -> None:
     group.callback()(_bench)
     group.command("speed")(grouped(speed))
     group.command("passkey")(grouped(passkey))
+    group.command("niah")(grouped(niah))
+    group.command("methods")(grouped(methods))
     app.add_typer(group)
 
 

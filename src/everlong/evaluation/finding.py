@@ -1,57 +1,65 @@
-"""Passkeys in texts of several lengths, asked for under several ways to read: who finds them."""
+"""Tasks in texts of several lengths, under several ways to read: who finds what is asked for."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from statistics import fmean, median
+from statistics import median
 from typing import Any
 
 from everlong.errors import ConfigurationError
+from everlong.evaluation.kept import KeptRows
 from everlong.evaluation.long_inputs import Answer, Way, answer
-from everlong.evaluation.needles import Needle, passkey
+from everlong.evaluation.needles import Passkey
 from everlong.evaluation.statistics import Interval, share_interval
+from everlong.evaluation.tasks import Sample, Task
 from everlong.models.loading import LoadedModel
 
 
 @dataclass(frozen=True)
-class PasskeyPlan:
-    """What is hidden, and where.
+class FindingPlan:
+    """What is to be found, in which texts.
 
     Attributes
     ----------
+    tasks : tuple of Task
+        Kinds of texts.
     lengths : tuple of int
         Tokens of text and question together.
-    digits : tuple of int
-        Of a passkey.
     samples : int
-        Texts of each kind, with other passkeys, at depths spread evenly from beginning to end.
+        Texts of each kind and length, each drawn anew, at depths spread evenly from beginning to end.
     chunk : int
         Tokens of one forward.
-    haystack : tuple of int, optional
-        Token ids of a text to hide it in, of the greatest length; None: sentences that say nothing.
     """
 
+    tasks: tuple[Task, ...] = (Passkey(), Passkey(digits=64))
     lengths: tuple[int, ...] = (4096, 8192)
-    digits: tuple[int, ...] = (7, 64)
     samples: int = 5
     chunk: int = 512
-    haystack: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("lengths", "digits"):
-            values = getattr(self, name)
-            if not values or min(values) < 1 or len(set(values)) != len(values):
-                raise ConfigurationError(f"{name} must be whole numbers from 1 on, each once, not {values}")
+        if not self.lengths or min(self.lengths) < 1 or len(set(self.lengths)) != len(self.lengths):
+            raise ConfigurationError(
+                f"lengths must be whole numbers from 1 on, each once, not {self.lengths}"
+            )
+        labels = [task.label for task in self.tasks]
+        if not labels or len(set(labels)) != len(labels):
+            raise ConfigurationError(f"name each of the tasks once, and at least one: {', '.join(labels)}")
         for name in ("samples", "chunk"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"{name} must be at least 1, not {getattr(self, name)}")
 
-    def needle(self, tokenizer: Any, length: int, digits: int, sample: int) -> Needle:
+    def sample(self, tokenizer: Any, task: Task, length: int, number: int) -> Sample:
         """Return one of the texts: the same for every way to read."""
-        depth = (sample + 0.5) / self.samples
-        return passkey(tokenizer, length, depth=depth, digits=digits, seed=sample, haystack=self.haystack)
+        return task.sample(tokenizer, length, depth=(number + 0.5) / self.samples, seed=number)
+
+    def check(self, tokenizer: Any) -> None:
+        """Refuse lengths that a task does not fit into, and what texts it is made of that are missing."""
+        for task in self.tasks:
+            for length in self.lengths:
+                self.sample(tokenizer, task, length, 0)
 
 
 @dataclass(frozen=True)
@@ -62,26 +70,34 @@ class Found:
     ----------
     way : str
         How it was read.
-    length, digits, sample : int
+    task : str
+        What kind it is of: the task's label.
+    length, sample : int
         Which text.
-    depth : float
-        Where the passkey stands in it.
+    depth : float or None
+        Where in it stands what was asked for; None: in several places.
     is_found : bool
-        Whether the passkey was told, whole.
+        Whether all of it was told.
     told : float
-        Share of its digits told before the first mistake.
+        Share of it that was. Of a passkey: of its digits, before the first mistake.
     answer : Answer
         What was written, and what that took.
+    expected : tuple of str
+        What was asked for.
+    is_query_aware : bool
+        Whether the way to read knew the question when it chose what to keep.
     """
 
     way: str
+    task: str
     length: int
-    digits: int
     sample: int
-    depth: float
+    depth: float | None
     is_found: bool
     told: float
     answer: Answer
+    expected: tuple[str, ...] = ()
+    is_query_aware: bool = False
 
     def as_json(self) -> dict[str, Any]:
         """Return plain values for JSON."""
@@ -89,89 +105,136 @@ class Found:
 
     @classmethod
     def restored(cls, values: dict[str, Any]) -> Found:
-        """Return what :meth:`as_json` was made of."""
-        return cls(**{**values, "answer": Answer(**values["answer"])})
+        """Return what :meth:`as_json` was made of; also where it named a passkey by its digits."""
+        values = dict(values)
+        if "digits" in values:
+            values["task"] = Passkey(digits=values.pop("digits")).label
+        expected = tuple(values.get("expected", ()))
+        return cls(**{**values, "answer": Answer(**values["answer"]), "expected": expected})
 
 
 @dataclass(frozen=True)
 class FoundShare:
-    """What one way to read found of the texts of one length.
+    """What one way to read found in the texts of one kind and length.
 
     Attributes
     ----------
-    way : str
-        How they were read.
-    length, digits : int
-        Of the texts, and their passkeys.
+    way, task : str
+        How they were read, and of what kind they are.
+    length : int
+        Of the texts.
     found : Interval
-        Share of the passkeys told, whole.
-    told : float
-        Mean share of digits told before the first mistake.
-    read, seen, forgotten, bytes, tokens_per_second, decode_ms
+        Share of the texts of which all was told.
+    told : Interval
+        Mean share of what was asked for that was told.
+    is_query_aware : bool
+        As of :class:`Found`.
+    read, seen, forgotten, bytes, seconds, tokens_per_second, decode_ms
         Medians of what :class:`~everlong.evaluation.long_inputs.Answer` says; bytes by tier.
     """
 
     way: str
+    task: str
     length: int
-    digits: int
     found: Interval
-    told: float
+    told: Interval
+    is_query_aware: bool
     read: int
     seen: int
     forgotten: int
     bytes: dict[str, int]
+    seconds: float
     tokens_per_second: float
     decode_ms: float
 
 
-def look_for_passkeys(loaded: LoadedModel, ways: Sequence[Way], plan: PasskeyPlan) -> Iterator[Found]:
+def find(
+    loaded: LoadedModel, ways: Sequence[Way], plan: FindingPlan, kept: KeptRows | None = None
+) -> Iterator[Found]:
     """Let each way read each text; shorter ones first.
+
+    Parameters
+    ----------
+    loaded : LoadedModel
+        The model, detached, with its tokenizer.
+    ways : sequence of Way
+        How it reads.
+    plan : FindingPlan
+        What it reads.
+    kept : KeptRows, optional
+        Where what was found is kept. What is there already is not read again.
 
     Raises
     ------
     ConfigurationError
-        A passkey does not fit into a length; said before anything is read.
+        A task does not fit into a length; said before anything is read.
     InputError
-        The text to hide it in is too short; said before, too.
+        The text to hide something in is too short; said before, too.
     """
-    kinds = [(length, digits) for length in sorted(plan.lengths) for digits in plan.digits]
-    for length, digits in kinds:
-        plan.needle(loaded.tokenizer, length, digits, 0)
-    for length, digits in kinds:
-        for way in ways:
-            for sample in range(plan.samples):
-                yield look(loaded, way, plan, length, digits, sample)
+    plan.check(loaded.tokenizer)
+    for length in sorted(plan.lengths):
+        for task in plan.tasks:
+            for way in ways:
+                for number in range(plan.samples):
+                    key = row_key(way, plan, task, length, number)
+                    if kept is not None and key in kept:
+                        yield Found.restored(kept.rows[key])
+                        continue
+                    found = look(loaded, way, plan, task, length, number)
+                    if kept is not None:
+                        kept.add(key, found.as_json())
+                    yield found
 
 
-def look(loaded: LoadedModel, way: Way, plan: PasskeyPlan, length: int, digits: int, sample: int) -> Found:
+def look(loaded: LoadedModel, way: Way, plan: FindingPlan, task: Task, length: int, number: int) -> Found:
     """Let one way read one text."""
-    needle = plan.needle(loaded.tokenizer, length, digits, sample)
-    given = answer(loaded, way, needle, chunk=plan.chunk)
-    is_found, told = needle.is_told(given.text), needle.told(given.text)
-    return Found(way.name, length, digits, sample, needle.depth, is_found, told, given)
+    sample = plan.sample(loaded.tokenizer, task, length, number)
+    given = answer(loaded, way, sample, chunk=plan.chunk)
+    is_found, told = sample.is_told(given.text), sample.told(given.text)
+    return Found(
+        way.name,
+        task.label,
+        length,
+        number,
+        sample.depth,
+        is_found,
+        told,
+        given,
+        sample.expected,
+        way.is_query_aware,
+    )
+
+
+def row_key(way: Way, plan: FindingPlan, task: Task, length: int, number: int) -> str:
+    """Return what tells a text and how it is read from all others of a model: changed, it is read anew."""
+    how = hashlib.sha256(repr((way, plan.chunk)).encode()).hexdigest()[:12]
+    which = f"{length} tokens, {number + 1} of {plan.samples}"
+    return f"{way.name} [{how}]; {task.label} [{task.key}]; {which}"
 
 
 def shares(found: Sequence[Found]) -> list[FoundShare]:
-    """Put the texts of one way and kind together, in the order in which these come first."""
-    kinds: dict[tuple[str, int, int], list[Found]] = {}
+    """Put the texts of one way, kind and length together, in the order in which these come first."""
+    kinds: dict[tuple[str, str, int], list[Found]] = {}
     for one in found:
-        kinds.setdefault((one.way, one.length, one.digits), []).append(one)
+        kinds.setdefault((one.way, one.task, one.length), []).append(one)
     return [_share(*kind, some) for kind, some in kinds.items()]
 
 
-def _share(way: str, length: int, digits: int, some: Sequence[Found]) -> FoundShare:
+def _share(way: str, task: str, length: int, some: Sequence[Found]) -> FoundShare:
     answers = [one.answer for one in some]
     tiers = dict.fromkeys(tier for each in answers for tier in each.bytes)
     return FoundShare(
         way,
+        task,
         length,
-        digits,
         share_interval(sum(one.is_found for one in some), len(some)),
-        fmean(one.told for one in some),
+        share_interval(sum(one.told for one in some), len(some)),
+        any(one.is_query_aware for one in some),
         int(median(each.read for each in answers)),
         int(median(each.seen for each in answers)),
         int(median(each.forgotten for each in answers)),
         {tier: int(median(each.bytes.get(tier, 0) for each in answers)) for tier in tiers},
+        median(each.seconds for each in answers),
         median(each.read / each.seconds for each in answers),
         median(each.decode_ms for each in answers),
     )

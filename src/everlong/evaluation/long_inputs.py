@@ -11,11 +11,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from everlong.attention import POLICIES, Policy
-from everlong.errors import ConfigurationError
+from everlong.attention import POLICIES, FullAttention, Policy, Tier, make_policy
+from everlong.errors import ConfigurationError, EverlongError
 from everlong.evaluation.comparison import STOCK, make_methods
-from everlong.evaluation.needles import Needle
+from everlong.evaluation.perplexity import read_stream
 from everlong.evaluation.streams import open_stream
+from everlong.evaluation.tasks import Sample
 from everlong.models.head import Head
 from everlong.models.loading import LoadedModel
 
@@ -40,29 +41,37 @@ class Way:
         How the text is made as short as `window` first; None: it is read whole.
     window : int or None
         Tokens of text and question together that are left of it then.
+    tier : Tier or None
+        Where what leaves a policy's window goes, where it keeps that; None: RAM, in half precision.
     """
 
     name: str
     policy: Policy | None = None
     cut: Cut | None = None
     window: int | None = None
+    tier: Tier | None = None
 
     def __post_init__(self) -> None:
         if self.cut is not None and (self.window is None or self.window < 1):
             raise ConfigurationError(f"{self.name}: a text is cut to a window; name one of at least 1 token")
 
-    def kept(self, needle: Needle) -> Tensor:
+    @property
+    def is_query_aware(self) -> bool:
+        """Whether what it keeps of a text depends on the question, which sessions do not know before."""
+        return self.policy is not None and self.policy.is_query_aware
+
+    def kept(self, sample: Sample) -> Tensor:
         """Return the tokens of its text that are read."""
-        context = needle.context
-        if self.cut is None or self.window is None or len(needle) <= self.window:
+        context = sample.context
+        if self.cut is None or self.window is None or len(sample) <= self.window:
             return context
-        room = self.window - len(needle.question)
+        room = self.window - len(sample.question)
         if room < 2:
             raise ConfigurationError(
                 f"{self.name}: a window of {self.window} tokens does not hold the question, of "
-                f"{len(needle.question)}, and a text; use a larger one"
+                f"{len(sample.question)}, and a text; use a larger one"
             )
-        first = room // 2 if self.cut == "first-and-last" else needle.start
+        first = room // 2 if self.cut == "first-and-last" else sample.start
         return torch.cat((context[:first], context[len(context) - (room - first) :]))
 
 
@@ -97,7 +106,15 @@ class Answer:
     decode_ms: float
 
 
-def make_ways(names: Sequence[str], options: dict[str, Any] | None = None) -> list[Way]:
+def with_baselines(names: Sequence[str]) -> list[str]:
+    """Return the names of ways, before them those of stock and of all cuts, which methods compare with."""
+    baselines = [STOCK, *CUTS]
+    return [*baselines, *(name for name in names if name not in baselines)]
+
+
+def make_ways(
+    names: Sequence[str], options: dict[str, Any] | None = None, *, tier: Tier | None = None
+) -> list[Way]:
     """Make ways from names: ``"stock"``, a registered policy's, or one of :data:`CUTS`.
 
     Parameters
@@ -106,6 +123,8 @@ def make_ways(names: Sequence[str], options: dict[str, Any] | None = None) -> li
         Each once.
     options : dict, optional
         Each is given to all policies that have it; a window to the cuts, too, which need one.
+    tier : Tier, optional
+        Of all policies that keep what leaves their window.
 
     Raises
     ------
@@ -125,9 +144,35 @@ def make_ways(names: Sequence[str], options: dict[str, Any] | None = None) -> li
     if len(set(names)) != len(names) or not names:
         raise ConfigurationError(f"name each way to read once, and at least one: {', '.join(names)}")
     return [
-        Way(name, made[name]) if cut is None else Way(name, None, cut, window)
+        Way(name, made[name], tier=None if made[name] is None else tier)
+        if cut is None
+        else Way(name, None, cut, window)
         for name, cut in ((name, next((cut for cut in CUTS if cut == name), None)) for name in names)
     ]
+
+
+def usable_methods(loaded: LoadedModel, options: dict[str, Any]) -> tuple[list[str], dict[str, str]]:
+    """Return the names of all registered policies that can run, and why the others cannot.
+
+    Full attention is left out, which sees what stock sees.
+
+    Parameters
+    ----------
+    loaded : LoadedModel
+        The model that they are to run with.
+    options : dict
+        Each is given to all policies that have it, as of :func:`make_ways`.
+    """
+    usable, refused = [], {}
+    for name in (name for name in POLICIES if POLICIES[name] is not FullAttention):
+        known = {field.name for field in fields(POLICIES[name])}
+        own = {key: value for key, value in options.items() if key.replace("-", "_") in known}
+        try:
+            with open_stream(loaded.model, make_policy(name, own)):
+                usable.append(name)
+        except EverlongError as error:
+            refused[name] = str(error)
+    return usable, refused
 
 
 def _count(value: Any) -> int | None:
@@ -140,7 +185,7 @@ def _count(value: Any) -> int | None:
 
 @torch.inference_mode()
 def answer(
-    loaded: LoadedModel, way: Way, needle: Needle, *, chunk: int = 512, max_new_tokens: int | None = None
+    loaded: LoadedModel, way: Way, sample: Sample, *, chunk: int = 512, max_new_tokens: int | None = None
 ) -> Answer:
     """Let a model read a text, then a question, and go on from there, the likeliest token each time.
 
@@ -152,7 +197,7 @@ def answer(
         The model, detached, with its tokenizer.
     way : Way
         How it reads.
-    needle : Needle
+    sample : Sample
         What it reads.
     chunk : int
         Tokens of one forward.
@@ -160,13 +205,19 @@ def answer(
         To write; by default enough for the answer and a little more.
     """
     tokenizer, head = loaded.tokenizer, Head(loaded.model)
-    limit = max_new_tokens or len(tokenizer.encode(needle.answer, add_special_tokens=False)) + 4
-    context = way.kept(needle)
-    with open_stream(loaded.model, way.policy) as stream:
+    limit = max_new_tokens or sample.tokens_to_write(tokenizer)
+    context, question = way.kept(sample).to(head.weight.device), sample.question.to(head.weight.device)
+    needs_surprisal = way.policy is not None and way.policy.needs_surprisal
+    with open_stream(loaded.model, way.policy, tier=way.tier) as stream:
         begun = time.perf_counter()
-        for piece in torch.split(context, chunk):
-            stream.read(piece)
-        hidden = stream.read(needle.question)[-1:]
+        if needs_surprisal:
+            before = read_stream(stream, head, context, chunk=chunk).last_hidden
+            hidden = read_stream(stream, head, question, chunk=len(question), after=before).last_hidden
+        else:
+            for piece in torch.split(context, chunk):
+                stream.read(piece)
+            hidden = stream.read(question)[-1:]
+        _wait_for(hidden)
         seconds = time.perf_counter() - begun
         stream.end_reading()
         written: list[int] = []
@@ -174,16 +225,22 @@ def answer(
         for _ in range(limit):
             begun = time.perf_counter()
             written.append(int(head.logits(hidden)[0].argmax()))
-            hidden = stream.read(torch.tensor(written[-1:]))
+            hidden = stream.read(context.new_tensor(written[-1:]))
+            _wait_for(hidden)
             times.append(time.perf_counter() - begun)
         span = None if way.policy is None else stream.described()[1].get("window")
-        read = len(context) + len(needle.question)
+        read = len(context) + len(question)
         return Answer(
             str(tokenizer.decode(written, skip_special_tokens=True)),
             read,
             read if span is None else min(read, span),
-            stream.forgotten + len(needle.context) - len(context),
+            stream.forgotten + len(sample.context) - len(context),
             stream.bytes(),
             seconds,
             1000 * median(times),
         )
+
+
+def _wait_for(tensor: Tensor) -> None:
+    if tensor.device.type == "cuda":
+        torch.cuda.synchronize(tensor.device)

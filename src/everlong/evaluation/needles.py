@@ -1,57 +1,52 @@
-"""Something hidden in a long text, to be told at its end: a passkey among sentences that say nothing."""
+"""Something hidden in a long text, to be told at its end: a passkey, or a sentence of one's own."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
+import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
 from everlong.errors import ConfigurationError, InputError
+from everlong.evaluation.tasks import TASKS, Sample, Task, require_numbers
+from everlong.evaluation.texts import LIBRARY_FILES, first_tokens, standard_library
 from everlong.reading.tokens import TextCoder
+
+LIBRARY = "library"
+"""What Python's own sources are called, where a file is named to hide something in."""
+
+FILLER = (
+    "Rain fell on the hills and the river rose.",
+    "A cart went by on the road.",
+    "The wind turned to the west.",
+    "Somebody closed a window.",
+    "It was evening, and later it was morning again.",
+)
+"""Sentences that say nothing."""
 
 _OPENING = (
     "Somewhere in the notes below a passkey is written down. Everything else is of no account. "
     "Look for the passkey and remember it: you will be asked for it at the end.\n\n"
 )
-_FILLER = (
-    "Rain fell on the hills and the river rose. A cart went by on the road. The wind turned to the west. "
-    "Somebody closed a window. It was evening, and later it was morning again. "
-)
 _NEEDLE = "The passkey is {key}. Remember it. {key} is the passkey. "
 _QUESTION = "\n\nWhat is the passkey? The passkey is"
+_READ = "Read the text below. At its end you will be asked about one sentence of it.\n\n"
 
 
 @dataclass(frozen=True, eq=False)
-class Needle:
-    """A long text with something in it, and the question for it.
+class Needle(Sample):
+    """A long text with one thing in it, which the answer is to begin with, word for word."""
 
-    Attributes
-    ----------
-    context : Tensor (n,)
-        Token ids of the text, the start token included where the tokenizer puts one.
-    question : Tensor (m,)
-        Token ids of the question, which follows.
-    answer : str
-        What is to be written then, word for word.
-    depth : float
-        Where it stands in the text: 0 at the beginning, 1 at the end.
-    start : int
-        Start tokens that the text begins with.
-    """
-
-    context: Tensor
-    question: Tensor
-    answer: str
-    depth: float
-    start: int = 0
-
-    def __len__(self) -> int:
-        return len(self.context) + len(self.question)
+    @property
+    def answer(self) -> str:
+        """What is to be written."""
+        return self.expected[0]
 
     def is_told(self, text: str) -> bool:
         """Whether what was written begins with the answer, and no other digit follows."""
@@ -61,6 +56,119 @@ class Needle:
     def told(self, text: str) -> float:
         """Share of the answer that what was written begins with."""
         return len(os.path.commonprefix([text.lstrip(), self.answer])) / len(self.answer)
+
+    def tokens_to_write(self, tokenizer: Any) -> int:
+        """Those of the answer, and a few."""
+        return len(tokenizer.encode(self.answer, add_special_tokens=False)) + 4
+
+
+@dataclass(frozen=True)
+class _HiddenTask(Task):
+    """What hides something in a text, which a file or Python's own sources may be."""
+
+    has_depth: ClassVar[bool] = True
+
+    text: str | None = None
+
+    def identity(self) -> str:
+        """Return the options, and what stands in the file."""
+        if self.text is None or self.text == LIBRARY:
+            return repr(self)
+        return f"{self!r}, {hashlib.sha256(Path(self.text).read_bytes()).hexdigest()}"
+
+    def haystack(self, tokenizer: Any, length: int) -> list[int] | None:
+        """Return the first `length` tokens of the text."""
+        if self.text is None:
+            return None
+        if self.text != LIBRARY:
+            ids: list[int] = first_tokens(tokenizer, Path(self.text), length).ids.tolist()
+            return ids
+        others = sorted(path.name for path in Path(sysconfig.get_path("stdlib")).glob("*.py"))
+        files = [*LIBRARY_FILES, *(name for name in others if name not in LIBRARY_FILES)]
+        ids = standard_library(tokenizer, length, files).ids.tolist()
+        return ids
+
+
+@TASKS.register("passkey")
+@dataclass(frozen=True)
+class Passkey(_HiddenTask):
+    """A number, to be told whole; see :func:`passkey`.
+
+    Parameters
+    ----------
+    text : str, optional
+        A file to hide it in; ``"library"``: Python's own sources. None: sentences that say nothing.
+    digits : int
+        7 in most papers; 64 show damage that 7 hide.
+    """
+
+    digits: int = 7
+
+    def __post_init__(self) -> None:
+        require_numbers(self, digits=1)
+
+    @property
+    def label(self) -> str:
+        """Say how many digits it has."""
+        return f"passkey of {self.digits} digits"
+
+    def sample(self, tokenizer: Any, length: int, *, depth: float, seed: int) -> Needle:
+        """Hide another passkey."""
+        haystack = self.haystack(tokenizer, length)
+        return passkey(tokenizer, length, depth=depth, digits=self.digits, seed=seed, haystack=haystack)
+
+
+@TASKS.register("niah")
+@dataclass(frozen=True)
+class SentenceInText(_HiddenTask):
+    """A sentence in a text of one's own, and a question that it answers.
+
+    The same sentence stands in every text, at other depths. An answer counts that contains what is expected.
+
+    Parameters
+    ----------
+    text : str
+        The file to hide it in; ``"library"``: Python's own sources.
+    needle : str
+        The sentence.
+    question : str
+        What is asked at the end.
+    answer : str
+        What the model's answer is to contain.
+    """
+
+    text: str | None = LIBRARY
+    needle: str = "The lighthouse keeper of Tarnmouth hides her spare key under the blue flowerpot."
+    question: str = "Where does the lighthouse keeper of Tarnmouth hide her spare key?"
+    answer: str = "blue flowerpot"
+
+    def __post_init__(self) -> None:
+        for name in ("text", "needle", "question", "answer"):
+            if not (getattr(self, name) or "").strip():
+                raise ConfigurationError(f"niah: {name} is empty; a needle, its question and its answer are")
+
+    @property
+    def label(self) -> str:
+        """Say which needle it is, if it is another one."""
+        return "niah" if self.needle == type(self).needle else f"niah: {self.needle}"
+
+    def sample(self, tokenizer: Any, length: int, *, depth: float, seed: int) -> Sample:
+        """Hide the sentence."""
+        coder = TextCoder(tokenizer)
+        haystack = self.haystack(tokenizer, length) or []
+        context, question, at = hidden(
+            coder,
+            length,
+            opening=_READ,
+            needle=f"\n\n{self.needle}\n\n",
+            question=f"\n\nQuestion: {self.question}\nAnswer:",
+            haystack=haystack,
+            depth=depth,
+            what="this sentence, with its question,",
+        )
+        spare = len(coder.encode(self.needle)) + 8  # the sentence may be said again before its point
+        ids = torch.tensor(context), torch.tensor(question)
+        return Sample(*ids, (self.answer,), at, len(coder.bos), spare)
 
 
 def passkey(
@@ -102,21 +210,48 @@ def passkey(
     draws = random.Random(f"{seed}, {digits}")
     key = "".join(draws.choice("0123456789") for _ in range(digits))
     coder = TextCoder(tokenizer)
-    opening = [*coder.bos, *coder.encode(_OPENING)]
-    told = _NEEDLE.format(key=key) if haystack is None else f"\n\n{_NEEDLE.format(key=key)}\n\n"
-    needle, question = coder.encode_after(told), coder.encode_after(_QUESTION)
-    unit = coder.encode_after(_FILLER)
-    room = length - len(opening) - len(needle) - len(question)
+    told = _NEEDLE.format(key=key)
+    context, question, at = hidden(
+        coder,
+        length,
+        opening=_OPENING,
+        needle=told if haystack is None else f"\n\n{told}\n\n",
+        question=_QUESTION,
+        haystack=haystack,
+        depth=depth,
+        what=f"a passkey of {digits} digits",
+    )
+    return Needle(torch.tensor(context), torch.tensor(question), (key,), at, len(coder.bos))
+
+
+def hidden(
+    coder: TextCoder,
+    length: int,
+    *,
+    opening: str,
+    needle: str,
+    question: str,
+    haystack: Sequence[int] | None,
+    depth: float,
+    what: str,
+) -> tuple[list[int], list[int], float]:
+    """Return the ids of a text with `needle` in it, those of the question, and where the needle stands.
+
+    Both together have exactly `length` tokens; `what` the needle is, errors say.
+    """
+    begun = [*coder.bos, *coder.encode(opening)]
+    told, asked = coder.encode_after(needle), coder.encode_after(question)
+    unit = coder.encode_after("".join(f"{sentence} " for sentence in FILLER))
+    room = length - len(begun) - len(told) - len(asked)
     if room < len(unit):
         least = length - room + len(unit)
-        raise ConfigurationError(
-            f"a passkey of {digits} digits does not fit into {length} tokens: at least {least} are needed"
-        )
+        raise ConfigurationError(f"{what} does not fit into {length} tokens: at least {least} are needed")
     if haystack is not None and list(haystack[: len(coder.bos)]) == list(coder.bos):
         haystack = haystack[len(coder.bos) :]
     filler = (unit * (room // len(unit) + 1) if haystack is None else list(haystack))[:room]
     if len(filler) < room:
-        raise InputError(f"a text of {len(filler):,} tokens is too short to hide a passkey in {length:,}")
+        raise InputError(
+            f"a text of {len(filler):,} tokens is too short to hide {what} in {length:,}; use a longer text"
+        )
     at = round(depth * room) if haystack is not None else round(depth * (room // len(unit))) * len(unit)
-    context = [*opening, *filler[:at], *needle, *filler[at:]]
-    return Needle(torch.tensor(context), torch.tensor(question), key, at / room, len(coder.bos))
+    return [*begun, *filler[:at], *told, *filler[at:]], asked, at / room

@@ -56,13 +56,15 @@ def stream_interval(values: Sequence[float]) -> Interval:
     return Interval(mean, mean - (spread.mean - spread.low), mean + (spread.high - spread.mean), len(blocks))
 
 
-def share_interval(hits: int, samples: int) -> Interval:
+def share_interval(hits: float, samples: int) -> Interval:
     """Return a share with Wilson's score interval (Wilson 1927), good for few samples and near 0 and 1.
 
     Parameters
     ----------
-    hits, samples : int
-        Samples that count, of how many independent ones.
+    hits : float
+        Samples that count. Where some count in part, their interval is a little wider than it need be.
+    samples : int
+        Of how many independent ones.
     """
     if not samples:
         return Interval(math.nan, 0.0, 1.0, 0)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from everlong.attention import Attachment, Policy, attach, policy_options
+from everlong.attention import Attachment, Policy, Tier, attach, policy_options
 from everlong.errors import UnknownNameError
 from everlong.models.anatomy import decoder_of
 from everlong.models.cache_argument import cache_argument
@@ -194,7 +194,7 @@ class PolicyStream(Stream):
 
 
 @contextmanager
-def open_stream(model: nn.Module, policy: Policy | None) -> Iterator[Stream]:
+def open_stream(model: nn.Module, policy: Policy | None, *, tier: Tier | None = None) -> Iterator[Stream]:
     """Open a stream under `policy`; None: the detached model.
 
     Parameters
@@ -203,11 +203,13 @@ def open_stream(model: nn.Module, policy: Policy | None) -> Iterator[Stream]:
         A detached causal language model; it is detached again at the end.
     policy : Policy or None
         What its attention follows.
+    tier : Tier, optional
+        Where what leaves the window goes, where the policy keeps it; see :func:`~everlong.attention.attach`.
     """
     if policy is None:
         yield StockStream(model)
         return
-    with attach(model, policy) as attachment:
+    with attach(model, policy, tier=tier) as attachment:
         yield PolicyStream(attachment)
 
 

@@ -1,0 +1,193 @@
+"""What commands share that let methods find something in long texts: options, progress, tables, a page."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from everlong.cli.options import MethodOptions, ModelOptions, OutputOptions, TierOptions, parse_settings
+from everlong.cli.policy_files import has_option, method_name
+from everlong.cli.terminal import notes, output, print_json, pull_progress
+from everlong.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from everlong.evaluation.finding import FindingPlan, Found
+    from everlong.evaluation.kept import KeptRows
+    from everlong.evaluation.long_inputs import Way
+    from everlong.evaluation.tasks import Task
+
+WINDOW = 2048
+SOME_METHODS = "lm-infinite,inf-llm,re-attention,recall"
+ALL_METHODS = "all"
+
+
+@dataclass(frozen=True)
+class FindingOptions:
+    """Which methods, which texts, and where the page goes."""
+
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            "--methods",
+            metavar="A,B,…",
+            help="Methods by name, or Python files that register one; all: all that can run with this model. "
+            "Beside them always stock, the model as it is, and last and first-and-last: the model as it is, "
+            "the text cut to the window.",
+        ),
+    ] = None
+    lengths: Annotated[
+        str, typer.Option("--lengths", metavar="N,N,…", help="Tokens of a text; 4k is 4,096.")
+    ] = "4k,8k"
+    samples: Annotated[
+        int, typer.Option("--samples", min=1, help="Texts of each kind, ever deeper what is to be found.")
+    ] = 5
+    page: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE.html",
+            help="Write a page with tables and pictures there, and what was measured beside it, as JSON: the "
+            "same command goes on from that.",
+        ),
+    ] = None
+    baselines: Annotated[
+        bool,
+        typer.Option(
+            "--baselines/--no-baselines",
+            help="Without them, only --methods read: where stock would take hours.",
+        ),
+    ] = True
+
+
+def find_and_show(
+    model: ModelOptions,
+    method: MethodOptions,
+    options: FindingOptions,
+    below: TierOptions,
+    output_options: OutputOptions,
+    make_tasks: Callable[[], Sequence[Task]],
+    *,
+    methods: str,
+) -> None:
+    """Let methods find what tasks hide, and show it.
+
+    Parameters
+    ----------
+    model, method, options, below, output_options
+        What the command line says.
+    make_tasks : callable
+        Makes the tasks.
+    methods : str
+        Those that are measured where none are named.
+    """
+    if method.attention is not None:
+        raise ConfigurationError("--attention names one method; here --methods names all")
+    if options.page is not None and options.page.suffix.lower() not in (".html", ".htm"):
+        raise ConfigurationError(f"--output names a page, such as report.html, not {options.page}")
+    from everlong.evaluation.finding import FindingPlan
+    from everlong.evaluation.finding_report import FindingReport, save_html, tables
+    from everlong.evaluation.kept import KeptRows
+    from everlong.evaluation.long_inputs import CUTS, make_ways, usable_methods, with_baselines
+    from everlong.evaluation.resources import describe_machine
+
+    asked = [name.strip() for name in (options.methods or methods).split(",")]
+    is_all, left_out = asked == [ALL_METHODS], dict[str, str]()
+    names = [] if is_all else [name if name in CUTS else method_name(name) for name in asked]
+    has_window = any(name in CUTS or has_option(name, "window") for name in names)
+    settings: dict[str, Any] = {"window": WINDOW} if is_all or options.baselines or has_window else {}
+    settings |= parse_settings(method.settings)
+
+    def made(names: list[str]) -> list[Way]:
+        chosen = with_baselines(names) if options.baselines else names
+        return make_ways(chosen, settings, tier=below.tier())
+
+    ways = [] if is_all else made(names)
+    plan = FindingPlan(tuple(make_tasks()), token_counts("--lengths", options.lengths), options.samples)
+    console = notes(quiet=output_options.quiet)
+    with pull_progress(quiet=output_options.quiet) as progress:
+        from everlong.models.loading import load_model
+
+        loaded = load_model(model.model, **model.loading(progress))
+    if is_all:
+        names, left_out = usable_methods(loaded, settings)
+        ways = made(names)
+    for name, why in left_out.items():
+        console.print(f"left out: {name}: {why}", soft_wrap=True)
+    kept = None
+    if options.page is not None:
+        setting = {"model": loaded.name, "dtype": str(loaded.model.dtype), "device": str(loaded.model.device)}
+        kept = KeptRows(options.page.with_suffix(".json"), setting)
+    found: list[Found] = []
+
+    def report() -> FindingReport:
+        machines = [describe_machine()] if kept is None else kept.machines
+        return FindingReport(loaded.name, tuple(found), tuple(machines), settings, left_out)
+
+    try:
+        _find(loaded, ways, plan, kept, found, console)
+    except KeyboardInterrupt:
+        if found:
+            console.print(tables(found))
+            if options.page is not None:
+                save_html(report(), options.page)
+        raise
+    if options.page is not None:
+        save_html(report(), options.page)
+    if output_options.as_json:
+        print_json(report().as_json())
+    else:
+        output().print(tables(found))
+    if options.page is not None:
+        console.print(f"written: {options.page}, {options.page.with_suffix('.json')}", soft_wrap=True)
+
+
+def token_counts(option: str, text: str) -> tuple[int, ...]:
+    """Return numbers from ``"4k, 8192"``, in which k stands for 1,024.
+
+    Raises
+    ------
+    ConfigurationError
+        One is of another form.
+    """
+    counts = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(k?)\s*", part, re.IGNORECASE)
+        if match is None:
+            raise ConfigurationError(f"{option} takes whole numbers, such as 4k,8192; got {part.strip()!r}")
+        counts.append(int(match[1]) * (1024 if match[2] else 1))
+    return tuple(counts)
+
+
+def _find(
+    loaded: Any,
+    ways: list[Way],
+    plan: FindingPlan,
+    kept: KeptRows | None,
+    found: list[Found],
+    console: Console,
+) -> None:
+    """Add what becomes of each text to `found`, and show how far that is."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    from everlong.evaluation.finding import find
+
+    is_drawn = console.is_terminal and not console.quiet
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    tokens = sum(plan.lengths) * len(plan.tasks) * plan.samples * len(ways)
+    with Progress(*columns, console=console, transient=True, disable=not is_drawn) as bars:
+        task = bars.add_task("reading", total=tokens)
+        for one in find(loaded, ways, plan, kept):
+            found.append(one)
+            bars.update(task, advance=one.length, description=f"{one.way}, {one.task}, {one.length:,} tokens")
+            if not is_drawn:
+                told = "found" if one.is_found else f"told {one.told:.0%} of it"
+                at = "" if one.depth is None else f", {one.depth:.0%} deep"
+                console.print(f"{one.way}: {one.task} in {one.length:,} tokens{at}: {told}", style="dim")
