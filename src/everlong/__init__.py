@@ -12,14 +12,19 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from everlong.attention import (
+        H2O,
         POLICIES,
         Attachment,
         FullAttention,
+        InfiniPot,
         InfLLM,
         LMInfinite,
         Policy,
+        PyramidKV,
         ReAttention,
         Recall,
+        SirLLM,
+        SnapKV,
         StreamCache,
         StreamingLLM,
         Tier,
@@ -36,8 +41,9 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "everlong.attention": (
-        *("POLICIES", "Attachment", "FullAttention", "InfLLM", "LMInfinite", "Policy", "ReAttention"),
-        *("Recall", "StreamCache", "StreamingLLM", "Tier", "attach", "make_policy"),
+        *("H2O", "POLICIES", "Attachment", "FullAttention", "InfLLM", "InfiniPot", "LMInfinite", "Policy"),
+        *("PyramidKV", "ReAttention", "Recall", "SirLLM", "SnapKV", "StreamCache", "StreamingLLM", "Tier"),
+        *("attach", "make_policy"),
     ),
     "everlong.llm": ("LLM", "load"),
     "everlong.memory.folder": ("Memory",),
@@ -51,21 +57,26 @@ _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names
 
 __all__ = [
     "CATALOGUE",
+    "H2O",
     "LLM",
     "POLICIES",
     "Attachment",
     "FullAttention",
     "InfLLM",
+    "InfiniPot",
     "LMInfinite",
     "Learning",
     "Memory",
     "MemoryRecord",
     "MemoryStore",
     "Policy",
+    "PyramidKV",
     "ReAttention",
     "Recall",
     "Sampling",
     "Session",
+    "SirLLM",
+    "SnapKV",
     "StreamCache",
     "StreamingLLM",
     "Tier",

@@ -3,23 +3,33 @@
 from everlong.attention.attach import Attachment, attach
 from everlong.attention.cache import StreamCache
 from everlong.attention.full import FullAttention
+from everlong.attention.h2o import H2O
 from everlong.attention.inf_llm import InfLLM
+from everlong.attention.infini_pot import InfiniPot
 from everlong.attention.lm_infinite import LMInfinite
 from everlong.attention.policy import POLICIES, Policy, make_policy, policy_options, with_sinks
+from everlong.attention.pyramid_kv import PyramidKV
 from everlong.attention.re_attention import ReAttention
 from everlong.attention.recall import Recall
+from everlong.attention.sir_llm import SirLLM
+from everlong.attention.snap_kv import SnapKV
 from everlong.attention.streaming_llm import StreamingLLM
 from everlong.attention.tiers import Tier
 
 __all__ = [
+    "H2O",
     "POLICIES",
     "Attachment",
     "FullAttention",
     "InfLLM",
+    "InfiniPot",
     "LMInfinite",
     "Policy",
+    "PyramidKV",
     "ReAttention",
     "Recall",
+    "SirLLM",
+    "SnapKV",
     "StreamCache",
     "StreamingLLM",
     "Tier",

@@ -197,8 +197,8 @@ class Forward:
                 self._attended += 1
                 return step.attend(memory, query, key, value, **logits)
         policy, rotation = manner.policy, manner.rotation
-        scaling, softcap = logits["scaling"], logits.get("softcap")
-        call = LayerCall(number, rotation, cache.pads, scaling, softcap, cache.branches, self._memo)
+        made_by = logits["scaling"], logits.get("softcap"), logits.get("sink_logits")
+        call = LayerCall(number, rotation, cache.pads, *made_by, cache.branches, self._memo)
         if layer.donor is None:
             view = cache.memories[number].append(key, value, call, provisional=cache.is_provisional)
         else:

@@ -27,7 +27,8 @@ Methods = Annotated[
         "--methods",
         metavar="A,B,…",
         help="What to compare: stock (the model as it is), lm-infinite, streaming-llm, recall, inf-llm, "
-        "re-attention, full, Python files that register one. Default: stock and the method of --attention.",
+        "re-attention, snap-kv, pyramid-kv, h2o, sir-llm, infini-pot, full, Python files that "
+        "register one. Default: stock and the method of --attention.",
     ),
 ]
 

@@ -124,7 +124,8 @@ class MethodOptions:
             "--attention",
             "-a",
             metavar="METHOD",
-            help="lm-infinite, streaming-llm, recall, inf-llm, re-attention, full, or a Python file that "
+            help="lm-infinite, streaming-llm, recall, inf-llm, re-attention, snap-kv, pyramid-kv, h2o, "
+            "sir-llm, infini-pot, full, or a Python file that "
             f"registers one (default: {ATTENTION_DEFAULT}).",
             rich_help_panel=_METHOD,
         ),

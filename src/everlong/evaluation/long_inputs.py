@@ -15,6 +15,7 @@ from everlong.attention import POLICIES, Policy
 from everlong.errors import ConfigurationError
 from everlong.evaluation.comparison import STOCK, make_methods
 from everlong.evaluation.needles import Needle
+from everlong.evaluation.perplexity import read_on
 from everlong.evaluation.streams import open_stream
 from everlong.models.head import Head
 from everlong.models.loading import LoadedModel
@@ -164,9 +165,10 @@ def answer(
     context = way.kept(needle)
     with open_stream(loaded.model, way.policy) as stream:
         begun = time.perf_counter()
-        for piece in torch.split(context, chunk):
-            stream.read(piece)
-        hidden = stream.read(needle.question)[-1:]
+        hidden = None
+        for piece in (*torch.split(context, chunk), needle.question):
+            hidden = read_on(stream, head, piece, hidden)
+        assert hidden is not None
         seconds = time.perf_counter() - begun
         stream.end_reading()
         written: list[int] = []
@@ -174,7 +176,7 @@ def answer(
         for _ in range(limit):
             begun = time.perf_counter()
             written.append(int(head.logits(hidden)[0].argmax()))
-            hidden = stream.read(torch.tensor(written[-1:]))
+            hidden = read_on(stream, head, torch.tensor(written[-1:]), hidden)
             times.append(time.perf_counter() - begun)
         span = None if way.policy is None else stream.described()[1].get("window")
         read = len(context) + len(needle.question)
