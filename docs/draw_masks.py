@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
@@ -20,14 +21,19 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from everlong.attention import (
+    H2O,
     DualChunk,
     FullAttention,
+    InfiniPot,
     InfLLM,
     LMInfinite,
     Policy,
+    PyramidKV,
     ReAttention,
     Recall,
     SelfExtend,
+    SirLLM,
+    SnapKV,
     StreamingLLM,
     attach,
 )
@@ -37,6 +43,7 @@ from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib.colors import BoundaryNorm, ListedColormap  # noqa: E402
 
 TOKENS, WINDOW, SINKS = 40, 14, 3
+READ = 26  # tokens after which reading ends, where a policy asks
 
 PANELS: dict[str, Policy] = {
     "FullAttention()": FullAttention(),
@@ -58,6 +65,13 @@ PANELS: dict[str, Policy] = {
     f"StreamingLLM(sinks={SINKS})": StreamingLLM(window=WINDOW, sinks=SINKS),
     "SelfExtend(neighbours=6, group_size=4)": SelfExtend(neighbours=6, group_size=4),
     f"DualChunk(chunk=10, positions={WINDOW})": DualChunk(chunk=10, positions=WINDOW),
+    "SnapKV(budget=14)": SnapKV(budget=WINDOW, observed=4, pooled=3),
+    "PyramidKV(budget=14)\nof its only layer": PyramidKV(budget=WINDOW, observed=4, pooled=1),
+    "H2O(recent=7)": H2O(window=WINDOW, recent=7, group=1),
+    f"SirLLM(sinks={SINKS}, recent=5)": SirLLM(window=WINDOW, sinks=SINKS, recent=5, group=1),
+    f"InfiniPot(sinks={SINKS}, compressed=9)": InfiniPot(
+        window=WINDOW, sinks=SINKS, compressed=9, recent=2, group=1
+    ),
 }
 """What is drawn: a panel's title and its policy."""
 
@@ -130,8 +144,16 @@ def seen_distances(policy: Policy, chunks: int = 1, tokens: int = TOKENS) -> Ten
             lambda _, inputs: rows.append(inputs[0][0, :, :tokens])
         )
         cache = handle.new_cache()
-        for ids in torch.split(torch.arange(tokens)[None], chunks, dim=1):
+        surprisal = torch.rand(1, tokens, generator=torch.Generator().manual_seed(4))
+        ends = [*range(chunks, tokens, chunks), tokens]
+        if policy.needs_end_of_prefill:
+            ends = sorted({*ends, READ})
+        for begin, end in pairwise([0, *ends]):
+            if begin == READ:
+                cache.end_of_prefill()
+            ids = torch.arange(begin, end)[None]
             handle.decoder(input_ids=ids, use_cache=True, **{handle.cache_argument: cache})
+            cache.after_forward(ids, surprisal[:, begin:end])
         watch.remove()
     weights = torch.cat(rows)
     logits = weights.log() - content  # up to a number per row: the logit of a token that sees itself is 1
@@ -149,9 +171,10 @@ def draw(folder: Path) -> Path:
     rows = -(-len(PANELS) // 3)
     figure, grid = plt.subplots(rows, 3, figsize=(11, 11 * rows / 3), layout="constrained")
     for axes in grid.flat[len(PANELS) :]:
-        axes.set_axis_off()
+        axes.set_visible(False)
     for axes, (title, policy) in zip(grid.flat, PANELS.items(), strict=False):
-        image = axes.imshow(seen_distances(policy, TOKENS).numpy(), cmap=colours, norm=norm)
+        chunks = 1 if policy.needs_surprisal else TOKENS  # which is told after each
+        image = axes.imshow(seen_distances(policy, chunks).numpy(), cmap=colours, norm=norm)
         axes.set_title(title, fontsize=10, family="monospace")
         axes.set_xlabel("key")
         axes.set_ylabel("query")

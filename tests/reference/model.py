@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .attention import ReferenceSpec, Rotation, attend
+from .kept import KeptSpec
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "phi", "stablelm", "gemma3_text")
 """Model types whose layers this walk knows."""
@@ -29,7 +30,7 @@ _FIXED_FREQUENCIES = ("default", "linear", "llama3", "yarn")
 def reference_logits(
     model: PreTrainedModel,
     input_ids: Tensor,
-    spec: ReferenceSpec,
+    spec: ReferenceSpec | KeptSpec,
     attention_mask: Tensor | None = None,
     offset: int = 0,
     edges: Sequence[int] | None = None,
@@ -76,7 +77,11 @@ def reference_logits(
 
 
 def _row_logits(
-    model: PreTrainedModel, ids: Tensor, spec: ReferenceSpec, offset: int, edges: Sequence[int] | None
+    model: PreTrainedModel,
+    ids: Tensor,
+    spec: ReferenceSpec | KeptSpec,
+    offset: int,
+    edges: Sequence[int] | None,
 ) -> Tensor:
     decoder: Any = model.model
     config: Any = model.config
@@ -128,7 +133,7 @@ def _attention(
     attn: Any,
     x: Tensor,
     rotation: Rotation,
-    spec: ReferenceSpec,
+    spec: ReferenceSpec | KeptSpec,
     index: int,
     sliding: int | None,
     offset: int,
@@ -145,9 +150,12 @@ def _attention(
         query, key = attn.q_norm(query), attn.k_norm(key)
     if getattr(attn, "qk_layernorm", False):
         query, key = attn.q_layernorm(query), attn.k_layernorm(key)
-    mixed = attend(
-        query[0], key[0], value[0], rotation, attn.scaling, spec, index, sliding, offset, edges, before
-    )
+    row = query[0], key[0], value[0], rotation, attn.scaling
+    if isinstance(spec, KeptSpec):
+        own = ReferenceSpec()  # a local layer keeps to its own rule
+        mixed = spec.attend(*row, index) if sliding is None else attend(*row, own, index, sliding, offset)
+    else:
+        mixed = attend(*row, spec, index, sliding, offset, edges, before)
     joined = mixed.to(x.dtype).transpose(0, 1).reshape(length, -1)
     output: Tensor = attn.dense(joined) if hasattr(attn, "dense") else attn.o_proj(joined)
     return output

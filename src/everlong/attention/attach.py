@@ -290,6 +290,12 @@ class Attachment:
                 f"{type(self.policy).__name__} needs the surprisal of each token, which generate() and "
                 "forward() do not report: use a session (everlong.load(...).session())"
             )
+        if self.policy.needs_end_of_prefill:
+            raise UnsupportedUseError(
+                f"{type(self.policy).__name__} forgets once the input is read, of which generate() and "
+                "forward() do not tell: use a session, or a cache = handle.new_cache() of your own, and call "
+                "cache.end_of_prefill() between reading and writing"
+            )
         return self.new_cache()
 
     # --- one forward -------------------------------------------------------------------------------

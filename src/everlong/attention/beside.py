@@ -60,7 +60,7 @@ def beside(caches: Iterable[StreamCache], shared: int, layers: Layers) -> Stream
     farthest = joined.seen
     for stream in streams:
         farthest = max(farthest, stream.seen)
-        for number, rotation in layers.rotations(stream.seen).items():
+        for number, rotation in layers.rotations(FullAttention(), stream.seen).items():
             mine, other = joined.memories[number], stream.memories[number]
             assert other.keys is not None and other.values is not None
             keys, values = (buffer[:, :, shared : other.seen] for buffer in (other.keys, other.values))

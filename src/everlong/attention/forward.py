@@ -211,16 +211,8 @@ class Forward:
                 self._attended += 1
                 return step.attend(memory, query, key, value, **logits)
         policy, rotation = manner.policy, manner.rotation
-        call = LayerCall(
-            number,
-            rotation,
-            cache.pads,
-            logits["scaling"],
-            logits.get("softcap"),
-            cache.branches,
-            self._memo,
-            logits.get("sink_logits"),
-        )
+        made_by = logits["scaling"], logits.get("softcap"), logits.get("sink_logits")
+        call = LayerCall(number, rotation, cache.pads, *made_by, cache.branches, self._memo)
         if layer.donor is None:
             view = cache.memories[number].append(key, value, call, provisional=cache.is_provisional)
         else:

@@ -330,7 +330,7 @@ class LayerMemory:
         for name in _BUFFERS:
             setattr(self, name, tensors[name].clone() if name in tensors else None)
         if self.keys is not None and self.values is not None:
-            self._reserve(self.seen + 1, self.keys, self.values)
+            self._reserve(self.held + 1, self.keys, self.values)
         notes = {name.removeprefix("index."): x for name, x in tensors.items() if name.startswith("index.")}
         self.index = {name: x.clone() for name, x in notes.items()}
         if self.tier is not None:

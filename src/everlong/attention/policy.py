@@ -34,9 +34,11 @@ class Policy(ABC):
     """Whether tokens that leave the window are lost to the model."""
     needs_surprisal: ClassVar[bool] = False
     """Whether :meth:`after_forward` must be told each token's surprisal; then only sessions can use it."""
-
     is_query_aware: ClassVar[bool] = False
     """Whether what it keeps of a text depends on the question that follows."""
+
+    needs_end_of_prefill: ClassVar[bool] = False
+    """Whether it forgets in :meth:`end_of_prefill`; then only sessions, and who calls that, can use it."""
 
     takes_branches: ClassVar[bool] = False
     """Whether :meth:`parts` shows tokens by :meth:`LayerView.band` and its kin, which know branches."""
@@ -183,14 +185,14 @@ def with_sinks(policy: Policy, pinned: int) -> Policy:
     ConfigurationError
         That many leave no room in its window.
     """
-    if policy.span is None:
-        return policy  # forgets nothing
+    if policy.span is None and not policy.forgets:
+        return policy
     name = type(policy).__name__
     if "sinks" not in {field.name for field in dataclasses.fields(policy)}:
         raise UnsupportedUseError(
             f"{name} keeps no first tokens, so nothing can be pinned; use LMInfinite or StreamingLLM"
         )
-    if pinned >= policy.span:
+    if policy.span is not None and pinned >= policy.span:
         raise ConfigurationError(
             f"the pinned text has {pinned} tokens (turn markers included) and the window only {policy.span}: "
             f"pin less, or use {name}(window=...) well above {pinned}"
@@ -205,3 +207,9 @@ def require_count(owner: str, name: str, value: object, *, least: int, optional:
         return
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ConfigurationError(f"{owner}: {name} must be a whole number of at least {least}, not {value!r}")
+
+
+def require_share(owner: str, name: str, value: object) -> None:
+    """Raise unless `value` is a number above 0 and at most 1."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= 1:
+        raise ConfigurationError(f"{owner}: {name} must be a number above 0 and at most 1, not {value!r}")

@@ -51,9 +51,9 @@ class LayerCall:
     pads: tuple[int, ...] | None = None
     scaling: float = 1.0
     softcap: float | None = None
+    sink_logits: Tensor | None = None
     branches: Branches | None = None
     memo: dict[Any, Any] = field(default_factory=dict)
-    sink_logits: Tensor | None = None
 
 
 class Queries:
@@ -110,7 +110,6 @@ class LayerView:
         self.new = new
         self.pads = call.pads if call.pads and any(call.pads) else None
         self.branches = call.branches
-        self._first = memory.first
         self._lists: dict[str, Tensor] = {}
 
     def of(self, call: LayerCall) -> LayerView:
@@ -161,10 +160,10 @@ class LayerView:
             return pieces[0]
         return torch.cat([keys for keys, _ in pieces], 2), torch.cat([values for _, values in pieces], 2)
 
-    @property
+    @functools.cached_property
     def first(self) -> int:
         """Index of the first local token at hand."""
-        return self._first
+        return self.memory.first
 
     @property
     def wants_gradient(self) -> bool:
@@ -178,8 +177,8 @@ class LayerView:
             if self.new is not None:
                 pieces.append(self.new[which])
             self._lists[name] = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
-        assert self._first <= begin
-        return self._lists[name][:, :, begin - self._first : stop - self._first]
+        assert self.first <= begin
+        return self._lists[name][:, :, begin - self.first : stop - self.first]
 
     # --- parts -------------------------------------------------------------------------------------
 
@@ -220,7 +219,7 @@ class LayerView:
         if self.branches is not None:
             return [self._branched(queries, nearest, farthest, lowest, distance)]
         a, b = queries.first, queries.stop
-        low = max(lowest + min(self.pads or (0,)), self._first)
+        low = max(lowest + min(self.pads or (0,)), self.first)
         if farthest is not None:
             low = max(low, a - farthest)
         high = b - nearest
@@ -256,7 +255,7 @@ class LayerView:
         """Show each token of a tree the keys of :meth:`band` at hand, and those of its own branch."""
         memory, device = self.memory, queries.raw.device
         assert self.branches is not None and self.new is not None
-        begin, held, count = self._first, memory.seen - self._first, len(self.branches)
+        begin, held, count = self.first, memory.seen - self.first, len(self.branches)
         key = "branched", begin, held, nearest, farthest, lowest, device
         if key not in self.call.memo:
             index = torch.cat((torch.arange(begin, memory.seen), memory.seen + self.branches.depths)).to(

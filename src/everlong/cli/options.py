@@ -124,8 +124,8 @@ class MethodOptions:
             "--attention",
             "-a",
             metavar="METHOD",
-            help="lm-infinite, streaming-llm, recall, inf-llm, re-attention, self-extend, dual-chunk, "
-            "linear, ntk, yarn, full, or a Python file that "
+            help="lm-infinite, streaming-llm, recall, inf-llm, re-attention, snap-kv, pyramid-kv, h2o, "
+            "sir-llm, infini-pot, self-extend, dual-chunk, linear, ntk, yarn, full, or a Python file that "
             f"registers one (default: {ATTENTION_DEFAULT}).",
             rich_help_panel=_METHOD,
         ),

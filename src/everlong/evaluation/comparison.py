@@ -15,7 +15,7 @@ from torch import Tensor
 
 from everlong.attention import POLICIES, Policy, make_policy, with_sinks
 from everlong.errors import ConfigurationError
-from everlong.evaluation.perplexity import Bucket, Chunk, bucketed, read_stream
+from everlong.evaluation.perplexity import Bucket, Chunk, bucketed, read_on, read_stream
 from everlong.evaluation.resources import describe_machine
 from everlong.evaluation.streams import Stream, open_stream
 from everlong.models.anatomy import decoder_of, training_length_of
@@ -332,7 +332,7 @@ def _write(
     for _ in range(steps):
         started = time.perf_counter()
         token = sampler(head.logits(hidden)[0], recent)
-        hidden = stream.read(torch.tensor([token], device=hidden.device))
+        hidden = read_on(stream, head, torch.tensor([token], device=hidden.device), hidden)
         spent = time.perf_counter() - started
         recent.append(token)
         yield detokenizer.put(token), spent

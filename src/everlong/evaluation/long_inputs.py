@@ -14,7 +14,7 @@ from torch import Tensor
 from everlong.attention import POLICIES, FullAttention, Policy, Tier, make_policy
 from everlong.errors import ConfigurationError, EverlongError
 from everlong.evaluation.comparison import STOCK, make_methods
-from everlong.evaluation.perplexity import read_stream
+from everlong.evaluation.perplexity import read_on
 from everlong.evaluation.streams import open_stream
 from everlong.evaluation.tasks import Sample
 from everlong.models.head import Head
@@ -207,16 +207,12 @@ def answer(
     tokenizer, head = loaded.tokenizer, Head(loaded.model)
     limit = max_new_tokens or sample.tokens_to_write(tokenizer)
     context, question = way.kept(sample).to(head.weight.device), sample.question.to(head.weight.device)
-    needs_surprisal = way.policy is not None and way.policy.needs_surprisal
     with open_stream(loaded.model, way.policy, tier=way.tier) as stream:
         begun = time.perf_counter()
-        if needs_surprisal:
-            before = read_stream(stream, head, context, chunk=chunk).last_hidden
-            hidden = read_stream(stream, head, question, chunk=len(question), after=before).last_hidden
-        else:
-            for piece in torch.split(context, chunk):
-                stream.read(piece)
-            hidden = stream.read(question)[-1:]
+        hidden = None
+        for piece in (*torch.split(context, chunk), question):
+            hidden = read_on(stream, head, piece, hidden)
+        assert hidden is not None
         _wait_for(hidden)
         seconds = time.perf_counter() - begun
         stream.end_reading()
@@ -225,7 +221,7 @@ def answer(
         for _ in range(limit):
             begun = time.perf_counter()
             written.append(int(head.logits(hidden)[0].argmax()))
-            hidden = stream.read(context.new_tensor(written[-1:]))
+            hidden = read_on(stream, head, context.new_tensor(written[-1:]), hidden)
             _wait_for(hidden)
             times.append(time.perf_counter() - begun)
         span = None if way.policy is None else stream.described()[1].get("window")

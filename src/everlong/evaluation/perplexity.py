@@ -158,6 +158,36 @@ def read_stream(
     return Reading(surprisal, tuple(chunks), carried)
 
 
+def read_on(stream: Stream, head: Head, ids: Tensor, after: Tensor | None) -> Tensor:
+    """Read tokens in one forward, and tell their surprisal where the method goes by it.
+
+    Parameters
+    ----------
+    stream : Stream
+        What reads.
+    head : Head
+        The same model's head.
+    ids : Tensor
+        Shape (n,), n at least 1.
+    after : Tensor or None
+        The hidden state that predicts the first token, shape (1, d); None: nothing does.
+
+    Returns
+    -------
+    Tensor
+        The hidden state after the last token, shape (1, d).
+    """
+    hidden = stream.read(ids)
+    if stream.wants_surprisal:
+        before = hidden[:-1] if after is None else torch.cat((after, hidden[:-1]))
+        surprisal = torch.zeros(len(ids), device=hidden.device)
+        unknown = len(ids) - len(before)
+        if len(before):
+            surprisal[unknown:] = head.surprisal(before, ids[unknown:].to(hidden.device))
+        stream.told(ids, surprisal)
+    return hidden[-1:]
+
+
 def bucketed(surprisal: Tensor, width: int, *, start: int = 0) -> list[Bucket]:
     """Return perplexity by position, in buckets of `width` tokens.
 

@@ -58,6 +58,11 @@ class Stream(ABC):
         hidden: Tensor = output.last_hidden_state[0]
         return hidden
 
+    @property
+    def wants_surprisal(self) -> bool:
+        """Whether the method goes by what it is told."""
+        return False
+
     def told(self, ids: Tensor, surprisal: Tensor) -> None:  # noqa: B027 most have no use for it
         """Take note of what was read, ids and surprisal in nats of shape (n,), where the method wants it."""
 
@@ -145,6 +150,11 @@ class PolicyStream(Stream):
     def cache(self) -> Any:
         """The attachment's cache."""
         return self._cache
+
+    @property
+    def wants_surprisal(self) -> bool:
+        """Whether the policy does."""
+        return self._cache.needs_surprisal
 
     def told(self, ids: Tensor, surprisal: Tensor) -> None:
         """Tell the policy."""

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from everlong.attention import Policy
 from everlong.attention.branches import Branches
 from everlong.errors import ConfigurationError, UnsupportedUseError
 from everlong.reading.detokenize import Detokenizer
@@ -47,6 +48,11 @@ def checked_speculation(speculate: str | None, tape: Tape) -> type[Speculator] |
             "asks for: leave speculate out, or begin a session without surprisal=True"
         )
     policy = tape.driver.cache.policy
+    if speculator_of is not None and policy.forgets and type(policy).observe is not Policy.observe:
+        raise UnsupportedUseError(
+            f"{type(policy).__name__} weighs tokens against each other as they are read, so that none can be "
+            "taken back: leave speculate out"
+        )
     if speculator_of is not None and policy.lookup_group() is not None:
         raise UnsupportedUseError(
             f"{type(policy).__name__} recalls for queries in groups, so guesses that are checked together "
