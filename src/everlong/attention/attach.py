@@ -19,6 +19,7 @@ from everlong.attention.batch import StreamBatch, why_apart
 from everlong.attention.cache import StreamCache
 from everlong.attention.cache_interface import PolicyCache
 from everlong.attention.forward import Forward, Layers, Underway
+from everlong.attention.generation import refuse_generation, refuse_untold
 from everlong.attention.inputs import Inputs, clamped_positions, read_padding, refuse_foreign_cache
 from everlong.attention.policy import Policy, make_policy
 from everlong.attention.prefix import Prefix, begun_with
@@ -260,18 +261,7 @@ class Attachment:
         self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, *_: Any, **__: Any
     ) -> None:
         """Stand in for ``GenerationMixin._prepare_cache_for_generation``."""
-        mode = str(getattr(generation_mode, "value", generation_mode))
-        if "assist" in mode or getattr(generation_config, "is_assistant", False):
-            raise UnsupportedUseError(
-                "assisted decoding takes tokens back from the cache, which a ring cannot give: "
-                "generate without assistant_model, prompt_lookup_num_tokens or early exit, or detach first"
-            )
-        if generation_config.cache_implementation is not None:
-            raise UnsupportedUseError(
-                f"cache_implementation={generation_config.cache_implementation!r} cannot follow a policy: "
-                "leave it out (where the model brings it along, set "
-                "model.generation_config.cache_implementation = None)"
-            )
+        refuse_generation(generation_config, generation_mode)
         given = model_kwargs.get(self.cache_argument)
         if given is not None:
             refuse_foreign_cache(given, self.owner, StreamCache)
@@ -285,17 +275,7 @@ class Attachment:
             model_kwargs[self.cache_argument] = self._implicit_cache()
 
     def _implicit_cache(self) -> StreamCache:
-        if self.policy.needs_surprisal:
-            raise UnsupportedUseError(
-                f"{type(self.policy).__name__} needs the surprisal of each token, which generate() and "
-                "forward() do not report: use a session (everlong.load(...).session())"
-            )
-        if self.policy.needs_end_of_prefill:
-            raise UnsupportedUseError(
-                f"{type(self.policy).__name__} forgets once the input is read, of which generate() and "
-                "forward() do not tell: use a session, or a cache = handle.new_cache() of your own, and call "
-                "cache.end_of_prefill() between reading and writing"
-            )
+        refuse_untold(self.policy)
         return self.new_cache()
 
     # --- one forward -------------------------------------------------------------------------------

@@ -58,7 +58,8 @@ class Recall(BlockRecallPolicy):
     def choose(self, asking: Asking, queries: Queries, view: LayerView) -> list[Span]:
         """Return what a layer shortly before chose, or the blocks that are worth most."""
         call, key = view.call, ("recalled", asking.number, queries.first)
-        layer, chosen = call.memo.get(key, (call.layer - self.layers, []))
+        asked: tuple[int, list[Span]] = call.memo.get(key, (call.layer - self.layers, []))
+        layer, chosen = asked
         is_here = not chosen or chosen[0][0] >= asking.begin  # unless its tier lost what others have
         if call.layer - layer >= self.layers or not is_here:
             chosen = super().choose(asking, queries, view)
