@@ -176,6 +176,10 @@ class KeptMemory(LayerMemory):
             for name, notes in ((AT, at), (SCORE, score.detach())):  # later forwards use them in any mode
                 self.index[name] = notes.clone() if notes.is_inference() else notes
 
+    def grown(self, slots: int) -> int:
+        """Return twice as many, but few more once some were dropped: it was to be small."""
+        return slots + slots // 8 if self.gone else 2 * slots
+
     # --- state -------------------------------------------------------------------------------------
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -365,13 +365,17 @@ class LayerMemory:
                 self.sink_keys[row, :, to] = raw_keys[row, :, source].detach()
                 self.sink_values[row, :, to] = values[row, :, source].detach()
 
+    def grown(self, slots: int) -> int:
+        """Return how many slots there are to be, where `slots` are too few."""
+        return 2 * slots
+
     def _reserve(self, length: int, keys: Tensor, values: Tensor) -> None:
         """Make room for `length` tokens: buffers double up to the window."""
         needed = length if self.window is None else min(length, self.window)
         have = 0 if self.keys is None else self.keys.shape[2]
         if have >= needed:
             return
-        capacity = max(needed, 2 * have, _FIRST_CAPACITY)
+        capacity = max(needed, self.grown(have), _FIRST_CAPACITY)
         if self.window is not None:
             capacity = min(capacity, self.window)
         for name, like in (("keys", keys), ("values", values), ("raw", keys)):
