@@ -5,7 +5,7 @@ import pytest
 
 from everlong.attention import POLICIES, LMInfinite
 from everlong.cli import bench_commands
-from everlong.errors import ConfigurationError
+from everlong.errors import ConfigurationError, NumericalError
 from everlong.evaluation import finding, machine_speed, rooflines
 
 
@@ -165,7 +165,7 @@ def test_a_sentence_of_ones_own_is_looked_for_in_a_text_of_ones_own(everlong, no
     assert result.out.count("last") == 1 and "niah, 900 tokens" in result.out and "stock" not in result.out
 
 
-METHODS = ("bench methods", "--lengths", "900", "--samples", 2, "--set", "window=400", "--set", "sinks=16")
+METHODS = ("bench methods", "--lengths", "900", "--set", "window=400", "--set", "sinks=16")
 
 
 def test_all_methods_run_side_by_side(everlong, monkeypatch):
@@ -177,7 +177,7 @@ def test_all_methods_run_side_by_side(everlong, monkeypatch):
         def __post_init__(self):
             raise ConfigurationError("no such luck")
 
-    result = everlong(*METHODS, "--tasks", "passkey:digits=9,vt")
+    result = everlong(*METHODS, "--tasks", "passkey:digits=9,vt", "--samples", 1)
     assert result.code == 0 and "left out: impossible: no such luck" in result.err
     names = set(POLICIES) - {"full", "impossible"}
     for name in ("stock", "last", "first-and-last", *names):
@@ -187,18 +187,22 @@ def test_all_methods_run_side_by_side(everlong, monkeypatch):
 
 def test_a_page_is_written_and_an_interrupted_measurement_goes_on(everlong, monkeypatch, tmp_path):
     page, kept = tmp_path / "new" / "report.html", tmp_path / "new" / "report.json"
-    words = (*METHODS, "--tasks", "passkey,fwe", "--methods", "lm-infinite", "--output", page)
+    words = (*METHODS, "--tasks", "passkey,fwe", "--methods", "lm-infinite", "--samples", 2, "--output", page)
     original, read = finding.answer, []
+    reasons: list[BaseException] = []
 
     def interrupted(*args, **options):
         if len(read) == 3:
-            raise KeyboardInterrupt
+            raise reasons[-1]
         read.append(args)
         return original(*args, **options)
 
     monkeypatch.setattr(finding, "answer", interrupted)
-    result = everlong(*words)
-    assert result.code == 130 and len(json.loads(kept.read_text())["rows"]) == 3
+    for reason, code in ((KeyboardInterrupt(), 130), (NumericalError("not finite"), 2)):
+        reasons.append(reason)
+        page.unlink(missing_ok=True)
+        result = everlong(*words)
+        assert result.code == code and len(json.loads(kept.read_text())["rows"]) == 3
     assert "passkey of 7 digits, 900 tokens" in result.err and "passkey" in page.read_text()
     monkeypatch.setattr(
         finding, "answer", lambda *args, **options: read.append(args) or original(*args, **options)
@@ -211,7 +215,18 @@ def test_a_page_is_written_and_an_interrupted_measurement_goes_on(everlong, monk
 
 
 def test_what_leaves_the_window_goes_to_the_tier_that_is_named(everlong, tmp_path):
-    words = (*METHODS, "--tasks", "passkey", "--methods", "recall", "--no-baselines", "--json", "--quiet")
+    words = (
+        *METHODS,
+        "--tasks",
+        "passkey",
+        "--methods",
+        "recall",
+        "--no-baselines",
+        "--json",
+        "--quiet",
+        "--samples",
+        2,
+    )
 
     def held(*more):
         return [text["answer"]["bytes"] for text in json.loads(everlong(*words, *more).out)["texts"]]

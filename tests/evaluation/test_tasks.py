@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import dataclasses
 import random
 import re
 from collections import Counter
@@ -161,6 +162,8 @@ def test_a_sentence_of_ones_own_stands_in_a_text_of_ones_own(tmp_path: Any) -> N
     text, question = parts(sample, tokenizer)
     assert len(sample) == 2000 and text.index("Ann has a key.") / len(text) == pytest.approx(0.25, abs=0.06)
     assert question == "\n\nQuestion: What has Ann?\nAnswer:"
+    led = dataclasses.replace(task, lead="Ann has").sample(tokenizer, 2000, depth=0.25, seed=0)
+    assert parts(led, tokenizer)[1] == "\n\nQuestion: What has Ann?\nAnswer: Ann has" and len(led) == 2000
     assert sample.told(" She has a KEY.") == 1 and sample.told(" She has akey") == 0
     assert sample.tokens_to_write(tokenizer) >= len("Ann has a key.") + len("A key")
     with pytest.raises(InputError, match="too short to hide this sentence"):
@@ -172,6 +175,7 @@ def test_a_sentence_of_ones_own_stands_in_a_text_of_ones_own(tmp_path: Any) -> N
 def test_a_sentence_is_hidden_in_pythons_own_sources_unless_told_otherwise() -> None:
     tokenizer = byte_tokenizer()
     sample = SentenceInText().sample(tokenizer, 600_000, depth=0.5, seed=0)  # more than four files have
+    assert parts(sample, tokenizer)[1].endswith("hides her spare key under the")
     assert len(sample) == 600_000 and "Command-line parsing" in parts(sample, tokenizer)[0]
 
 

@@ -133,7 +133,7 @@ def find_and_show(
 
     try:
         _find(loaded, ways, plan, kept, found, console)
-    except KeyboardInterrupt:
+    except BaseException:  # Ctrl-C, or a method that cannot go on: what there is, is shown
         if found:
             console.print(tables(found))
             if options.page is not None:

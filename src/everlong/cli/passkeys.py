@@ -68,6 +68,15 @@ def niah(
     answer: Annotated[
         str | None, typer.Option("--answer", metavar="TEXT", help="What the model's answer is to contain.")
     ] = None,
+    begun: Annotated[
+        str | None,
+        typer.Option(
+            "--lead",
+            metavar="TEXT",
+            help="How the answer begins, which the model is given: for small ones, which go on with a text "
+            "rather than answer.",
+        ),
+    ] = None,
 ) -> None:
     """Hide a sentence of your own in a text of your own, and ask for it at the end.
 
@@ -83,6 +92,7 @@ def niah(
     def make_tasks() -> list[Task]:
         from everlong.evaluation.needles import SentenceInText
 
-        return [SentenceInText(text, **{name: value for name, value in own.items() if value is not None})]
+        given = {name: value for name, value in own.items() if value is not None}
+        return [SentenceInText(text, lead=begun, **given)]
 
     find_and_show(model, method, finding, tier, output_options, make_tasks, methods=SOME_METHODS)

@@ -36,6 +36,7 @@ _OPENING = (
 )
 _NEEDLE = "The passkey is {key}. Remember it. {key} is the passkey. "
 _QUESTION = "\n\nWhat is the passkey? The passkey is"
+_LEAD = "The lighthouse keeper of Tarnmouth hides her spare key under the"
 _READ = "Read the text below. At its end you will be asked about one sentence of it.\n\n"
 
 
@@ -135,12 +136,16 @@ class SentenceInText(_HiddenTask):
         What is asked at the end.
     answer : str
         What the model's answer is to contain.
+    lead : str, optional
+        How the answer begins, which the model is given: small ones go on with a text rather than answer a
+        question about it. By default nothing, but for the sentence that is the default.
     """
 
     text: str | None = LIBRARY
     needle: str = "The lighthouse keeper of Tarnmouth hides her spare key under the blue flowerpot."
     question: str = "Where does the lighthouse keeper of Tarnmouth hide her spare key?"
     answer: str = "blue flowerpot"
+    lead: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("text", "needle", "question", "answer"):
@@ -156,12 +161,13 @@ class SentenceInText(_HiddenTask):
         """Hide the sentence."""
         coder = TextCoder(tokenizer)
         haystack = self.haystack(tokenizer, length) or []
+        lead = (_LEAD if self.needle == type(self).needle else "") if self.lead is None else self.lead
         context, question, at = hidden(
             coder,
             length,
             opening=_READ,
             needle=f"\n\n{self.needle}\n\n",
-            question=f"\n\nQuestion: {self.question}\nAnswer:",
+            question=f"\n\nQuestion: {self.question}\nAnswer: {lead}".rstrip(),
             haystack=haystack,
             depth=depth,
             what="this sentence, with its question,",
