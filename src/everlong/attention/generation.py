@@ -1,4 +1,4 @@
-"""What `generate()` of transformers asks of a cache that policies cannot give, and what it does not tell one."""
+"""What `generate()` of transformers asks of a cache in vain, and what it does not tell a policy."""
 
 from __future__ import annotations
 

@@ -126,12 +126,7 @@ class LayerMemory:
     # --- writing ---------------------------------------------------------------------------------
 
     def append(
-        self,
-        raw_keys: Tensor,
-        values: Tensor,
-        call: LayerCall,
-        *,
-        provisional: bool = False,
+        self, raw_keys: Tensor, values: Tensor, call: LayerCall, *, provisional: bool = False
     ) -> LayerView:
         """Take in the n tokens of one forward and return what its queries may see.
 
