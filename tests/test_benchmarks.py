@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The scripts can be imported, for this test only."""
     names = ("common", "speed", "bounded", "real_text", "weights", "writing", "goals", "llama", "start_up")
-    names += ("speculation", "profile_step", "memories", "naive", "passkey")
+    names += ("speculation", "profile_step", "memories", "naive", "passkey", "needle")
     memories = ("facts", "skills", "grounded", "sequence", "cost", "routing", "passing")
     names += tuple(f"memory_{name}" for name in memories)
     assert not set(names) & set(sys.modules)
@@ -321,6 +321,27 @@ def test_passkeys_are_looked_for_text_by_text(
     assert costs["stock"] == ["900", "900", "0"] and costs["last"] == ["400", "400", "500"]
     assert costs["inf-llm"] == ["900", "400", "0"]
     monkeypatch.setattr(script.module, "look", None)
+    script.run()
+    assert measured(capsys) == []
+
+
+@pytest.mark.usefixtures("scripts")
+def test_a_needle_is_looked_for_and_reading_is_noted_on_the_way(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--model", str(folder / "tiny"), "--tokens", "1300", "--window", "400"]
+    script = Script("needle", monkeypatch, tmp_path / "needle.json", *options)
+    monkeypatch.setattr(script.module, "PIECE", 100)
+    monkeypatch.setattr(script.module, "MARKS", (300, 50_000))
+    script.run()
+    assert measured(capsys) == ["1300 tokens, depth 0.1"]
+    (row,) = script.saved["rows"].values()
+    first, last = row["notes"]
+    assert (first["tokens"], row["is_found"]) == (300, False) and 1200 < last["tokens"] < 1300
+    assert first["disk"] == 0 < last["disk"] and first["window"] <= last["window"]
+    assert [line[0] for line in script.table(0)] == ["300", f"{last['tokens']:,}"]
+    assert script.table(0)[0][3] == "1.00"
+    monkeypatch.setattr(script.module, "look_for_one", None)
     script.run()
     assert measured(capsys) == []
 
