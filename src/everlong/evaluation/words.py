@@ -69,7 +69,7 @@ def word_list(*kinds: str) -> tuple[str, ...]:
     except ImportError as error:
         raise ConfigurationError(
             "this task is made of English words from the package wonderwords, which is not installed: "
-            "pip install 'everlong[bench]'"
+            "pip install 'everlong[bench]', or do without niah_single_1, niah_multikey_2 and cwe"
         ) from error
     found = RandomWord().filter(include_categories=kinds)
     return tuple(sorted({word.lower() for word in found if word.isalpha() and word.isascii()}))
