@@ -116,8 +116,8 @@ def page(options: argparse.Namespace, rows: dict[str, Any]) -> list[str]:
     lines = [
         f"{options.model}, `Recall(window={options.window}, layers={options.layers})`; a passkey of 7 digits "
         f"in Python's own sources. {torch.get_num_threads()} thread(s). Milliseconds a token while reading: "
-        f"medians of the {LATEST} pieces of {PIECE} tokens before; the ratio is of the processor's time, to that at "
-        "50,000 tokens, or where the first note is.",
+        f"medians of the {LATEST} pieces of {PIECE} tokens before; the ratio is of the processor's time, to "
+        "that at 50,000 tokens, or where the first note is.",
     ]
     for key, row in rows.items():
         base = next((note for note in row["notes"] if note["tokens"] == 50_000), row["notes"][0])

@@ -58,6 +58,7 @@ class SnapKV(ChoosingPolicy):
     """
 
     needs_end_of_prefill: ClassVar[bool] = True
+    is_query_aware: ClassVar[bool] = True
 
     budget: int | None = None
     ratio: float | None = None
