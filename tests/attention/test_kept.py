@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tests.tiny as tiny
-from everlong.attention import H2O, InfiniPot, PyramidKV, SirLLM, SnapKV, attach, with_sinks
+from everlong.attention import H2O, InfiniPot, PyramidKV, SirLLM, SnapKV, attach, received, with_sinks
 from everlong.attention.kept import KeptMemory
 from everlong.attention.kept_view import best, least_of
 from everlong.errors import ConfigurationError, UnsupportedUseError
@@ -309,6 +309,31 @@ def test_equal_tokens_stay_by_age_and_everything_that_is_kept_is_told():
     assert slots[0].tolist() == [[2, 1, 3]] and slots[1, 0, 1:].tolist() == [1, 3]
     assert dead.tolist() == [[[False, False, False]], [[True, False, False]]]
     assert least_of(worth, at).tolist() == [[[0]]]
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("rows", [1, 256])
+def test_weights_are_shares_of_one_softmax_with_the_models_own_logits_in_it(softcap, rows, monkeypatch):
+    monkeypatch.setattr(received, "_ROWS", rows)
+    draws = torch.Generator().manual_seed(0)
+    queries, keys, values = (torch.randn(2, h, n, 8, generator=draws) for h, n in ((4, 5), (2, 7), (2, 7)))
+    sinks = torch.randn(4, generator=draws)
+    visible = torch.ones(5, 7, dtype=torch.bool).tril(2)[None, None].repeat(2, 1, 1, 1)
+    visible[1, :, :2] = False  # queries that see nothing
+    how = received.Weighing(0.5, softcap, sinks)
+    partial, found = received.weigh(queries, keys, values, visible, how)
+    expected = torch.zeros(2, 2, 7)
+    for row in range(2):
+        for head in range(4):
+            for i in range(2 * row, 5):
+                logits = keys[row, head // 2] @ queries[row, head, i] * 0.5
+                logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+                logits = logits[visible[row, 0, i]]
+                weights = torch.cat((logits, sinks[head, None])).softmax(0)[:-1]
+                expected[row, head // 2, : len(weights)] += weights
+                mixed = logits.softmax(0) @ values[row, head // 2, : len(weights)]
+                assert torch.allclose(partial.output[row, head, i], mixed, atol=1e-5)
+    assert torch.allclose(found, expected, atol=1e-5)
 
 
 def test_gradients_flow_through_what_is_kept():

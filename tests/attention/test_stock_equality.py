@@ -4,10 +4,15 @@ import pytest
 import torch
 
 import tests.tiny as tiny
-from everlong.attention import FullAttention, LMInfinite, StreamingLLM, attach
+from everlong.attention import H2O, FullAttention, LMInfinite, StreamingLLM, attach
 
 LENGTH = 40
-POLICIES = [FullAttention(), LMInfinite(window=LENGTH, sinks=4), StreamingLLM(window=LENGTH)]
+POLICIES = [
+    FullAttention(),
+    LMInfinite(window=LENGTH, sinks=4),
+    StreamingLLM(window=LENGTH),
+    H2O(window=LENGTH),
+]
 
 
 @pytest.fixture(scope="module", params=tiny.FAMILIES)
