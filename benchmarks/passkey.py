@@ -39,9 +39,16 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "inf-llm, blocks of 16": ("inf-llm", {"block": 16, "sinks": 16}),
     "re-attention": ("re-attention", {}),
     "recall": ("recall", {}),
+    "recall, each layer asks": ("recall", {"layers": 1}),
     "recall, blocks of 128": ("recall", {"block": 128}),
+    "h2o": ("h2o", {}),
+    "sir-llm": ("sir-llm", {}),
+    "infini-pot": ("infini-pot", {}),
+    "snap-kv": ("snap-kv", {}),
+    "snap-kv, pooled=15": ("snap-kv", {"pooled": 15}),
+    "pyramid-kv": ("pyramid-kv", {}),
 }
-"""How texts are read: a method's name and its options, beside the window."""
+"""How texts are read: a method's name and its options, beside the window, which is a budget for two."""
 
 TEXTS = {"filler": "sentences that say nothing", "library": "Python's own sources"}
 
@@ -81,7 +88,10 @@ def main() -> None:
 def made(name: str, window: int) -> Way:
     """Return a way to read."""
     kind, changes = WAYS[name]
-    return make_ways([kind], {} if kind == "stock" else {"window": window, **changes})[0]
+    if kind == "stock":
+        return make_ways([kind])[0]
+    size = "budget" if kind in ("snap-kv", "pyramid-kv") else "window"
+    return make_ways([kind], {size: window, **changes})[0]
 
 
 def page(options: argparse.Namespace, rows: dict[str, Any]) -> list[str]:
@@ -93,7 +103,7 @@ def page(options: argparse.Namespace, rows: dict[str, Any]) -> list[str]:
         f"{options.model}; a window of {options.window:,} tokens; {options.samples} texts of each kind, "
         f"{TEXTS[options.text]}, in which the passkey stands ever deeper; greedy. Percent of passkeys told "
         "whole, with intervals of 95 %; in brackets the mean share of digits told before the first mistake. "
-        "The question is not known before.",
+        "The question is not known before, except to SnapKV and PyramidKV, which choose once it was read.",
     ]
     for label in labels:
         some = {(share.way, share.length): share for share in every if share.task == label}
