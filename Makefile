@@ -1,4 +1,4 @@
-# Everything from a bare clone, with Python 3.11 or newer and nothing else: make demo, make test, make test-oldest.
+# Everything from a bare clone, with Python 3.11 or newer and nothing else: make demo, make test, make test-oldest, make test-harness.
 
 PYTHON ?= python3
 # A plain torch brings gigabytes of CUDA on Linux where an index offers no other build; pinned, so that it is known.
@@ -8,17 +8,19 @@ WORKERS ?= 2
 
 VENV := .venv
 OLDEST_VENV := .venv-oldest
+HARNESS_VENV := .venv-harness
 
 # Threads that spin while they wait make tiny models up to a hundred times slower on a busy machine.
 export OMP_WAIT_POLICY = PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo test test-oldest lint format clean
+.PHONY: help demo test test-oldest test-harness lint format clean
 
 help:
 	@echo "make demo         read 14,000 tokens with and without Everlong (a few minutes; fetches a small model once)"
 	@echo "make test         linter, types, all tests"
 	@echo "make test-oldest  all tests under the oldest transformers that is supported"
+	@echo "make test-harness the tests of what lm-evaluation-harness runs, which brings many packages of its own"
 	@echo "make lint         linter and types only;  make format: rewrite the files as the linter wants them"
 	@echo "make clean        remove the virtual environments (models stay: see everlong models)"
 
@@ -30,6 +32,10 @@ test: lint
 
 test-oldest: $(OLDEST_VENV)/ready
 	$(OLDEST_VENV)/bin/python -m pytest --numprocesses $(WORKERS)
+
+# lm-evaluation-harness is not among what the other tests run with: transformers imports some of what it brings.
+test-harness: $(HARNESS_VENV)/ready
+	$(HARNESS_VENV)/bin/python -m pytest tests/evaluation/test_harness.py
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
@@ -54,5 +60,12 @@ $(OLDEST_VENV)/ready: pyproject.toml
 	$(OLDEST_VENV)/bin/python -m pip install --quiet -e ".[dev]" "$(OLDEST)"
 	touch $@
 
+# What $(VENV) has is seen from here, not installed a second time.
+$(HARNESS_VENV)/ready: $(VENV)/ready
+	$(VENV)/bin/python -m venv $(HARNESS_VENV)
+	$(VENV)/bin/python -c 'import site; print(site.getsitepackages()[0])' > "$$($(HARNESS_VENV)/bin/python -c 'import site; print(site.getsitepackages()[0])')/venv.pth"
+	$(HARNESS_VENV)/bin/python -m pip install --quiet -e ".[harness]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(OLDEST_VENV)
+	rm -rf $(VENV) $(OLDEST_VENV) $(HARNESS_VENV)

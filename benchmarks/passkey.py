@@ -39,7 +39,7 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "inf-llm, blocks of 16": ("inf-llm", {"block": 16, "sinks": 16}),
     "re-attention": ("re-attention", {}),
     "recall": ("recall", {}),
-    "recall, each layer asks": ("recall", {"layers": 1}),
+    "recall, layers=3": ("recall", {"layers": 3}),
     "recall, blocks of 128": ("recall", {"block": 128}),
     "h2o": ("h2o", {}),
     "sir-llm": ("sir-llm", {}),

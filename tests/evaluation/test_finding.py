@@ -237,7 +237,7 @@ def test_policies_that_need_surprisal_are_told_it_and_query_aware_ones_are_marke
         given.text == answer(loaded, Way("plain", LMInfinite(window=WINDOW)), needle, max_new_tokens=9).text
     )
     surprisal = torch.cat(Surprised.told)
-    assert len(surprisal) == LENGTH and surprisal[1:].min() > 0
+    assert len(surprisal) == LENGTH + 9 and surprisal[1:].min() > 0, "of what is written, too"
     plan = FindingPlan((Passkey(),), (LENGTH,), samples=1)
     (found,) = find(loaded, [way], plan)
     assert found.is_query_aware and shares([found])[0].is_query_aware
