@@ -411,3 +411,12 @@ def test_what_cannot_be_compared_is_refused(
 def test_a_plan_of_nothing_is_refused(name: str) -> None:
     with pytest.raises(ConfigurationError, match=f"{name} must be at least 1, not 0"):
         Plan(**{name: 0})
+
+
+@pytest.mark.parametrize(("name", "is_ahead"), [("recall", True), ("lm-infinite", False), ("h2o", False)])
+def test_methods_that_recall_for_groups_are_marked(
+    loaded: LoadedModel, ids: Tensor, name: str, is_ahead: bool
+) -> None:
+    (method,) = make_methods([name], {"window": 128, "sinks": 2})
+    (compared,) = compare_methods(loaded, [method], ids, text="", plan=PLAN).results
+    assert compared.looks_ahead == is_ahead

@@ -69,6 +69,14 @@ def test_a_row_for_each_bucket_and_a_column_for_each_method(comparison: Comparis
     assert cells(lines, "200 to 300") == ["6,543", "3,000", "∞"]
 
 
+def test_perplexities_that_are_a_little_too_good_are_marked(comparison: Comparison) -> None:
+    assert not any("too good" in line for line in shown(comparison))
+    marked = dataclasses.replace(comparison.results[2], name="recall", looks_ahead=True)
+    lines = shown(dataclasses.replace(comparison, results=(*comparison.results[:2], marked)))
+    assert lines[0].split() == ["stock", "lm-infinite", "recall*"]
+    assert lines[-2].startswith("* a little too good") and "recall together" in lines[-2]
+
+
 def test_what_it_cost_stands_below(comparison: Comparison) -> None:
     lines = shown(comparison)
     assert cells(lines, "reading, tokens/s") == ["57", "57", "57"]  # 300 tokens in 5.25 seconds

@@ -37,6 +37,9 @@ class Policy(ABC):
     is_query_aware: ClassVar[bool] = False
     """Whether what it keeps of a text depends on the question that follows."""
 
+    looks_ahead: ClassVar[bool] = False
+    """Whether a query gains from later ones of its group: while reading, it predicts a little too well."""
+
     needs_end_of_prefill: ClassVar[bool] = False
     """Whether it forgets in :meth:`end_of_prefill`; then only sessions, and who calls that, can use it."""
 

@@ -55,6 +55,7 @@ class RecallPolicy(Policy):
     """
 
     forgets: ClassVar[bool] = False
+    looks_ahead: ClassVar[bool] = True
     are_in_cache: ClassVar[bool] = False
     """Whether sinks, recalled and latest tokens stand one behind the other; otherwise sinks and recalled
     tokens all stand L - 1 before the query."""

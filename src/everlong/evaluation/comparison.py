@@ -97,6 +97,9 @@ class MethodResult:
         Held after the text, by tier.
     seen, kept, forgotten : int
         Tokens, after the text; pinned ones are among them.
+    looks_ahead : bool
+        Whether queries gained from later ones, with which they recalled: its perplexities are a little too
+        good.
     """
 
     name: str
@@ -110,6 +113,7 @@ class MethodResult:
     seen: int
     kept: int
     forgotten: int
+    looks_ahead: bool = False
 
     @property
     def tokens_per_second(self) -> float:
@@ -287,6 +291,7 @@ def compare_methods(
                     1000 * median(seconds[:-1]) if len(seconds) > 1 else math.nan,
                     "".join(pieces),
                     *accounts,
+                    looks_ahead=method.policy is not None and method.policy.looks_ahead,
                 )
             )
         if on_result is not None:

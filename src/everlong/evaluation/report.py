@@ -17,6 +17,8 @@ from everlong.evaluation.comparison import Comparison, MethodResult
 from everlong.evaluation.resources import machine_line
 from everlong.models.files import human_bytes
 
+_AHEAD = "*"
+_WHY = "a little too good: queries of a group recall together, so earlier ones gain from later ones"
 _MUCH_WORSE = 2.0  # times the best perplexity of a row: shown in red
 
 
@@ -38,8 +40,10 @@ def table(comparison: Comparison) -> RenderableType:
     for title, show in _ROWS:
         shown.add_row(title, *(show(result) for result in comparison.results))
     pinned = f"; {comparison.pinned:,} tokens pinned" if comparison.pinned else ""
-    below = f"{comparison.model}{pinned}; {machine_line(comparison.machine)}"
-    return Group(shown, "", Text(below, style="dim"))
+    below = [f"{comparison.model}{pinned}; {machine_line(comparison.machine)}"]
+    if any(result.looks_ahead for result in comparison.results):
+        below.insert(0, f"{_AHEAD} {_WHY}")
+    return Group(shown, "", *(Text(line, style="dim") for line in below))
 
 
 def save_json(comparison: Comparison, path: Path) -> None:
@@ -56,7 +60,8 @@ def save_png(comparison: Comparison, path: Path) -> None:
 
 def _heading(result: MethodResult) -> str:
     window = result.options.get("window")
-    return f"{result.name}\n[dim]{f'window {window:,}' if window else 'no window'}[/]"
+    mark = _AHEAD if result.looks_ahead else ""
+    return f"{result.name}{mark}\n[dim]{f'window {window:,}' if window else 'no window'}[/]"
 
 
 def _marked(row: list[float]) -> list[str]:
