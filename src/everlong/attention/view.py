@@ -75,10 +75,13 @@ class Queries:
         self.first = first
         self.stop = stop
         self._rotation = rotation
+        self._at: dict[int, Tensor] = {}
 
     def at(self, position: int) -> Tensor:
         """Return the queries as if all stood at `position`: keys rotated to 0 are that far away."""
-        return self._rotation(self.raw, position)
+        if position not in self._at:
+            self._at[position] = self._rotation(self.raw, position)
+        return self._at[position]
 
 
 class LayerView:
