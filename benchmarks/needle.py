@@ -56,7 +56,7 @@ def main() -> None:
     for tokens in options.tokens:
         for depth in options.depths:
             rows.get(
-                f"{tokens} tokens, depth {depth}",
+                f"{tokens} tokens, depth {depth}, tier {options.tier}",
                 lambda n=tokens, d=depth: look_for_one(loaded, policy, Tier(options.tier), n, d),
             )
     rows.write_table("A needle in a text without end", page(options, rows.rows))

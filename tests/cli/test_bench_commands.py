@@ -132,7 +132,7 @@ def test_passkeys_as_json_hold_every_text(everlong):
 
 def test_passkeys_are_hidden_in_a_text_of_ones_own(everlong, novel):
     words = ("--methods", "stock", "--text", novel, "--quiet")
-    assert "passkey of 7 digits, 1,024 tokens" in everlong(*PASSKEY, *words).out
+    assert "passkey of 7 digits (novel.txt), 1,024 tokens" in everlong(*PASSKEY, *words).out
     result = everlong("bench passkey", "--lengths", "4k", "--digits", 7, *words)
     assert result.code == 2 and "is too short to hide a passkey of 7 digits in 4,096" in " ".join(
         result.err.split()
@@ -161,9 +161,17 @@ def test_a_sentence_of_ones_own_is_looked_for_in_a_text_of_ones_own(everlong, no
     result = everlong(*NIAH, "--methods", "lm-infinite", "--text", novel, *OWN, "--json", "--quiet")
     found = json.loads(result.out)
     assert not result.err and len(found["texts"]) == 8 and found["texts"][0]["expected"] == ["a key"]
-    assert found["texts"][0]["task"] == "niah: Ann has a key." and found["texts"][0]["length"] == 900
+    assert (
+        found["texts"][0]["task"] == "niah: Ann has a key. (novel.txt)" and found["texts"][0]["length"] == 900
+    )
     result = everlong(*NIAH, "--methods", "last", "--no-baselines")
     assert result.out.count("last") == 1 and "niah, 900 tokens" in result.out and "stock" not in result.out
+
+
+def test_a_tier_that_no_method_has_is_refused(everlong):
+    words = ("--methods", "lm-infinite", "--no-baselines", "--tier", "disk", "--set", "window=400")
+    result = everlong(*PASSKEY, *words)
+    assert result.code == 2 and "none of these methods keeps what leaves its window" in result.err
 
 
 METHODS = ("bench methods", "--lengths", "900", "--set", "window=400", "--set", "sinks=16")
@@ -182,7 +190,7 @@ def test_all_methods_run_side_by_side(everlong, monkeypatch):
     assert result.code == 0 and "left out: impossible: no such luck" in result.err
     names = set(POLICIES) - {"full", "impossible"}
     for name in ("stock", "last", "first-and-last", *names):
-        assert sum(line.split()[:1] == [name] for line in result.out.splitlines()) == 2, name
+        assert sum(line.split()[:1] in ([name], [f"{name}*"]) for line in result.out.splitlines()) == 2, name
     assert "passkey of 9 digits, 900 tokens" in result.out and "vt, 900 tokens" in result.out
 
 

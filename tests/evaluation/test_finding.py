@@ -1,16 +1,21 @@
 """Long texts under each way to read: what is read, what is written, what is told of it."""
 
 import dataclasses
+import importlib.util
 import json
+import sys
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
 import torch
+from torch.nn.functional import one_hot
 
 import everlong.evaluation.finding as finding
+import everlong.evaluation.long_inputs as long_inputs
 from everlong.attention import POLICIES, InfLLM, LMInfinite
 from everlong.errors import ConfigurationError, UnknownNameError
-from everlong.evaluation.finding import FindingPlan, Found, find, shares
+from everlong.evaluation.finding import FindingPlan, Found, find, row_key, shares
 from everlong.evaluation.kept import KeptRows
 from everlong.evaluation.long_inputs import Way, answer, make_ways, usable_methods, with_baselines
 from everlong.evaluation.needles import Passkey, passkey
@@ -214,6 +219,44 @@ def test_rows_of_passkeys_that_were_kept_before_there_were_tasks_are_read():
     }
     found = Found.restored({**row, "answer": {**given, "seconds": 1.0, "decode_ms": 2.0}})
     assert found.task == Passkey(digits=64).label and found.told == 0.5
+
+
+def test_what_is_written_behind_an_end_token_is_no_answer(loaded, needle, monkeypatch):
+    told = loaded.tokenizer.encode(needle.answer, add_special_tokens=False)
+    end, weight = loaded.tokenizer.eos_token_id, loaded.model.lm_head.weight
+    for first, is_told in (([], True), ([end], False)):
+        written = iter([*first, *told, *[end] * 50])
+        head = SimpleNamespace(
+            weight=weight, logits=lambda _, w=written: one_hot(torch.tensor([next(w)]), 400)
+        )
+        monkeypatch.setattr(long_inputs, "Head", lambda _, head=head: head)
+        assert needle.is_told(answer(loaded, Way("stock"), needle).text) == is_told
+
+
+def test_a_window_is_the_budget_of_policies_that_have_one():
+    ways = {way.name: way.policy for way in make_ways(["snap-kv", "pyramid-kv"], {"window": "300"})}
+    assert {name: policy.budget for name, policy in ways.items()} == {"snap-kv": 300, "pyramid-kv": 300}
+    assert make_ways(["snap-kv"], {"window": 300, "budget": 200})[0].policy.budget == 200
+    assert make_ways(["snap-kv", "lm-infinite"], {"window": 300, "ratio": 0.5})[0].policy.budget is None
+
+
+def test_what_cannot_work_is_said_before_anything_is_read(loaded, monkeypatch):
+    monkeypatch.setattr(finding, "answer", None)
+    plan = FindingPlan((Passkey(),), (LENGTH,), samples=1)
+    with pytest.raises(ConfigurationError, match="does not hold the question"):
+        next(find(loaded, make_ways(["stock", "last"], {"window": 20}), plan))
+
+
+def test_a_policy_of_ones_own_that_changed_is_read_with_anew(tmp_path, monkeypatch):
+    file, keys = tmp_path / "own_policy.py", []
+    for value in (1, 22):
+        file.write_text(f"VALUE = {value}\nclass Own:\n    def __repr__(self): return 'Own()'\n")
+        spec = importlib.util.spec_from_file_location("own_policy", file)
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, "own_policy", module)
+        spec.loader.exec_module(module)
+        keys.append(row_key(Way("own", module.Own()), FindingPlan((Passkey(),)), Passkey(), 900, 0))
+    assert keys[0] != keys[1]
 
 
 @dataclasses.dataclass(frozen=True)

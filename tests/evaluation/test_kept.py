@@ -39,7 +39,9 @@ def test_rows_of_another_model_are_not_mixed_in(tmp_path):
         KeptRows(path, {**SETTING, "model": "large"})
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"rows": {}}'])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"rows": {}}', '{"format": 1}', '{"format": 1, "setting": {}, "rows": {}}']
+)
 def test_a_file_of_something_else_is_not_overwritten(tmp_path, content):
     path = tmp_path / "rows.json"
     path.write_text(content)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import dataclasses
+import os
 import random
 import re
 from collections import Counter
@@ -216,7 +217,9 @@ def test_tasks_are_known_by_name_and_take_options_behind_colons() -> None:
         ("cwe:repeats=many", ConfigurationError, "repeats is a number, not 'many'"),
         ("cwe:repeats=3", ConfigurationError, "repeats must be at least 4, not 3"),
         ("vt:hops=0", ConfigurationError, "vt: hops must be at least 1, not 0"),
-        ("fwe:alpha=1", ConfigurationError, "alpha must be at least 1.1"),
+        ("fwe:alpha=1", ConfigurationError, "alpha must be from 1.1 to 5"),
+        ("fwe:alpha=14", ConfigurationError, "alpha must be from 1.1 to 5"),
+        ("fwe:alpha=nan", ConfigurationError, "alpha must be from 1.1 to 5"),
         ("passkey:digits=0", ConfigurationError, "digits must be at least 1"),
         ("niah:needle=", ConfigurationError, "needle is empty"),
     ],
@@ -227,13 +230,38 @@ def test_what_is_no_task_is_refused(written: str, error: type[Exception], said: 
 
 
 def test_a_key_tells_texts_apart_that_have_one_label(tmp_path: Any) -> None:
-    first, second = tmp_path / "a.txt", tmp_path / "b.txt"
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    first, second = tmp_path / "a" / "text", tmp_path / "b" / "text"
     first.write_text("one"), second.write_text("two")
     tasks = [Passkey(), Passkey("library"), Passkey(str(first)), Passkey(str(second))]
-    assert len({task.label for task in tasks}) == 1 and len({task.key for task in tasks}) == 4
+    assert len({task.label for task in tasks[:2]}) == 1 and len({task.key for task in tasks}) == 4
+    assert {task.label for task in tasks[2:]} == {"passkey of 7 digits (text)"}
     assert Passkey(str(first)).key == tasks[2].key
     second.write_text("three")
     assert Passkey(str(second)).key != tasks[3].key
+
+
+def test_a_text_that_can_be_read_once_only_is_refused(tmp_path: Any) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for text in (str(tmp_path / "pipe"), ""):
+        with pytest.raises(ConfigurationError, match="name a file"):
+            Passkey(text).sample(byte_tokenizer(), 900, depth=0.5, seed=0)
+        with pytest.raises(ConfigurationError, match="name a file"):
+            Passkey(text).key  # noqa: B018
+
+
+def test_another_python_has_other_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = Passkey("library").key
+    monkeypatch.setattr("platform.python_version", lambda: "4.0")
+    assert Passkey("library").key != before
+
+
+def test_a_sentence_is_answered_in_whole_words() -> None:
+    task = SentenceInText(needle="Ann has the key.", question="Who has the key?", answer="Ann")
+    sample = task.sample(byte_tokenizer(), 900, depth=0.5, seed=0)
+    assert sample.is_told("It is Ann.") and sample.is_told("ann")
+    assert not sample.is_told("I cannot tell, in a manner of speaking.")
 
 
 # --- what they are made of ----------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -11,95 +10,19 @@ from torch import Tensor
 
 from everlong.attention.positions import working_dtype
 
-SEGMENT = 4096
+SEGMENT = 1024
 """Tokens that have their scales in common."""
 
 _FIRST_CAPACITY = 64  # tokens
 _LEAST = torch.finfo(torch.float32).tiny
 
 
-@dataclass(frozen=True, eq=False)
-class PlainKeys:
-    """Keys of some consecutive tokens as they are.
-
-    Attributes
-    ----------
-    keys : Tensor
-        Shape (batch, n, channels), the channels of all key-value heads side by side.
-    """
-
-    keys: Tensor
-
-    def __len__(self) -> int:
-        return self.keys.shape[1]
-
-    def products(self, row: int, asked: Tensor) -> Tensor:
-        """Return the products of a vector (channels,) with the keys of a row, shape (n,)."""
-        dtype = working_dtype(self.keys)
-        return self.keys[row].to(dtype) @ asked.to(self.keys.device, dtype)
-
-    def pick_rows(self, rows: Tensor) -> PlainKeys:
-        """Return the given rows."""
-        return PlainKeys(self.keys[rows.to(self.keys.device)])
-
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return self.keys.nbytes
-
-
-@dataclass(frozen=True, eq=False)
-class CodedKeys:
-    """Keys of some consecutive tokens, each number a byte: ``key = center + scale * code``.
-
-    Attributes
-    ----------
-    codes : Tensor
-        int8, shape (batch, n, channels), the channels of all key-value heads side by side.
-    scale, center : Tensor
-        float32, shape (batch, channels).
-    """
-
-    codes: Tensor
-    scale: Tensor
-    center: Tensor
-
-    @classmethod
-    def of(cls, keys: Tensor) -> Self:
-        """Put keys (batch, n, channels) into bytes."""
-        keys = keys.float()
-        center = keys.mean(1)
-        keys = keys - center[:, None]
-        scale = (keys.abs().amax(1) / 127).clamp(min=_LEAST)
-        return cls((keys / scale[:, None]).round().to(torch.int8), scale, center)
-
-    def __len__(self) -> int:
-        return self.codes.shape[1]
-
-    def products(self, row: int, asked: Tensor) -> Tensor:
-        """Return the products of a vector (channels,) with the keys of a row, shape (n,).
-
-        The vector is put into bytes, too, so that what is added up are whole numbers.
-        """
-        asked = asked.to(self.codes.device, torch.float32)
-        scaled = asked * self.scale[row]
-        step = (scaled.abs().amax() / 127).clamp(min=_LEAST)
-        whole = _whole_products(self.codes[row], (scaled / step).round().to(torch.int8))
-        return whole * step + asked @ self.center[row]
-
-    def pick_rows(self, rows: Tensor) -> CodedKeys:
-        """Return the given rows."""
-        return CodedKeys(*(x[rows.to(x.device)] for x in (self.codes, self.scale, self.center)))
-
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return sum(x.nbytes for x in (self.codes, self.scale, self.center))
-
-
 class KeyIndex:
     """The raw keys of one layer's tokens in a tier: as bytes in whole segments, the latest as they are.
 
-    A byte for each channel is a quarter of what a tier in half precision holds. Segments are shared between
-    copies.
+    In bytes, a key is ``center + scale * code`` in each channel; center and scale are a segment's own. A byte
+    for each channel is a quarter of what a tier in half precision holds. What is asked for is put into bytes
+    for each segment, too, so that what is added up are whole numbers. Segments are shared between copies.
 
     Parameters
     ----------
@@ -111,7 +34,11 @@ class KeyIndex:
 
     def __init__(self, first: int = 0, *, is_exact: bool = False) -> None:
         self._is_exact = is_exact
-        self._segments: list[PlainKeys | CodedKeys] = []
+        self._segments: list[
+            Tensor
+        ] = []  # keys or codes, (batch, n, channels), those of all heads side by side
+        self._scales: Tensor | None = None  # (batch, segments, channels)
+        self._centers: Tensor | None = None
         self._begin = self._open_begin = self._next = first  # of the segments; of what is open; of what comes
         self._open: Tensor | None = None  # (batch, room, channels)
 
@@ -120,6 +47,8 @@ class KeyIndex:
         twin._segments = list(self._segments)
         twin._open = None if self._open is None else self._open.clone()
         return twin
+
+    # --- tokens come and go --------------------------------------------------------------------------
 
     def append(self, keys: Tensor) -> None:
         """Take in raw keys of the next tokens, shape (batch, key-value heads, n, d)."""
@@ -145,14 +74,44 @@ class KeyIndex:
         self._open[:, at : at + keys.shape[1]] = keys
         self._next += keys.shape[1]
 
-    def _close(self) -> None:
-        held = self._held()
-        self._segments.append(PlainKeys(held.clone()) if self._is_exact else CodedKeys.of(held))
-        self._open_begin = self._next
-
     def _held(self) -> Tensor:
         assert self._open is not None
         return self._open[:, : self._next - self._open_begin]
+
+    def _close(self) -> None:
+        keys = self._held()
+        self._open_begin = self._next
+        if self._is_exact:
+            self._segments.append(keys.clone())
+            return
+        keys = keys.float()
+        center = keys.mean(1, keepdim=True)
+        keys = keys - center
+        scale = (keys.abs().amax(1, keepdim=True) / 127).clamp(min=_LEAST)
+        self._segments.append((keys / scale).round().to(torch.int8))
+        self._scales = scale if self._scales is None else torch.cat((self._scales, scale), 1)
+        self._centers = center if self._centers is None else torch.cat((self._centers, center), 1)
+
+    def forget(self, first: int) -> None:
+        """Let go of segments all of whose tokens come before `first`."""
+        gone = 0
+        while gone < len(self._segments) and self._begin + self._segments[gone].shape[1] <= first:
+            self._begin += self._segments[gone].shape[1]
+            gone += 1
+        if gone:
+            self._segments = self._segments[gone:]
+            if self._scales is not None and self._centers is not None:
+                self._scales, self._centers = self._scales[:, gone:], self._centers[:, gone:]
+
+    def pick_rows(self, rows: Tensor) -> None:
+        """Keep the given rows of the batch, in that order (repeats allowed)."""
+        self._segments = [keys[rows.to(keys.device)] for keys in self._segments]
+        for name in ("_scales", "_centers", "_open"):
+            held = getattr(self, name)
+            if held is not None:
+                setattr(self, name, held[rows.to(held.device)])
+
+    # --- looking -------------------------------------------------------------------------------------
 
     def products(self, row: int, asked: Tensor, begin: int, stop: int) -> Tensor:
         """Return the products of `asked` with the keys of a row's tokens [begin, stop), added up over heads.
@@ -166,30 +125,43 @@ class KeyIndex:
         begin, stop : int
             Tokens that are here.
         """
+        assert self._open is not None
+        asked = asked.to(self._open.device, working_dtype(self._open)).flatten()
         found, first = [], self._begin
-        for some in (*self._segments, PlainKeys(self._held())):
-            last = first + len(some)
-            if first < stop and begin < last:
-                found.append(some.products(row, asked.flatten())[max(begin - first, 0) : stop - first])
-            first = last
-        return found[0] if len(found) == 1 else torch.cat(found)
+        wanted: list[int] = []
+        for number, keys in enumerate(self._segments):
+            if begin < first + keys.shape[1] and first < stop:
+                wanted.append(number)
+            first += keys.shape[1]
+        at = self._begin + sum(keys.shape[1] for keys in self._segments[: wanted[0] if wanted else None])
+        if wanted:
+            found.append(self._of_segments(row, asked, wanted))
+        if stop > self._open_begin:
+            found.append(self._held()[row].to(asked.dtype) @ asked)
+        every = found[0] if len(found) == 1 else torch.cat(found)
+        return every[begin - at : stop - at]
 
-    def pick_rows(self, rows: Tensor) -> None:
-        """Keep the given rows of the batch, in that order (repeats allowed)."""
-        self._segments = [some.pick_rows(rows) for some in self._segments]
-        if self._open is not None:
-            self._open = self._open[rows.to(self._open.device)]
-
-    def forget(self, first: int) -> None:
-        """Let go of segments all of whose tokens come before `first`."""
-        while self._segments and self._begin + len(self._segments[0]) <= first:
-            self._begin += len(self._segments.pop(0))
+    def _of_segments(self, row: int, asked: Tensor, numbers: list[int]) -> Tensor:
+        """Return the products with the keys of segments that follow one another."""
+        if self._is_exact:
+            return torch.cat([self._segments[number][row].to(asked.dtype) @ asked for number in numbers])
+        assert self._scales is not None and self._centers is not None
+        which = slice(numbers[0], numbers[-1] + 1)
+        asked = asked.float()
+        scaled = asked * self._scales[row, which]
+        steps = (scaled.abs().amax(1) / 127).clamp(min=_LEAST)
+        codes = (scaled / steps[:, None]).round().to(torch.int8)
+        whole = [
+            _whole_products(self._segments[n][row], code) for n, code in zip(numbers, codes, strict=True)
+        ]
+        counts = torch.tensor([len(each) for each in whole], device=asked.device)
+        shift = self._centers[row, which] @ asked
+        return torch.cat(whole) * steps.repeat_interleave(counts) + shift.repeat_interleave(counts)
 
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(some.nbytes() for some in self._segments) + (
-            0 if self._open is None else self._open.nbytes
-        )
+        rest = (self._scales, self._centers, self._open)
+        return sum(x.nbytes for x in (*self._segments, *rest) if x is not None)
 
 
 def _whole_products(codes: Tensor, asked: Tensor) -> Tensor:

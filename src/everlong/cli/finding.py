@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -95,7 +96,7 @@ def find_and_show(
     from everlong.evaluation.finding import FindingPlan
     from everlong.evaluation.finding_report import FindingReport, save_html, tables
     from everlong.evaluation.kept import KeptRows
-    from everlong.evaluation.long_inputs import CUTS, make_ways, usable_methods, with_baselines
+    from everlong.evaluation.long_inputs import CUTS, keeps_below, make_ways, usable_methods, with_baselines
     from everlong.evaluation.resources import describe_machine
 
     asked = [name.strip() for name in (options.methods or methods).split(",")]
@@ -113,6 +114,7 @@ def find_and_show(
     plan = FindingPlan(tuple(make_tasks()), token_counts("--lengths", options.lengths), options.samples)
     console = notes(quiet=output_options.quiet)
     with pull_progress(quiet=output_options.quiet) as progress:
+        from everlong.models.fingerprint import weights_hash
         from everlong.models.loading import load_model
 
         loaded = load_model(model.model, **model.loading(progress))
@@ -120,10 +122,16 @@ def find_and_show(
         names, left_out = usable_methods(loaded, settings)
         ways = made(names)
     for name, why in left_out.items():
-        console.print(f"left out: {name}: {why}", soft_wrap=True)
+        console.print(f"left out: {name}: {why}", soft_wrap=True, markup=False)
+    if below.is_given and not any(keeps_below(loaded, way) for way in ways):
+        raise ConfigurationError(
+            "none of these methods keeps what leaves its window: --tier and its like are for methods that "
+            "recall it, such as --methods inf-llm"
+        )
     kept = None
     if options.page is not None:
-        setting = {"model": loaded.name, "dtype": str(loaded.model.dtype), "device": str(loaded.model.device)}
+        setting = {"model": loaded.name, "weights": weights_hash(loaded.model)[:16]}
+        setting |= {"dtype": str(loaded.model.dtype), "device": str(loaded.model.device)}
         kept = KeptRows(options.page.with_suffix(".json"), setting)
     found: list[Found] = []
 
@@ -146,7 +154,8 @@ def find_and_show(
     else:
         output().print(tables(found))
     if options.page is not None:
-        console.print(f"written: {options.page}, {options.page.with_suffix('.json')}", soft_wrap=True)
+        told = f"written: {options.page}, {options.page.with_suffix('.json')}"
+        console.print(told, soft_wrap=True, markup=False)
 
 
 def token_counts(option: str, text: str) -> tuple[int, ...]:
@@ -180,14 +189,29 @@ def _find(
     from everlong.evaluation.finding import find
 
     is_drawn = console.is_terminal and not console.quiet
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     tokens = sum(plan.lengths) * len(plan.tasks) * plan.samples * len(ways)
     with Progress(*columns, console=console, transient=True, disable=not is_drawn) as bars:
         task = bars.add_task("reading", total=tokens)
         for one in find(loaded, ways, plan, kept):
             found.append(one)
+            if len(found) == 1:
+                seconds = tokens * one.answer.seconds / one.answer.read
+                console.print(f"at the rate of the first text this takes about {told_time(seconds)}")
             bars.update(task, advance=one.length, description=f"{one.way}, {one.task}, {one.length:,} tokens")
             if not is_drawn:
                 told = "found" if one.is_found else f"told {one.told:.0%} of it"
                 at = "" if one.depth is None else f", {one.depth:.0%} deep"
-                console.print(f"{one.way}: {one.task} in {one.length:,} tokens{at}: {told}", style="dim")
+                line = f"{one.way}: {one.task} in {one.length:,} tokens{at}: {told}"
+                console.print(line, style="dim", markup=False)
+
+
+def told_time(seconds: float) -> str:
+    """Say how long something takes: in minutes, or in hours."""
+    minutes = math.ceil(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes / 60:.0f} hours"

@@ -190,6 +190,11 @@ class TierOptions:
         """Make the tier that was asked for."""
         return everlong.Tier(**self._given)
 
+    @property
+    def is_given(self) -> bool:
+        """Whether a tier was asked for."""
+        return bool(self._given)
+
     def check(self, llm: LLM, policy: Policy) -> None:
         """Refuse a tier for a method that has none."""
         memories = llm.handle.new_cache(policy).memories.values() if self._given else ()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -55,11 +57,29 @@ class FindingPlan:
         """Return one of the texts: the same for every way to read."""
         return task.sample(tokenizer, length, depth=(number + 0.5) / self.samples, seed=number)
 
-    def check(self, tokenizer: Any) -> None:
-        """Refuse lengths that a task does not fit into, and what texts it is made of that are missing."""
+    def check(self, tokenizer: Any, ways: Sequence[Way] = ()) -> None:
+        """Refuse what cannot work before anything is read.
+
+        Parameters
+        ----------
+        tokenizer : transformers.PreTrainedTokenizerBase
+            The model's.
+        ways : sequence of Way
+            How texts are to be read.
+
+        Raises
+        ------
+        ConfigurationError
+            A task does not fit into a length, or a question into what a way cuts texts to.
+        InputError
+            What a text is to be made of is missing, or too short.
+        """
         for task in self.tasks:
             for length in self.lengths:
-                self.sample(tokenizer, task, length, 0)
+                for number in range(self.samples):
+                    sample = self.sample(tokenizer, task, length, number)
+                    for way in ways:
+                        way.kept(sample)
 
 
 @dataclass(frozen=True)
@@ -171,7 +191,7 @@ def find(
     InputError
         The text to hide something in is too short; said before, too.
     """
-    plan.check(loaded.tokenizer)
+    plan.check(loaded.tokenizer, ways)
     for length in sorted(plan.lengths):
         for task in plan.tasks:
             for way in ways:
@@ -206,10 +226,24 @@ def look(loaded: LoadedModel, way: Way, plan: FindingPlan, task: Task, length: i
 
 
 def row_key(way: Way, plan: FindingPlan, task: Task, length: int, number: int) -> str:
-    """Return what tells a text and how it is read from all others of a model: changed, it is read anew."""
-    how = hashlib.sha256(repr((way, plan.chunk)).encode()).hexdigest()[:12]
+    """Return what tells a text and how it is read from all others of a model: changed, it is read anew.
+
+    A policy of one's own is told by the file that it stands in, too.
+    """
+    how = hashlib.sha256(f"{(way, plan.chunk)!r}{_own_source(way)}".encode()).hexdigest()[:12]
     which = f"{length} tokens, {number + 1} of {plan.samples}"
     return f"{way.name} [{how}]; {task.label} [{task.key}]; {which}"
+
+
+def _own_source(way: Way) -> str:
+    """Return what a policy's file holds, where that is none of ours."""
+    kind = type(way.policy)
+    if way.policy is None or kind.__module__.split(".")[0] == "everlong":
+        return ""
+    try:
+        return Path(inspect.getfile(kind)).read_text(encoding="utf-8")
+    except (OSError, TypeError):
+        return ""
 
 
 def shares(found: Sequence[Found]) -> list[FoundShare]:

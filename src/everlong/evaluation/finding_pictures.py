@@ -119,7 +119,7 @@ def _figure(size: tuple[float, float]) -> Any:
 
 
 def _finish(panel: Any, title: str, dark: bool) -> None:
-    panel.set_title(title, loc="left", fontsize=8, color=_INK[dark])
+    panel.set_title(title, loc="left", fontsize=8, color=_INK[dark], parse_math=False)
     panel.tick_params(labelsize=7, colors=_INK[dark], length=2)
     panel.patch.set_alpha(0)
     panel.spines[:].set_visible(False)

@@ -12,6 +12,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from everlong.errors import InputError
 from everlong.evaluation.finding import Found, FoundShare, shares
@@ -21,6 +22,7 @@ from everlong.models.files import human_bytes
 
 _SHOWN = 200  # characters of an answer
 
+_AWARE = "*"
 _NOTE = (
     "Every method reads the same texts, and the question only after them. Told is the mean share of what "
     "was asked for that the answer holds, and of a passkey the share of its digits before the first mistake; "
@@ -99,15 +101,20 @@ _COLUMNS: tuple[tuple[str, Callable[[FoundShare], str]], ...] = (
 
 def tables(found: Sequence[Found]) -> Group:
     """Return a rich table for each kind of texts and length, a row for each way to read."""
-    shown = []
+    shown: list[Table | Text] = []
+    columns = [column for column in _COLUMNS if column[0] != "read"]  # the page has it; 80 columns do not
     for title, some in _by_kind(shares(found)).items():
-        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, header_style="bold", padding=0)
-        for heading in ("", *(heading for heading, _ in _COLUMNS)):
-            table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+        table = Table(
+            title=Text(title), title_justify="left", box=SIMPLE_HEAD, header_style="bold", padding=0
+        )
+        for heading in ("", *(heading for heading, _ in columns)):
+            table.add_column(heading, justify="right" if heading else "left", overflow="fold")
         for share in some:
-            name = f"{share.way} (query-aware)" if share.is_query_aware else share.way
-            table.add_row(name, *(show(share) for _, show in _COLUMNS))
+            mark = _AWARE if share.is_query_aware else ""
+            table.add_row(Text(share.way + mark), *(show(share) for _, show in columns))
         shown.append(table)
+    if any(one.is_query_aware for one in found):
+        shown.append(Text(f"{_AWARE} knew the question when it chose what to keep", style="dim"))
     return Group(*shown)
 
 

@@ -62,7 +62,12 @@ class KeptRows:
             saved = json.loads(self.path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise InputError(f"cannot go on with {self.path}: {error}; choose another --output") from error
-        if not isinstance(saved, dict) or saved.get("format") != _FORMAT:
+        parts = {"setting": dict, "machines": list, "rows": dict}
+        if (
+            not isinstance(saved, dict)
+            or saved.get("format") != _FORMAT
+            or any(not isinstance(saved.get(name), kind) for name, kind in parts.items())
+        ):
             raise InputError(f"{self.path} holds no rows of a measurement; choose another --output")
         if saved["setting"] != self.setting:
             names = [name for name in self.setting if saved["setting"].get(name) != self.setting[name]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from statistics import median
 from typing import Any, Literal
 
@@ -122,7 +122,8 @@ def make_ways(
     names : sequence of str
         Each once.
     options : dict, optional
-        Each is given to all policies that have it; a window to the cuts, too, which need one.
+        Each is given to all policies that have it; a window to the cuts, too, which need one, and as their
+        budget to policies that have that instead.
     tier : Tier, optional
         Of all policies that keep what leaves their window.
 
@@ -136,11 +137,15 @@ def make_ways(
     options = options or {}
     policies = [name for name in names if name not in CUTS]
     is_cut = len(policies) < len(names)
-    window = _count(options.get("window")) if is_cut else None
+    budgeted = [name for name in policies if name in POLICIES and _goes_by_budget(POLICIES[name])]
+    window = _count(options.get("window")) if is_cut or budgeted else None
+    budget = None if {"budget", "ratio"} & set(options) else window
     kinds = [POLICIES[name] for name in policies if name in POLICIES]
-    if is_cut and not any("window" in {field.name for field in fields(kind)} for kind in kinds):
+    if (is_cut or budgeted) and not any(_has(kind, "window") for kind in kinds):
         options = {name: value for name, value in options.items() if name != "window"}
     made = {method.name: method.policy for method in make_methods(policies or [STOCK], options)}
+    if budget is not None:
+        made |= {name: replace(made[name], budget=budget) for name in budgeted}  # type: ignore[type-var]
     if len(set(names)) != len(names) or not names:
         raise ConfigurationError(f"name each way to read once, and at least one: {', '.join(names)}")
     return [
@@ -173,6 +178,22 @@ def usable_methods(loaded: LoadedModel, options: dict[str, Any]) -> tuple[list[s
         except EverlongError as error:
             refused[name] = str(error)
     return usable, refused
+
+
+def keeps_below(loaded: LoadedModel, way: Way) -> bool:
+    """Whether what leaves the window goes to a tier, by that way to read."""
+    if way.policy is None:
+        return False
+    with open_stream(loaded.model, way.policy) as stream:
+        return any(memory.tier is not None for memory in stream.cache.memories.values())
+
+
+def _has(kind: type[Policy], option: str) -> bool:
+    return option in {field.name for field in fields(kind)}
+
+
+def _goes_by_budget(kind: type[Policy]) -> bool:
+    return _has(kind, "budget") and not _has(kind, "window")
 
 
 def _count(value: Any) -> int | None:
@@ -226,8 +247,9 @@ def answer(
             times.append(time.perf_counter() - begun)
         span = None if way.policy is None else stream.described()[1].get("window")
         read = len(context) + len(question)
+        end = next((at for at, token in enumerate(written) if token in end_tokens(loaded)), len(written))
         return Answer(
-            str(tokenizer.decode(written, skip_special_tokens=True)),
+            str(tokenizer.decode(written[:end], skip_special_tokens=True)),
             read,
             read if span is None else min(read, span),
             stream.forgotten + len(sample.context) - len(context),
@@ -235,6 +257,13 @@ def answer(
             seconds,
             1000 * median(times),
         )
+
+
+def end_tokens(loaded: LoadedModel) -> frozenset[int]:
+    """Return the tokens that end a text or a turn: what is written behind one is no part of an answer."""
+    configured = getattr(getattr(loaded.model, "generation_config", None), "eos_token_id", None)
+    ends = set(configured) if isinstance(configured, (list, tuple)) else {configured}
+    return frozenset(token for token in (*ends, loaded.tokenizer.eos_token_id) if token is not None)
 
 
 def _wait_for(tensor: Tensor) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import random
 import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -67,27 +68,43 @@ class Needle(Sample):
 class _HiddenTask(Task):
     """What hides something in a text, which a file or Python's own sources may be."""
 
-    has_depth: ClassVar[bool] = True
-
     text: str | None = None
 
     def identity(self) -> str:
         """Return the options, and what stands in the file."""
-        if self.text is None or self.text == LIBRARY:
+        if self.text is None:
             return repr(self)
-        return f"{self!r}, {hashlib.sha256(Path(self.text).read_bytes()).hexdigest()}"
+        if self.text == LIBRARY:
+            return f"{self!r}, Python {platform.python_version()}"
+        with _regular(self.text).open("rb") as file:
+            return f"{self!r}, {hashlib.file_digest(file, 'sha256').hexdigest()}"
 
     def haystack(self, tokenizer: Any, length: int) -> list[int] | None:
         """Return the first `length` tokens of the text."""
         if self.text is None:
             return None
         if self.text != LIBRARY:
-            ids: list[int] = first_tokens(tokenizer, Path(self.text), length).ids.tolist()
+            ids: list[int] = first_tokens(tokenizer, _regular(self.text), length).ids.tolist()
             return ids
         others = sorted(path.name for path in Path(sysconfig.get_path("stdlib")).glob("*.py"))
         files = [*LIBRARY_FILES, *(name for name in others if name not in LIBRARY_FILES)]
         ids = standard_library(tokenizer, length, files).ids.tolist()
         return ids
+
+
+def _named(text: str | None) -> str:
+    """Say which file of one's own something is hidden in."""
+    return "" if text is None or text == LIBRARY else f" ({Path(text).name})"
+
+
+def _regular(text: str) -> Path:
+    """Return the path of a file that can be read more than once."""
+    path = Path(text)
+    if not text or (path.exists() and not path.is_file()):
+        raise ConfigurationError(
+            f"the text to hide something in is read again for each method: name a file, not {text!r}"
+        )
+    return path
 
 
 @TASKS.register("passkey")
@@ -111,7 +128,7 @@ class Passkey(_HiddenTask):
     @property
     def label(self) -> str:
         """Say how many digits it has."""
-        return f"passkey of {self.digits} digits"
+        return f"passkey of {self.digits} digits{_named(self.text)}"
 
     def sample(self, tokenizer: Any, length: int, *, depth: float, seed: int) -> Needle:
         """Hide another passkey."""
@@ -155,7 +172,8 @@ class SentenceInText(_HiddenTask):
     @property
     def label(self) -> str:
         """Say which needle it is, if it is another one."""
-        return "niah" if self.needle == type(self).needle else f"niah: {self.needle}"
+        needle = "niah" if self.needle == type(self).needle else f"niah: {self.needle}"
+        return f"{needle}{_named(self.text)}"
 
     def sample(self, tokenizer: Any, length: int, *, depth: float, seed: int) -> Sample:
         """Hide the sentence."""
@@ -174,7 +192,7 @@ class SentenceInText(_HiddenTask):
         )
         spare = len(coder.encode(self.needle)) + 8  # the sentence may be said again before its point
         ids = torch.tensor(context), torch.tensor(question)
-        return Sample(*ids, (self.answer,), at, len(coder.bos), spare)
+        return Sample(*ids, (self.answer,), at, len(coder.bos), spare, whole_words=True)
 
 
 def passkey(

@@ -28,7 +28,6 @@ _QUESTION = "\n\nWhat is the secret {value} of {key} in the notes above? The sec
 class _KeyTask(Task):
     """Sentences that give a value for a key, and a question for one of them."""
 
-    has_depth: ClassVar[bool] = True
     are_ids: ClassVar[bool] = False
     """Whether keys and values are UUIDs; otherwise keys are two words, and values numbers."""
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, get_type_hints
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
@@ -36,6 +37,8 @@ class Sample:
         Start tokens that the text begins with.
     spare : int
         Tokens that an answer may have beside those of what is expected.
+    whole_words : bool
+        Whether what is expected counts only where no letter or digit goes before it or follows.
     """
 
     context: Tensor
@@ -44,14 +47,16 @@ class Sample:
     depth: float | None = None
     start: int = 0
     spare: int = 8
+    whole_words: bool = False
 
     def __len__(self) -> int:
         return len(self.context) + len(self.question)
 
     def told(self, text: str) -> float:
         """Share of what is expected that the answer `text` contains, as RULER counts."""
-        lowered = text.lower()
-        return sum(each.lower() in lowered for each in self.expected) / len(self.expected)
+        edge = r"(?<!\w){}(?!\w)" if self.whole_words else "{}"
+        patterns = [edge.format(re.escape(each)) for each in self.expected]
+        return sum(bool(re.search(each, text, re.IGNORECASE)) for each in patterns) / len(patterns)
 
     def is_told(self, text: str) -> bool:
         """Whether the answer contains all of it."""
@@ -66,9 +71,6 @@ class Sample:
 @dataclass(frozen=True)
 class Task(ABC):
     """A kind of texts with something to find. Subclass as a frozen dataclass; its fields are its options."""
-
-    has_depth: ClassVar[bool] = False
-    """Whether what is to be found stands in one place, which can be chosen."""
 
     @abstractmethod
     def sample(self, tokenizer: Any, length: int, *, depth: float, seed: int) -> Sample:

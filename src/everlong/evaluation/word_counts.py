@@ -13,6 +13,7 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
+from everlong.errors import ConfigurationError
 from everlong.evaluation.tasks import TASKS, Sample, Task, filled, require_numbers
 from everlong.evaluation.words import Drawn, common_word, known_words, letters
 
@@ -100,7 +101,9 @@ class FrequentWords(Task):
     letters: int = 6
 
     def __post_init__(self) -> None:
-        require_numbers(self, alpha=1.1, letters=4)
+        require_numbers(self, letters=4)
+        if not 1.1 <= self.alpha <= 5:
+            raise ConfigurationError(f"fwe: alpha must be from 1.1 to 5, not {self.alpha}")
 
     def sample(self, tokenizer: Any, length: int, *, depth: float, seed: int) -> Sample:
         """Write as many words as fit."""

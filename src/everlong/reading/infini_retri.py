@@ -127,7 +127,7 @@ class InfiniRetri(ReadingMethod):
         policy = AskedAttention(layer=layer, begin=stop, stop=stop + errand.question_tokens)
         tape.driver.cache = errand.task.model.attachment.new_cache(policy)
         tape.run_all(FORWARD, logits=False)
-        errand.ran(tape.driver.tokens, tape.driver.seconds, tape.driver.cache)
+        errand.ran(tape.driver.seconds, tape.driver.cache)
         return received(tape.driver.cache)[0, first:stop].float().cpu()
 
     def _most_carried(self, errand: Errand) -> int:

@@ -142,10 +142,8 @@ class Errand:
         """Tokens around the text."""
         self.taken = 0
         """Tokens of the text that were taken from its sources."""
-        self.run = 0
-        """Tokens that went through the model before the answer's own stream."""
         self.seconds = 0.0
-        """That they took."""
+        """In the model, before the answer's own stream."""
         self._fraction: float | None = 0.0
 
     def new_cache(self) -> StreamCache:
@@ -211,9 +209,8 @@ class Errand:
         tape.driver.cache = cache
         return tape
 
-    def ran(self, tokens: int, seconds: float, cache: StreamCache) -> None:
-        """Note that tokens went through the model, and tell of it."""
-        self.run += tokens
+    def ran(self, seconds: float, cache: StreamCache) -> None:
+        """Note how long the model took for some tokens, and tell of it."""
         self.seconds += seconds
         if self.task.progress is None:
             return
@@ -238,6 +235,6 @@ class Errand:
             tokens_read=read,
             forgotten=read + stats.tokens_written - stats.kept - stats.waiting,
             seconds=seconds,
-            tokens_per_second=(self.run + driver.tokens) / seconds,
+            tokens_per_second=(read + stats.tokens_written) / seconds,
         )
         return replace(generation, stats=whole)

@@ -67,7 +67,7 @@ class ParallelWindows(ReadingMethod):
         for at in range(0, len(ids), FORWARD):
             with deferred_interrupt():
                 driver.run(ids[at : at + FORWARD], logits=False)
-        errand.ran(driver.tokens, driver.seconds, cache)
+        errand.ran(driver.seconds, cache)
 
     def _window(self, errand: Errand) -> int:
         """Return the tokens of a window; raise where the training length does not hold it."""
