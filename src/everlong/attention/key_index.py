@@ -34,9 +34,7 @@ class KeyIndex:
 
     def __init__(self, first: int = 0, *, is_exact: bool = False) -> None:
         self._is_exact = is_exact
-        self._segments: list[
-            Tensor
-        ] = []  # keys or codes, (batch, n, channels), those of all heads side by side
+        self._segments: list[Tensor] = []  # keys or codes, (batch, n, channels of all heads)
         self._scales: Tensor | None = None  # (batch, segments, channels)
         self._centers: Tensor | None = None
         self._begin = self._open_begin = self._next = first  # of the segments; of what is open; of what comes
@@ -151,9 +149,8 @@ class KeyIndex:
         scaled = asked * self._scales[row, which]
         steps = (scaled.abs().amax(1) / 127).clamp(min=_LEAST)
         codes = (scaled / steps[:, None]).round().to(torch.int8)
-        whole = [
-            _whole_products(self._segments[n][row], code) for n, code in zip(numbers, codes, strict=True)
-        ]
+        segments = [self._segments[number][row] for number in numbers]
+        whole = [_whole_products(*each) for each in zip(segments, codes, strict=True)]
         counts = torch.tensor([len(each) for each in whole], device=asked.device)
         shift = self._centers[row, which] @ asked
         return torch.cat(whole) * steps.repeat_interleave(counts) + shift.repeat_interleave(counts)
