@@ -221,6 +221,9 @@ def test_a_page_is_written_and_an_interrupted_measurement_goes_on(everlong, monk
     assert "first-and-last" in page.read_text() and "data:image/png" in page.read_text()
     result = everlong(*words, "--json", "--quiet")
     assert len(read) == 16 and len(json.loads(result.out)["texts"]) == 16
+    monkeypatch.setattr("everlong.models.fingerprint.weights_hash", lambda _: "of another model")
+    result = everlong(*words)  # of the same name
+    assert result.code == 2 and "weights" in result.err and "choose another --output" in result.err
 
 
 def test_what_leaves_the_window_goes_to_the_tier_that_is_named(everlong, tmp_path):
