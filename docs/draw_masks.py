@@ -29,6 +29,7 @@ from everlong.attention import (
     LMInfinite,
     Policy,
     PyramidKV,
+    Quest,
     ReAttention,
     Recall,
     SelfExtend,
@@ -59,7 +60,10 @@ PANELS: dict[str, Policy] = {
     f"Recall(sinks={SINKS}, block=2, group=4)": Recall(
         window=WINDOW, sinks=SINKS, recalled=4, block=2, group=4
     ),
-    f"ReAttention(sinks={SINKS}, radius=1, group=4)": ReAttention(
+    f"Quest(sinks={SINKS}, block=2, group=4)": Quest(
+        window=WINDOW, sinks=SINKS, recalled=4, block=2, group=4
+    ),
+    f"ReAttention(sinks={SINKS},\nradius=1, group=4)": ReAttention(
         window=WINDOW, sinks=SINKS, recalled=6, votes=1, radius=1, group=4
     ),
     f"StreamingLLM(sinks={SINKS})": StreamingLLM(window=WINDOW, sinks=SINKS),

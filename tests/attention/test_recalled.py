@@ -12,7 +12,17 @@ import pytest
 import torch
 
 import tests.tiny as tiny
-from everlong.attention import InfLLM, ReAttention, Recall, Tier, attach, key_index, layer_memory, tiers
+from everlong.attention import (
+    InfLLM,
+    Quest,
+    ReAttention,
+    Recall,
+    Tier,
+    attach,
+    key_index,
+    layer_memory,
+    tiers,
+)
 from everlong.attention.positions import Rotation
 from everlong.attention.ready import ReadyTokens
 from everlong.attention.view import LayerCall, LayerView
@@ -24,7 +34,7 @@ from tests.reference.model import reference_logits
 LENGTH = 42
 PAD = 5
 EXACT = Tier(precision="exact")
-KINDS = {InfLLM: "inf-llm", ReAttention: "re-attention", Recall: "recall"}
+KINDS = {InfLLM: "inf-llm", ReAttention: "re-attention", Recall: "recall", Quest: "quest"}
 POLICIES = {
     "inf-llm": InfLLM(window=16, sinks=2, recalled=6, block=3, representatives=2, group=8),
     "inf-llm, one block": InfLLM(window=12, sinks=0, recalled=4, block=4, representatives=9, group=5),
@@ -34,7 +44,11 @@ POLICIES = {
     "re-attention": ReAttention(window=16, sinks=2, recalled=6, votes=2, radius=1, group=8),
     "re-attention, single keys": ReAttention(window=12, sinks=0, recalled=3, votes=1, radius=0, group=5),
     "re-attention, wide": ReAttention(window=20, sinks=1, recalled=10, votes=3, radius=2, group=7),
+    "quest": Quest(window=16, sinks=2, recalled=6, block=3, group=8),
+    "quest, small pages": Quest(window=12, sinks=0, recalled=4, block=2, group=5),
+    "quest, one page": Quest(window=14, sinks=1, recalled=5, block=5, group=1),
 }
+ONE_OF_EACH = ["inf-llm", "re-attention", "recall", "quest"]
 CHUNKS = {
     "one call": (0, LENGTH),
     "uneven chunks": (0, 2, 3, 11, 12, 17, 29, 31, LENGTH),
@@ -114,14 +128,14 @@ def test_equals_the_reference_at_every_position(policy, chunks):
 
 
 @pytest.mark.parametrize("chunks", ["one call", "prefill, then token by token"])
-@pytest.mark.parametrize("policy", ["inf-llm", "re-attention", "recall"])
+@pytest.mark.parametrize("policy", ONE_OF_EACH)
 @pytest.mark.parametrize("model", [model for model in MODELS if model != "grouped heads"])
 def test_equals_the_reference_in_other_models(model, policy, chunks):
     assert differs(model, policy, chunks) < 1e-5
 
 
 @pytest.mark.parametrize("chunks", ["one call", "uneven chunks", "token by token"])
-@pytest.mark.parametrize("policy", ["inf-llm", "re-attention", "recall"])
+@pytest.mark.parametrize("policy", ONE_OF_EACH)
 def test_each_row_recalls_what_it_asks_for_padded_or_not(policy, chunks):
     model, edges, ids = model_of("grouped heads"), CHUNKS[chunks], ids_of(2)
     mask = torch.ones_like(ids)
@@ -137,13 +151,13 @@ def test_each_row_recalls_what_it_asks_for_padded_or_not(policy, chunks):
 
 
 @pytest.mark.parametrize("chunks", ["uneven chunks", "token by token"])
-@pytest.mark.parametrize("policy", ["inf-llm", "re-attention", "recall"])
+@pytest.mark.parametrize("policy", ONE_OF_EACH)
 def test_a_frame_that_moves_changes_nothing(policy, chunks, monkeypatch):
     monkeypatch.setattr(layer_memory, "FRAME", 24)
     assert differs("grouped heads", policy, chunks) < 1e-5
 
 
-@pytest.mark.parametrize("policy", ["inf-llm", "re-attention", "recall"])
+@pytest.mark.parametrize("policy", ONE_OF_EACH)
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_in_every_family_chunks_that_end_on_groups_make_no_difference(family, policy):
     model, size = tiny.build(family), POLICIES[policy].group
@@ -154,7 +168,7 @@ def test_in_every_family_chunks_that_end_on_groups_make_no_difference(family, po
 
 
 @pytest.mark.parametrize("only_values", [False, True])
-@pytest.mark.parametrize("policy", ["inf-llm", "re-attention", "recall"])
+@pytest.mark.parametrize("policy", ONE_OF_EACH)
 def test_gradients_flow_into_what_is_recalled(policy, only_values):
     model = tiny.build("llama").double()
     weight = model.model.layers[0].self_attn.v_proj.weight
@@ -228,7 +242,7 @@ def mutants(policy):
                 yield field, mutant
 
 
-@pytest.mark.parametrize("policy", ["inf-llm", "re-attention", "recall"])
+@pytest.mark.parametrize("policy", ONE_OF_EACH)
 def test_the_comparison_notices_other_constants(policy):
     model, right = model_of("grouped heads"), POLICIES[policy]
     seen = set()
@@ -242,6 +256,7 @@ def test_the_comparison_notices_other_constants(policy):
         "inf-llm": {"block", "representatives"},
         "re-attention": {"votes", "radius"},
         "recall": {"block", "layers"},
+        "quest": {"block", "recalled"},
     }
     assert {"window", "sinks"} | own[policy] <= seen
 
@@ -257,7 +272,7 @@ def test_up_to_the_window_it_is_the_stock_model(policy):
             assert off(read(model, handle.new_cache(), ids, edges), stock) < 1e-5
 
 
-@pytest.mark.parametrize("policy", ["inf-llm", "re-attention", "recall"])
+@pytest.mark.parametrize("policy", ONE_OF_EACH)
 def test_chunks_that_end_on_groups_make_no_difference(policy):
     model, size = model_of("grouped heads"), POLICIES[policy].group
     with attach(model, POLICIES[policy]) as handle:
@@ -269,8 +284,9 @@ def test_chunks_that_end_on_groups_make_no_difference(policy):
 @pytest.mark.parametrize(
     ("policy", "tier"),
     [
-        *itertools.product(["inf-llm", "re-attention", "recall"], [Tier(), Tier("disk")]),
+        *itertools.product(ONE_OF_EACH, [Tier(), Tier("disk")]),
         ("inf-llm", Tier(precision="int8")),  # where choices are of the tier's keys, bytes change them
+        ("quest", Tier(precision="int8")),
     ],
     ids=str,
 )
@@ -283,7 +299,7 @@ def test_from_any_tier(policy, tier, monkeypatch):
     assert 0 < off(found[1], found[0]) < (0.2 if tier.precision == "int8" else 2e-2)
 
 
-@pytest.mark.parametrize("policy", ["inf-llm", "re-attention", "recall"])
+@pytest.mark.parametrize("policy", ONE_OF_EACH)
 def test_copies_and_saved_states_go_on_bit_by_bit(policy, monkeypatch):
     monkeypatch.setattr(key_index, "SEGMENT", 64)
     model = model_of("grouped heads")
@@ -302,16 +318,17 @@ def test_copies_and_saved_states_go_on_bit_by_bit(policy, monkeypatch):
         assert off(picked, theirs[[1, 1, 0]]) < 1e-5
 
 
-def test_accounts_count_what_is_known_of_blocks_and_what_was_made_ready():
+@pytest.mark.parametrize("policy", ["inf-llm", "quest"])
+def test_accounts_count_what_is_known_of_blocks_and_what_was_made_ready(policy):
     model = model_of("grouped heads")
-    with attach(model, POLICIES["inf-llm"]) as handle:
+    with attach(model, POLICIES[policy]) as handle:
         cache = handle.new_cache()
         read(model, cache, ids_of(), (0, 30, *range(31, LENGTH)))
         memory = next(iter(cache.memories.values()))
         held = [memory.keys, memory.values, memory.raw, memory.sink_keys, memory.sink_values]
         held += [*memory.index.values(), *memory.ready._held, *itertools.chain(*memory.ready._left.values())]
         assert memory.nbytes()["window"] == sum(x.nbytes for x in held)
-        assert (cache.forgotten, cache.recallable) == (0, LENGTH - 1 - POLICIES["inf-llm"].window)
+        assert (cache.forgotten, cache.recallable) == (0, LENGTH - 1 - POLICIES[policy].window)
 
 
 def test_what_was_wanted_shortly_before_is_not_read_again():
@@ -327,19 +344,62 @@ def test_what_was_wanted_shortly_before_is_not_read_again():
         view.middle = lambda begin, stop: seen.append((begin, stop)) or LayerView.middle(view, begin, stop)
         memory.ready = ReadyTokens()
         for spans in (*wanted, *wanted):
-            ready = memory.ready.fetch(spans, view)
+            ready = memory.ready.fetch([spans], view)
             true = [
                 torch.cat(x, 2) for x in zip(*(LayerView.middle(view, *s) for s in spans[0]), strict=True)
             ]
             assert all(torch.equal(a, b) for a, b in zip(ready, true, strict=True))
-            assert sum(stop - begin for _, (begin, stop) in memory.ready._left) <= 6
+            assert sum(stop - begin for _, _, (begin, stop) in memory.ready._left) <= 6
     assert len(seen) == len(set(seen)) == 5, "each block once: five blocks, six of them fit"
+
+
+def test_heads_that_choose_for_themselves_have_their_own_ready_and_read_it_once():
+    model, policy = model_of("grouped heads"), Quest(window=20, sinks=2, recalled=6, block=2, group=4)
+    with attach(model, policy, tier=EXACT) as handle:
+        cache = handle.new_cache()
+        read(model, cache, ids_of(2), (0, 30))
+        memory = next(iter(cache.memories.values()))
+        view = LayerView(memory, LayerCall(0, Rotation(None, "halves")), memory.seen, None)
+        together, apart = [[(2, 4), (4, 6)]], [[(2, 4), (6, 8)], [(6, 8), (10, 12)]]
+        other = [[(4, 6), (6, 8)], [(2, 4), (6, 8)]]
+        seen: list[tuple[int, int]] = []
+        view.middle = lambda begin, stop: seen.append((begin, stop)) or LayerView.middle(view, begin, stop)
+        memory.ready = ReadyTokens()
+        steps = (
+            ([together, apart], 5),  # each row of its own: two spans, and three of which two heads want one
+            ([together, other], 2),  # of the second row (4, 6), and (2, 4) for its second head
+            ([apart, apart], 3),  # the first row's heads had all together before
+            ([together, [[]]], 3),  # a row that asks for nothing
+        )
+        for chosen, reads in steps:
+            seen.clear()
+            keys, values = memory.ready.fetch(chosen, view)
+            assert len(seen) == reads
+            for row, head in itertools.product(range(2), range(2)):
+                spans = chosen[row][head if len(chosen[row]) > 1 else 0]
+                for at, (begin, stop) in enumerate(spans):
+                    true = LayerView.middle(view, begin, stop)
+                    for found, which in zip((keys, values), true, strict=True):
+                        assert torch.equal(found[row, head, 2 * at : 2 * at + 2], which[row, head])
+            wanted = sum(2 * len(spans) * (1 if len(some) > 1 else 2) for some in chosen for spans in some)
+            left = sum(keys.shape[0] * keys.shape[1] for keys, _ in memory.ready._left.values())
+            assert left <= wanted
+
+
+def test_heads_choose_differently_in_what_is_compared():
+    """Otherwise the matrix above could not tell heads that choose for themselves."""
+    model = model_of("grouped heads")
+    with attach(model, POLICIES["quest"]) as handle:
+        cache = handle.new_cache()
+        read(model, cache, ids_of(), (0, LENGTH))
+        chosen = [memory.ready._chosen[0] for memory in cache.memories.values()]
+    assert any(len(choice) == 2 and choice[0] != choice[1] for choice in chosen)
 
 
 def test_a_limited_tier_forgets_the_oldest_and_recalls_the_rest():
     model = model_of("grouped heads")
     ids = tiny.random_ids(1, 700)
-    for policy in ("inf-llm", "re-attention", "recall"):
+    for policy in ONE_OF_EACH:
         with attach(model, POLICIES[policy], tier=Tier(limit=2**15)) as handle:
             cache = handle.new_cache()
             logits = read(model, cache, ids, (0, 300, 650, *range(651, 701)))
@@ -350,7 +410,7 @@ def test_a_limited_tier_forgets_the_oldest_and_recalls_the_rest():
 def test_a_tier_that_fails_leaves_what_is_in_the_window():
     model = model_of("grouped heads")
     ids = tiny.random_ids(1, 400)
-    for policy in ("inf-llm", "re-attention", "recall"):
+    for policy in ONE_OF_EACH:
         with attach(model, POLICIES[policy], tier="disk") as handle:
             cache = handle.new_cache()
             read(model, cache, ids, (0, 399))
@@ -367,10 +427,11 @@ def _fails(blocks):
     raise OSError("the disk is gone")
 
 
-def test_tokens_cannot_be_taken_back_where_queries_are_noted():
-    with attach(model_of("grouped heads"), POLICIES["inf-llm"]) as handle:
+@pytest.mark.parametrize(("policy", "name"), [("inf-llm", "InfLLM"), ("quest", "Quest")])
+def test_tokens_cannot_be_taken_back_where_notes_are_taken(policy, name):
+    with attach(model_of("grouped heads"), POLICIES[policy]) as handle:
         cache = handle.new_cache()
-        with pytest.raises(UnsupportedUseError, match="InfLLM takes note of queries"), cache.provisional():
+        with pytest.raises(UnsupportedUseError, match=f"{name} takes note of"), cache.provisional():
             pass
 
 
@@ -386,6 +447,8 @@ def test_tokens_cannot_be_taken_back_where_queries_are_noted():
         (lambda: Recall(window=200, recalled=100).resolve(None), "use 96 or 128"),
         (lambda: Recall(block=0), "Recall: block must be a whole number"),
         (lambda: Recall(window=40).resolve(None), "cannot hold 16 sinks, 0 recalled tokens"),
+        (lambda: Quest(window=200, recalled=100).resolve(None), "use 96 or 112"),
+        (lambda: Quest(block=1), "Quest: block must be a whole number of at least 2"),
         (lambda: ReAttention(votes=0), "votes must be a whole number"),
         (lambda: ReAttention(radius=-1), "radius must be a whole number"),
         (lambda: ReAttention(group=0), "group must be a whole number"),

@@ -27,8 +27,9 @@ class ReferenceSpec:
     ----------
     kind
         `"full"`: every query sees all keys up to itself. `"lm-infinite"` and `"streaming-llm"`: the sinks and
-        the most recent keys. `"inf-llm"`, `"re-attention"` and `"recall"`: a query before W sees all keys up
-        to itself; a later one sees the sinks, the latest keys, and what its group of queries recalls.
+        the most recent keys. `"inf-llm"`, `"re-attention"`, `"recall"` and `"quest"`: a query before W sees
+        all keys up to itself; a later one sees the sinks, the latest keys, and what its group of queries
+        recalls, for Quest each key-value head its own.
         `"self-extend"` and `"dual-chunk"`: every query sees all keys up to itself, at other positions.
     sinks
         G, the first tokens of the row, seen by every query.
@@ -46,7 +47,7 @@ class ReferenceSpec:
     recalled
         R, the most keys that a group of queries recalls.
     block
-        For InfLLM and Recall: B, the keys in a block. Blocks are recalled whole.
+        For InfLLM, Recall and Quest: B, the keys in a block. Blocks are recalled whole.
     representatives
         For InfLLM: m, the keys of a block whose mean stands for it.
     votes
@@ -72,6 +73,7 @@ class ReferenceSpec:
         "inf-llm",
         "re-attention",
         "recall",
+        "quest",
         "self-extend",
         "dual-chunk",
     ] = "full"
@@ -104,7 +106,7 @@ class ReferenceSpec:
             meaningful = meaningful and self.recalled >= 0 and self.local > 0
         else:
             meaningful = meaningful and self.recalled == 0
-        meaningful = meaningful and (self.block > 0) == (self.kind in ("inf-llm", "recall"))
+        meaningful = meaningful and (self.block > 0) == (self.kind in ("inf-llm", "recall", "quest"))
         meaningful = meaningful and (self.representatives > 0) == (self.kind == "inf-llm")
         meaningful = meaningful and self.layers >= 1 and (self.layers == 1 or self.kind == "recall")
         meaningful = meaningful and self.block >= 0 and self.representatives >= 0
@@ -121,7 +123,7 @@ class ReferenceSpec:
     @property
     def recalls(self) -> bool:
         """Whether groups of queries recall keys."""
-        return self.kind in ("inf-llm", "re-attention", "recall")
+        return self.kind in ("inf-llm", "re-attention", "recall", "quest")
 
     @property
     def local(self) -> int:
@@ -255,7 +257,7 @@ def attend(
     sliding: int | None = None,
     offset: int = 0,
     edges: Sequence[int] | None = None,
-    before: dict[int, tuple[int, list[int]]] | None = None,
+    before: dict[int, tuple[int, list[list[int]]]] | None = None,
 ) -> Tensor:
     """Attend over one row.
 
@@ -293,7 +295,7 @@ def attend(
     heads, length = query.shape[:2]
     group = heads // len(key)
     query, key, value = query.double(), key.double(), value.double()
-    recalled: dict[int, list[int]] = {}
+    recalled: dict[int, list[list[int]]] = {}
     if spec.recalls and sliding is None:
         recalled = recalled_keys(query, key, rotation, spec, edges, offset, layer, before)
     key, value = key.repeat_interleave(group, dim=0), value.repeat_interleave(group, dim=0)
@@ -307,11 +309,14 @@ def attend(
         values: list[list[Tensor]] = [[] for _ in range(heads)]
 
         for j in range(length):
-            at = places(spec, i, j, sliding, offset, recalled.get(i, ()))
+            of_lists = [places(spec, i, j, sliding, offset, own) for own in recalled.get(i, [[]])]
+            at = next((found for found in of_lists if found is not None), None)
             if at is None:
                 continue
             scores = logit(i, j, at)
             for head in range(heads):
+                if of_lists[head // group if len(of_lists) > 1 else 0] is None:  # its key-value head's list
+                    continue
                 logits[head].append(scores[head])
                 values[head].append(value[head, j])
 

@@ -86,7 +86,7 @@ def _row_logits(
     decoder: Any = model.model
     config: Any = model.config
     hidden = decoder.embed_tokens(ids)
-    before: dict[int, tuple[int, list[int]]] = {}
+    before: dict[int, tuple[int, list[list[int]]]] = {}
     for index, layer in enumerate(decoder.layers):
         attention = functools.partial(
             _attention,
@@ -138,7 +138,7 @@ def _attention(
     sliding: int | None,
     offset: int,
     edges: Sequence[int] | None,
-    before: dict[int, tuple[int, list[int]]],
+    before: dict[int, tuple[int, list[list[int]]]],
 ) -> Tensor:
     """Project, attend and project back: x (n, hidden) to (n, hidden)."""
     length = len(x)

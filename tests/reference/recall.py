@@ -1,7 +1,8 @@
-"""Which keys a query recalls, where queries recall in groups: InfLLM, ReAttention, Recall by definition.
+"""Which keys a query recalls, where queries recall in groups: InfLLM, ReAttention, Recall, Quest.
 
-Queries from the window on ask; the asking queries of a group recall the same keys, those of all query heads
-together, once in each layer. What can be recalled is what the first of them does not see anyway.
+By definition. Queries from the window on ask; the asking queries of a group recall the same keys, those of
+all query heads together (for Quest: of all that share a key-value head), once in each layer. What can be
+recalled is what the first of them does not see anyway.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ def recalled_keys(
     edges: Sequence[int] | None,
     offset: int = 0,
     layer: int = 0,
-    before: dict[int, tuple[int, list[int]]] | None = None,
-) -> dict[int, list[int]]:
+    before: dict[int, tuple[int, list[list[int]]]] | None = None,
+) -> dict[int, list[list[int]]]:
     """The keys that each asking query recalls, in the order of the row.
+
+    A list for each key-value head, or a single one for all of them.
 
     Parameters
     ----------
@@ -54,14 +57,20 @@ def recalled_keys(
     ValueError
         If there are no edges though queries ask, or the edges do not begin at 0 or do not ascend.
     """
-    found: dict[int, list[int]] = {}
+    found: dict[int, list[list[int]]] = {}
     for asking in asking_groups(spec, query.shape[1], edges):
         asked, recalled = (before or {}).get(asking[0], (layer - spec.layers, []))
         if layer >= asked + spec.layers:
             if spec.kind in ("inf-llm", "recall"):
-                recalled = _best_blocks(query, key, rotation, spec, asking, offset)
+                recalled = [_best_blocks(query, key, rotation, spec, asking, offset)]
+            elif spec.kind == "quest":
+                heads_each = len(query) // len(key)
+                recalled = [
+                    _best_blocks(query[heads_each * h :][:heads_each], key[h : h + 1], rotation, spec, asking)
+                    for h in range(len(key))
+                ]
             else:
-                recalled = _most_voted(query, key, spec, asking)
+                recalled = [_most_voted(query, key, spec, asking)]
             if before is not None:
                 before[asking[0]] = layer, recalled
         for i in asking:
@@ -101,7 +110,7 @@ def block_tokens(spec: ReferenceSpec, block: int) -> list[int]:
 
 
 def _best_blocks(
-    query: Tensor, key: Tensor, rotation: Rotation, spec: ReferenceSpec, asking: list[int], offset: int
+    query: Tensor, key: Tensor, rotation: Rotation, spec: ReferenceSpec, asking: list[int], offset: int = 0
 ) -> list[int]:
     within = recallable(spec, asking)
     candidates: list[int] = []
@@ -114,6 +123,9 @@ def _best_blocks(
         for block in candidates:
             if spec.kind == "recall":
                 worth[block] = best_key(query, key, asking, block_tokens(spec, block))
+                continue
+            if spec.kind == "quest":
+                worth[block] = bound(query, key[0], rotation, spec, asking, block_tokens(spec, block))
                 continue
             representatives = block_representatives(query, key, rotation, spec, block, offset)
             worth[block] = block_worth(query, rotation, spec, asking, representatives)
@@ -169,6 +181,25 @@ def best_key(query: Tensor, key: Tensor, asking: list[int], tokens: list[int]) -
     return max(
         sum(float(mean[head] @ key[head // heads_each, p]) for head in range(len(query))) for p in tokens
     )
+
+
+# Quest: whole blocks, for each key-value head by the least and the largest its keys are in each channel.
+
+
+def bound(
+    query: Tensor, key: Tensor, rotation: Rotation, spec: ReferenceSpec, asking: list[int], tokens: list[int]
+) -> float:
+    """How large the products of a head's keys (n, d) with its query heads can be, summed over these.
+
+    Of keys at 0 and the mean of the asking queries at L - 1, by what is known of the keys channel by channel.
+    """
+    mean = torch.stack([rotation(query[:, i], spec.local - 1) for i in asking]).mean(dim=0)
+    total = 0.0
+    for head in mean.tolist():
+        for channel, number in enumerate(head):
+            keys = [float(key[token, channel]) for token in tokens]
+            total += max(number * min(keys), number * max(keys))
+    return total
 
 
 # ReAttention: the keys with most votes, and their neighbours.

@@ -19,10 +19,12 @@ from .recall import asking_groups, block_representatives, block_tokens, recallab
 FULL = ReferenceSpec("full")
 INF_LLM = ReferenceSpec("inf-llm", sinks=2, window=16, recalled=6, block=2, representatives=1)
 RE_ATTENTION = ReferenceSpec("re-attention", sinks=2, window=16, recalled=6, votes=2, radius=1)
-BOTH = pytest.mark.parametrize("spec", [INF_LLM, RE_ATTENTION], ids=lambda spec: spec.kind)
+QUEST = ReferenceSpec("quest", sinks=2, window=16, recalled=6, block=2)
+EACH = pytest.mark.parametrize("spec", [INF_LLM, RE_ATTENTION, QUEST], ids=lambda spec: spec.kind)
 
-# Both by hand: one sink, 7 latest keys, and up to 4 or 3 recalled ones.
+# All by hand: one sink, 7 latest keys, and up to 4, 2 or 3 recalled ones.
 BLOCKS = ReferenceSpec("inf-llm", sinks=1, window=12, recalled=4, block=2, representatives=1)
+PAGES = ReferenceSpec("quest", sinks=1, window=10, recalled=2, block=2)
 VOTES = ReferenceSpec("re-attention", sinks=1, window=11, recalled=3, votes=1, radius=1)
 
 STILL = Rotation(torch.zeros(0, dtype=torch.float64))
@@ -50,7 +52,8 @@ def recalled_by(
     edges: list[int],
     rotation: Rotation = STILL,
 ) -> list[int]:
-    return recalled_keys(query, key, rotation, spec, edges)[i]
+    (of_all,) = recalled_keys(query, key, rotation, spec, edges)[i]
+    return of_all
 
 
 # Who asks, and for what.
@@ -195,6 +198,56 @@ def test_all_heads_choose_the_blocks_together() -> None:
     assert recalled_by(15, torch.stack([one, one, 0 * one, one]), key, spec, [0, 14]) == [1, 2, 3, 4]
 
 
+# Quest's choice. The last group begins at 14: it can recall 1 to 7, one of the pages 1 2, 3 4 and 5 6.
+
+
+def test_a_page_is_worth_what_its_channels_could_give_together() -> None:
+    # The first page has the best key. In the second no key is as good, but one has the best number of each
+    # channel: 3 and 3. The third is the second with a key that costs nothing, as only the best number counts.
+    query = (along({}, 16, otherwise=1) + along({}, 16, dimension=1, otherwise=-1))[None]
+    key = along({1: 5, 3: 3, 5: 3, 6: -9}, 16) + along({4: -3, 6: -4}, 16, dimension=1)
+    assert pages(query, key[None]) == [[5, 6]]
+    key[6, 1] = -3  # of pages worth the same the earlier
+    assert pages(query, key[None]) == [[3, 4]]
+    key[4, 1] = -1
+    key[6, 1] = -1
+    assert pages(query, key[None]) == [[1, 2]]
+
+
+def pages(query: Tensor, key: Tensor, rotation: Rotation = STILL, at: int = 15) -> list[list[int]]:
+    return recalled_keys(query, key, rotation, PAGES, [0, 14])[at]
+
+
+def test_each_key_value_head_chooses_by_the_sum_over_its_own_query_heads() -> None:
+    key = (along({1: 2}, 16) + along({4: 3}, 16, dimension=1)).expand(2, 16, 4)
+    first, second = along({}, 16, otherwise=1), along({}, 16, dimension=1, otherwise=1)
+    assert pages(torch.stack([first, second]), key) == [[1, 2], [3, 4]]
+    # Worth 2 to one head and 3 to the other; three times as much to the first as before.
+    assert pages(torch.stack([first, second, 3 * first, second]), key) == [[3, 4], [1, 2]]
+    # Bounds are added up, not the queries: 2 of 1 and -1, which together ask for nothing.
+    key = (along({2: 1}, 16) + along({5: 2, 6: -2}, 16)).expand(1, 16, 4)
+    assert pages(torch.stack([first, -first]), key) == [[5, 6]]
+
+
+def test_a_page_is_judged_by_the_mean_query_at_the_distance_of_recalled_keys() -> None:
+    key = along({1: 1, 2: 1, 3: -2, 4: -2}, 16)[None]
+    for last, recalled in ((3.0, [1, 2]), (0.5, [3, 4])):
+        query = along({14: -1, 15: last}, 16, otherwise=-100)[None]
+        assert pages(query, key, at=14) == pages(query, key) == [recalled]
+    query = along({}, 16, otherwise=1)[None]
+    # A quarter of a turn, where products change their sign, lies between distances 6 and 7, or 5 and 6.
+    assert pages(query, key, turning(0.24)) == [[1, 2]]
+    assert pages(query, key, turning(0.29)) == [[3, 4]]
+
+
+def test_a_head_sees_the_pages_that_it_recalls_and_no_others() -> None:
+    key = torch.stack([along({4: 1}, 16), along({5: 1}, 16)])
+    query = along({}, 16, otherwise=1).expand(4, 16, 4)
+    seen = attend(query, key, torch.eye(16).expand(2, 16, 16), STILL, 1.0, PAGES, edges=[0, 14])[:, 15] > 0
+    for head, recalled in enumerate(([3, 4], [3, 4], [5, 6], [5, 6])):
+        assert seen[head].nonzero().flatten().tolist() == [0, *recalled, *range(9, 16)]
+
+
 # ReAttention's choice. The last group begins at 12: it can recall 1 to 5, one chosen key and its neighbours.
 
 
@@ -268,7 +321,7 @@ def test_re_attention_places_by_the_cache() -> None:
     assert {j: at for j, at in seen.items() if at} == {0: (9, 0), 3: (9, 1), 4: (9, 2)} | latest
 
 
-@BOTH
+@EACH
 def test_before_the_window_and_in_local_layers_nothing_is_recalled(spec: ReferenceSpec) -> None:
     assert [places(spec, 15, j, offset=7) for j in range(16)] == [(22, 7 + j) for j in range(16)]
     for j in range(20):
@@ -293,6 +346,7 @@ def weights(spec: ReferenceSpec, length: int, edges: list[int]) -> Tensor:
         # Alike keys are all worth the same, and the earliest are recalled: 1 to 4.
         (BLOCKS, 14, {0: 6, 1: 6, 2: 6, 3: 6, 4: 6} | {j: 14 - j for j in range(8, 15)}),
         (BLOCKS, 15, {0: 6, 1: 6, 2: 6, 3: 6, 4: 6} | {j: 15 - j for j in range(9, 16)}),
+        (PAGES, 15, {0: 6, 1: 6, 2: 6} | {j: 15 - j for j in range(9, 16)}),
         # All vote for key 1; 2 is its only neighbour.
         (VOTES, 14, {0: 9, 1: 8, 2: 7} | {j: 14 - j for j in range(8, 15)}),
         (VOTES, 15, {0: 9, 1: 8, 2: 7} | {j: 15 - j for j in range(9, 16)}),
@@ -319,7 +373,7 @@ def test_with_nothing_recalled_the_latest_keys_remain_as_other_methods_see_them(
 # Whole models.
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_a_window_as_long_as_the_input_is_full_and_a_shorter_one_is_not(
     spec: ReferenceSpec, family: str
@@ -332,7 +386,7 @@ def test_a_window_as_long_as_the_input_is_full_and_a_shorter_one_is_not(
     assert (longer - reference_logits(model, ids, FULL)).abs().amax(dim=-1)[0, 16:].max() > 1e-2
 
 
-@BOTH
+@EACH
 def test_a_group_knows_nothing_of_later_ones(spec: ReferenceSpec) -> None:
     model, ids = tiny.build("llama"), tiny.random_ids(1, 28)
     for edges in ([0, 5, 18, 22], [*range(28)]):
@@ -342,7 +396,7 @@ def test_a_group_knows_nothing_of_later_ones(spec: ReferenceSpec) -> None:
             torch.testing.assert_close(part, whole[:, :end], atol=1e-5, rtol=0)
 
 
-@BOTH
+@EACH
 def test_a_padded_row_is_the_row_alone_and_its_groups_are_counted_without_padding(
     spec: ReferenceSpec,
 ) -> None:
@@ -353,7 +407,7 @@ def test_a_padded_row_is_the_row_alone_and_its_groups_are_counted_without_paddin
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
 
 
-@BOTH
+@EACH
 def test_a_far_away_start_of_the_row_changes_nothing(spec: ReferenceSpec) -> None:
     model, ids = tiny.build("llama"), tiny.random_ids(1, 26)
     near = reference_logits(model, ids, spec, edges=[0, 20])
@@ -361,10 +415,12 @@ def test_a_far_away_start_of_the_row_changes_nothing(spec: ReferenceSpec) -> Non
     torch.testing.assert_close(near, far, atol=1e-4, rtol=0)
 
 
+SPECS = INF_LLM, RE_ATTENTION, QUEST
 NEIGHBOURS: list[tuple[ReferenceSpec, dict[str, Any]]] = [
-    *((spec, {"sinks": sinks}) for spec in (INF_LLM, RE_ATTENTION) for sinks in (1, 3)),
-    *((spec, {"window": window}) for spec in (INF_LLM, RE_ATTENTION) for window in (15, 17)),
-    *((spec, {"recalled": recalled}) for spec in (INF_LLM, RE_ATTENTION) for recalled in (5, 7)),
+    *((spec, {"sinks": sinks}) for spec in SPECS for sinks in (1, 3)),
+    *((spec, {"window": window}) for spec in SPECS for window in (15, 17)),
+    *((spec, {"recalled": recalled}) for spec in SPECS for recalled in (5, 7)),
+    *((QUEST, {"block": block}) for block in (1, 3)),
     (INF_LLM, {"block": 1}),
     (INF_LLM, {"block": 3}),
     (INF_LLM, {"representatives": 2}),
@@ -379,7 +435,7 @@ NEIGHBOURS: list[tuple[ReferenceSpec, dict[str, Any]]] = [
 def test_a_constant_or_an_edge_off_by_one_shows_in_the_logits(family: str) -> None:
     model, ids = tiny.build(family), tiny.random_ids(1, 32)
     edges = [0, 18, 23, 28]
-    known = {spec: reference_logits(model, ids, spec, edges=edges) for spec in (INF_LLM, RE_ATTENTION)}
+    known = {spec: reference_logits(model, ids, spec, edges=edges) for spec in SPECS}
     for spec, change in NEIGHBOURS:
         other = reference_logits(model, ids, dataclasses.replace(spec, **change), edges=edges)
         assert (known[spec] - other).abs().max() > 1e-3, (spec, change)
@@ -401,6 +457,9 @@ def test_a_constant_or_an_edge_off_by_one_shows_in_the_logits(family: str) -> No
         {"kind": "inf-llm", "window": 8, "block": 2, "representatives": 1, "votes": 1},
         {"kind": "inf-llm", "window": 8, "block": 2, "representatives": 1, "radius": 1},
         {"kind": "inf-llm", "window": 8, "block": 2, "representatives": 1, "ceiling": 7},
+        {"kind": "quest", "window": 8, "recalled": 4},
+        {"kind": "quest", "window": 8, "recalled": 4, "block": 2, "representatives": 1},
+        {"kind": "quest", "window": 8, "recalled": 4, "block": 2, "layers": 2},
         {"kind": "re-attention", "window": 8, "recalled": 4},
         {"kind": "re-attention", "window": 8, "recalled": 4, "votes": 1, "radius": -1},
         {"kind": "re-attention", "window": 8, "recalled": 4, "votes": 1, "block": 1},

@@ -10,6 +10,7 @@ from everlong.attention.infini_pot import InfiniPot
 from everlong.attention.lm_infinite import LMInfinite
 from everlong.attention.policy import POLICIES, Policy, make_policy, policy_options, with_sinks
 from everlong.attention.pyramid_kv import PyramidKV
+from everlong.attention.quest import Quest
 from everlong.attention.re_attention import ReAttention
 from everlong.attention.recall import Recall
 from everlong.attention.scaled import LinearScaling, NTKScaling, YaRN
@@ -32,6 +33,7 @@ __all__ = [
     "NTKScaling",
     "Policy",
     "PyramidKV",
+    "Quest",
     "ReAttention",
     "Recall",
     "SelfExtend",

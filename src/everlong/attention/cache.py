@@ -154,7 +154,7 @@ class StreamCache(PolicyCache):
             The policy, or where the stream stands, does not take branches.
         """
         if type(self.policy).observe is not Policy.observe:
-            raise UnsupportedUseError(f"{type(self.policy).__name__} takes note of queries: none goes back")
+            raise UnsupportedUseError(f"{type(self.policy).__name__} takes note of tokens: none goes back")
         if branches is not None:
             self._require_branches(branches)
         self._is_provisional, self.branches = True, branches

@@ -9,10 +9,8 @@ from torch import Tensor
 
 from everlong.attention.policy import POLICIES, require_count
 from everlong.attention.positions import Rotation, working_dtype
-from everlong.attention.recalled import Asking, BlockRecallPolicy, by_key_head, held_keys
+from everlong.attention.recalled import Asking, BlockRecallPolicy, by_key_head, held_keys, reserve_notes
 from everlong.attention.view import LayerView, Queries
-
-_FIRST_CAPACITY = 64  # blocks
 
 
 @POLICIES.register("inf-llm")
@@ -83,7 +81,7 @@ class InfLLM(BlockRecallPolicy):
             start = view.memory.frame(pad + sinks)
             self._add(index[sums][row], queries.placed[row], first, start, view.rotation)
             before, now = (max(0, (at - local + 1) // self.block) for at in (first, stop))
-            _reserve(index, representatives, now)
+            reserve_notes(index, representatives, now)
             for number in range(before, now):
                 begin = pad + sinks + number * self.block
                 keys = view.middle(begin, begin + self.block)[0][row]
@@ -138,12 +136,3 @@ class InfLLM(BlockRecallPolicy):
 def _names(view: LayerView) -> tuple[str, str]:
     """Return what a layer calls sums of queries and representatives: some layers share a memory."""
     return f"{view.call.layer}.queries", f"{view.call.layer}.representatives"
-
-
-def _reserve(index: dict[str, Tensor], name: str, count: int) -> None:
-    """Make room for `count` notes of each row: it doubles."""
-    notes = index[name]
-    if notes.shape[1] < count:
-        with torch.inference_mode(False):  # later forwards, in whatever mode, write into it
-            room = max(count, 2 * notes.shape[1], _FIRST_CAPACITY) - notes.shape[1]
-            index[name] = torch.cat((notes, notes.new_zeros(len(notes), room, *notes.shape[2:])), 1)

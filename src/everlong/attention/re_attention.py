@@ -10,7 +10,7 @@ from torch import Tensor
 
 from everlong.attention.policy import POLICIES, require_count
 from everlong.attention.positions import working_dtype
-from everlong.attention.ready import Span
+from everlong.attention.ready import Choice, Span
 from everlong.attention.recalled import Asking, RecallPolicy
 from everlong.attention.view import LayerView, Queries
 
@@ -65,7 +65,7 @@ class ReAttention(RecallPolicy):
         """Return the tokens of a span."""
         return 2 * self.radius + 1
 
-    def choose(self, asking: Asking, queries: Queries, view: LayerView) -> list[Span]:
+    def choose(self, asking: Asking, queries: Queries, view: LayerView) -> Choice:
         """Return the spans around the keys with most votes."""
         voted = self._voted(asking, queries, view)
         votes = torch.bincount(voted.flatten() - asking.begin)
@@ -79,7 +79,7 @@ class ReAttention(RecallPolicy):
                 spans[-1] = spans[-1][0], stop
             else:
                 spans.append((begin, stop))
-        return spans
+        return [spans]
 
     def _voted(self, asking: Asking, queries: Queries, view: LayerView) -> Tensor:
         """Return the tokens each query and head votes for, on the CPU."""

@@ -15,18 +15,24 @@ if TYPE_CHECKING:
 Span = tuple[int, int]
 """Tokens [begin, stop) of a row, its padding not counted."""
 
+Choice = list[list[Span]]
+"""What a row recalls: the spans of each key-value head, or of all heads together in a single list."""
+
+_Place = tuple[int, int, Span]
+"""A row, the place of a list in its choice, and a span of that list."""
+
 
 class ReadyTokens:
     """The tokens of one layer that were recalled last: raw keys and values, for each row its own.
 
     Beside those that are wanted now it has up to as many that were wanted before, the latest of them. A copy
-    begins with none.
+    begins with none. Where heads choose for themselves, each has only its own.
     """
 
     def __init__(self) -> None:
-        self._spans: list[list[Span]] = []
+        self._chosen: list[Choice] = []
         self._held: tuple[Tensor, Tensor] | None = None
-        self._left: dict[tuple[int, Span], tuple[Tensor, Tensor]] = {}  # of a row; the latest last
+        self._left: dict[_Place, tuple[Tensor, Tensor]] = {}  # the latest last
         self._coded = 0  # index of the first token that was not in a whole block of the tier
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -37,35 +43,36 @@ class ReadyTokens:
         kept = [*([] if self._held is None else [self._held]), *self._left.values()]
         return sum(keys.nbytes + values.nbytes for keys, values in kept)
 
-    def fetch(self, spans: Sequence[Sequence[Span]], view: LayerView) -> tuple[Tensor, Tensor]:
+    def fetch(self, chosen: Sequence[Sequence[Sequence[Span]]], view: LayerView) -> tuple[Tensor, Tensor]:
         """Return raw keys and values of each row's spans, one behind the other.
 
         Parameters
         ----------
-        spans : sequence of sequences of Span
-            Of each row; in order, and not all empty.
+        chosen : sequence of Choice
+            Of each row; spans in order, not all empty, and for each head of a row as many tokens.
         view : LayerView
-            Where they are read.
+            Where they are read: a span that several heads want, once.
 
         Returns
         -------
         Tensor, Tensor
             Shape (batch, key-value heads, m, d), m of the row that has most; others end in zeros.
         """
-        wanted = [list(some) for some in spans]
+        wanted = [[list(spans) for spans in choice] for choice in chosen]
         if view.wants_gradient:  # into what is not settled
             self._forget()
-            return _stacked([self._row(row, some, view) for row, some in enumerate(wanted)])
+            return _stacked([self._row(row, choice, view) for row, choice in enumerate(wanted)])
         self._drop_what_was_coded(view)
-        if self._held is None or wanted != self._spans:
+        if self._held is None or wanted != self._chosen:
+            self._drop_other_lists(wanted)
             with torch.inference_mode(False), torch.no_grad():  # later forwards, in whatever mode, see it
-                held = _stacked([self._row(row, some, view) for row, some in enumerate(wanted)])
-                self._set_aside(wanted)
-            self._spans, self._held = wanted, held
+                held = _stacked([self._row(row, choice, view) for row, choice in enumerate(wanted)])
+                self._set_aside(wanted, held[0].shape[1])
+            self._chosen, self._held = wanted, held
         return self._held
 
     def _forget(self) -> None:
-        self._spans, self._held, self._left = [], None, {}
+        self._chosen, self._held, self._left = [], None, {}
 
     def _drop_what_was_coded(self, view: LayerView) -> None:
         """Let go of spans that were exact when they were read, and since are coded in the tier."""
@@ -74,55 +81,74 @@ class ReadyTokens:
         self._coded = now
         if before == now:
             return
-        held = [(row, span) for row, some in enumerate(self._spans) for span in some]
-        for row, (begin, stop) in (*held, *self._left):
+        held = [(row, span) for row, choice in enumerate(self._chosen) for spans in choice for span in spans]
+        for row, (begin, stop) in (*held, *((row, span) for row, _, span in self._left)):
             pad = view.pads[row] if view.pads else 0
             if stop + pad > before and begin + pad < now:
                 return self._forget()
 
-    def _row(self, row: int, spans: Sequence[Span], view: LayerView) -> tuple[Tensor, Tensor]:
-        """Return keys and values of one row's spans: those that are held are copied, others read."""
-        found: list[tuple[Tensor, Tensor]] = []
-        places = self._places(row)
+    def _row(self, row: int, choice: Choice, view: LayerView) -> tuple[Tensor, Tensor]:
+        """Return keys and values of one row's choice: those that are held are copied, others read."""
         pad = view.pads[row] if view.pads else 0
-        for span in spans:
-            if span in places:
-                found.append(self._at(row, span, places[span]))
-            elif (row, span) in self._left:
-                found.append(self._left[row, span])
-            else:
-                keys, values = view.middle(span[0] + pad, span[1] + pad)
-                found.append((keys[row], values[row]))
-        if not found:
-            keys, values = (x[row, :, :0] for x in view.middle(*_any_of(view)))
-            return keys, values
-        return torch.cat([keys for keys, _ in found], 1), torch.cat([values for _, values in found], 1)
+        read: dict[Span, tuple[Tensor, Tensor]] = {}
+        lists: list[tuple[Tensor, Tensor]] = []
+        for which, spans in enumerate(choice):
+            heads = slice(None) if len(choice) == 1 else slice(which, which + 1)
+            places = self._places(row, which, len(choice))
+            found: list[tuple[Tensor, Tensor]] = []
+            for span in spans:
+                if span in places:
+                    found.append(self._at(row, heads, span, places[span]))
+                elif (row, which, span) in self._left:
+                    found.append(self._left[row, which, span])
+                else:
+                    if span not in read:
+                        read[span] = view.middle(span[0] + pad, span[1] + pad)
+                    keys, values = read[span]
+                    found.append((keys[row, heads], values[row, heads]))
+            if not found:
+                keys, values = view.middle(*_any_of(view))
+                found.append((keys[row, heads, :0], values[row, heads, :0]))
+            lists.append((torch.cat([keys for keys, _ in found], 1), torch.cat([x for _, x in found], 1)))
+        return torch.cat([keys for keys, _ in lists]), torch.cat([values for _, values in lists])
 
-    def _set_aside(self, wanted: Sequence[Sequence[Span]]) -> None:
+    def _set_aside(self, wanted: Sequence[Choice], heads: int) -> None:
         """Keep what is not wanted any more beside what is, as long as there is room."""
-        room = sum(stop - begin for some in wanted for begin, stop in some)
-        for row, some in enumerate(wanted):
-            for span, at in self._places(row).items():
-                if span not in some:
-                    keys, values = self._at(row, span, at)
-                    self._left[row, span] = keys.clone(), values.clone()
-            for span in some:
-                self._left.pop((row, span), None)
-        room -= sum(stop - begin for _, (begin, stop) in self._left)
+        room = 0
+        for row, choice in enumerate(wanted):
+            for which, spans in enumerate(choice):
+                own = slice(None) if len(choice) == 1 else slice(which, which + 1)
+                room += sum(stop - begin for begin, stop in spans) * (heads // len(choice))
+                for span, at in self._places(row, which, len(choice)).items():
+                    if span not in spans:
+                        keys, values = self._at(row, own, span, at)
+                        self._left[row, which, span] = keys.clone(), values.clone()
+                for span in spans:
+                    self._left.pop((row, which, span), None)
+        room -= sum(keys.shape[0] * keys.shape[1] for keys, _ in self._left.values())
         while room < 0:
-            row, (begin, stop) = next(iter(self._left))
-            del self._left[row, (begin, stop)]
-            room += stop - begin
+            keys, _ = self._left.pop(next(iter(self._left)))
+            room += keys.shape[0] * keys.shape[1]
 
-    def _at(self, row: int, span: Span, place: int) -> tuple[Tensor, Tensor]:
+    def _drop_other_lists(self, wanted: Sequence[Choice]) -> None:
+        """Let go of what a row's heads wanted together where they choose for themselves now, and back."""
+        for row, (old, new) in enumerate(zip(self._chosen, wanted, strict=False)):
+            if len(old) != len(new):
+                self._left = {place: tokens for place, tokens in self._left.items() if place[0] != row}
+
+    def _at(self, row: int, heads: slice, span: Span, place: int) -> tuple[Tensor, Tensor]:
         assert self._held is not None
         keys, values = self._held
         here = slice(place, place + span[1] - span[0])
-        return keys[row, :, here], values[row, :, here]
+        return keys[row, heads, here], values[row, heads, here]
 
-    def _places(self, row: int) -> dict[Span, int]:
-        places, at = {}, 0
-        for begin, stop in self._spans[row] if row < len(self._spans) else ():
+    def _places(self, row: int, which: int, lists: int) -> dict[Span, int]:
+        """Return where the spans of a list are held, if the row's choice had as many lists."""
+        places: dict[Span, int] = {}
+        if row >= len(self._chosen) or len(self._chosen[row]) != lists:
+            return places
+        at = 0
+        for begin, stop in self._chosen[row][which]:
             places[begin, stop] = at
             at += stop - begin
         return places

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from everlong.attention.policy import POLICIES, require_count
 from everlong.attention.positions import working_dtype
-from everlong.attention.ready import Span
+from everlong.attention.ready import Choice
 from everlong.attention.recalled import Asking, BlockRecallPolicy, by_key_head, held_keys, products_with
 from everlong.attention.view import LayerView, Queries
 
@@ -55,12 +55,12 @@ class Recall(BlockRecallPolicy):
         super().__post_init__()
         require_count("Recall", "layers", self.layers, least=1)
 
-    def choose(self, asking: Asking, queries: Queries, view: LayerView) -> list[Span]:
+    def choose(self, asking: Asking, queries: Queries, view: LayerView) -> Choice:
         """Return what a layer shortly before chose, or the blocks that are worth most."""
         call, key = view.call, ("recalled", asking.number, queries.first)
-        asked: tuple[int, list[Span]] = call.memo.get(key, (call.layer - self.layers, []))
+        asked: tuple[int, Choice] = call.memo.get(key, (call.layer - self.layers, [[]]))
         layer, chosen = asked
-        is_here = not chosen or chosen[0][0] >= asking.begin  # unless its tier lost what others have
+        is_here = not chosen[0] or chosen[0][0][0] >= asking.begin  # unless its tier lost what others have
         if call.layer - layer >= self.layers or not is_here:
             chosen = super().choose(asking, queries, view)
             call.memo[key] = call.layer, chosen

@@ -17,9 +17,11 @@ from torch import Tensor
 from everlong.attention.layer_memory import LayerMemory
 from everlong.attention.parts import Part, Partial
 from everlong.attention.policy import Policy, require_count
-from everlong.attention.ready import Span
+from everlong.attention.ready import Choice, Span
 from everlong.attention.view import LayerView, Queries
 from everlong.errors import ConfigurationError
+
+_FIRST_CAPACITY = 64  # notes
 
 
 @dataclass(frozen=True)
@@ -131,10 +133,11 @@ class RecallPolicy(Policy):
         return self._field("group")
 
     @abstractmethod
-    def choose(self, asking: Asking, queries: Queries, view: LayerView) -> list[Span]:
+    def choose(self, asking: Asking, queries: Queries, view: LayerView) -> Choice:
         """Return which of the tokens from `asking.begin` to `asking.stop` are recalled, at most R.
 
-        They do not overlap, and stand in order.
+        A single list is for all heads; otherwise each key-value head has one, all of as many tokens. The
+        spans of a list do not overlap, and stand in order.
         """
 
     def parts(self, queries: Queries, view: LayerView) -> list[Part | Partial]:
@@ -145,22 +148,22 @@ class RecallPolicy(Policy):
         pads = view.pads or (0,) * len(queries.raw)
         is_mixed = queries.first - max(pads) < self._window
         is_full = row_index >= self._window if is_mixed else None
-        spans = [self._chosen(queries, view, row, pad) for row, pad in enumerate(pads)]
-        counts = [sum(stop - begin for begin, stop in some) for some in spans]
+        chosen = [self._chosen(queries, view, row, pad) for row, pad in enumerate(pads)]
+        counts = [sum(stop - begin for begin, stop in choice[0]) for choice in chosen]
         return [
             *self._sink_parts(queries, view, counts, is_full),
-            *self._recalled_part(queries, view, spans, counts, is_full),
+            *self._recalled_part(queries, view, chosen, counts, is_full),
             *self._local_parts(queries, view, is_full),
         ]
 
-    def _chosen(self, queries: Queries, view: LayerView, row: int, pad: int) -> list[Span]:
+    def _chosen(self, queries: Queries, view: LayerView, row: int, pad: int) -> Choice:
         sinks, _, local = self.shape()
         tier = view.memory.tier
         assert tier is not None
         first = max(queries.first - pad, self._window)
         begin, stop = max(sinks, sinks + tier.first - pad), first - local + 1
         if first >= queries.stop - pad or begin >= stop:
-            return []
+            return [[]]
         asking = Asking(row, slice(first + pad - queries.first, None), begin, stop)
         return self.choose(asking, queries, view)
 
@@ -193,14 +196,14 @@ class RecallPolicy(Policy):
         self,
         queries: Queries,
         view: LayerView,
-        spans: Sequence[Sequence[Span]],
+        chosen: Sequence[Choice],
         counts: Sequence[int],
         is_full: Tensor | None,
     ) -> list[Part]:
         most = max(counts)
         if not most:
             return []
-        keys, values = view.memory.ready.fetch(spans, view)
+        keys, values = view.memory.ready.fetch(chosen, view)
         device, visible = keys.device, is_full
         if len(set(counts)) > 1:
             is_there = torch.arange(most, device=device) < torch.tensor(counts, device=device)[:, None]
@@ -247,18 +250,23 @@ class BlockRecallPolicy(RecallPolicy):
 
     @abstractmethod
     def worth(self, blocks: range, asking: Asking, queries: Queries, view: LayerView) -> Tensor:
-        """Return what each block is worth to the queries that ask, shape (blocks,)."""
+        """Return what each block is worth to the queries that ask, shape (blocks,).
 
-    def choose(self, asking: Asking, queries: Queries, view: LayerView) -> list[Span]:
+        Or (key-value heads, blocks): then each head recalls its own.
+        """
+
+    def choose(self, asking: Asking, queries: Queries, view: LayerView) -> Choice:
         """Return the blocks that are worth most; of blocks worth the same, the earlier."""
         sinks, recalled, _ = self.shape()
         first, stop = -(-(asking.begin - sinks) // self.unit()), (asking.stop - sinks) // self.unit()
         blocks, most = range(first, max(first, stop)), recalled // self.unit()
-        chosen = list(blocks)
-        if len(blocks) > most:
-            order = self.worth(blocks, asking, queries, view).sort(descending=True, stable=True).indices
-            chosen = [first + number for number in sorted(order[:most].tolist())]
-        return [self.block_span(number) for number in chosen]
+        if len(blocks) <= most:
+            return [[self.block_span(number) for number in blocks]]
+        worth = self.worth(blocks, asking, queries, view)
+        best = (
+            worth.reshape(-1, len(blocks)).sort(descending=True, stable=True).indices[:, :most].sort().values
+        )
+        return [[self.block_span(first + number) for number in some] for some in best.tolist()]
 
 
 def by_key_head(queries: Tensor, heads: int) -> Tensor:
@@ -297,3 +305,12 @@ def products_with(asked: Tensor, row: int, begin: int, stop: int, view: LayerVie
         keys = view.raw(max(begin, in_tier), stop)[row].detach().to(asked.dtype)
         found.append((keys @ asked[..., None]).sum((0, 2)))
     return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def reserve_notes(index: dict[str, Tensor], name: str, count: int) -> None:
+    """Make room for `count` notes of each row: it doubles."""
+    notes = index[name]
+    if notes.shape[1] < count:
+        with torch.inference_mode(False):  # later forwards, in whatever mode, write into it
+            room = max(count, 2 * notes.shape[1], _FIRST_CAPACITY) - notes.shape[1]
+            index[name] = torch.cat((notes, notes.new_zeros(len(notes), room, *notes.shape[2:])), 1)
