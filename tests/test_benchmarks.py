@@ -334,7 +334,7 @@ def test_a_needle_is_looked_for_and_reading_is_noted_on_the_way(
     monkeypatch.setattr(script.module, "PIECE", 100)
     monkeypatch.setattr(script.module, "MARKS", (300, 50_000))
     script.run()
-    assert measured(capsys) == ["1300 tokens, depth 0.1"]
+    assert measured(capsys) == ["1300 tokens, depth 0.1, tier disk"]
     (row,) = script.saved["rows"].values()
     first, last = row["notes"]
     assert (first["tokens"], row["is_found"]) == (300, False) and 1200 < last["tokens"] < 1300

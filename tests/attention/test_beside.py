@@ -92,6 +92,20 @@ def test_whatever_the_windows_and_what_they_share(lengths, first):
 
 
 @torch.no_grad()
+def test_saved_and_reset_they_count_positions_as_they_did():
+    model = tiny.build("ministral3")
+    shared, windows, task = made([9, 17, 5])
+    with attach(model, FullAttention()) as handle:
+        cache = beside(read_apart(handle, shared, windows), len(shared), handle.layers)
+        restored = handle.restore_cache(*cache.state())
+        assert restored.folded == cache.folded > 0
+        edges = (0, len(task))
+        assert torch.equal(*(logits_of(handle, each, task, edges) for each in (restored, cache)))
+        cache.reset()
+        assert cache.folded == 0
+
+
+@torch.no_grad()
 def test_a_task_one_position_off_would_be_noticed():
     model = tiny.build("llama")
     model.set_attn_implementation("eager")

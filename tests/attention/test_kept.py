@@ -365,6 +365,36 @@ def test_generate_which_does_not_tell_when_reading_ends_is_refused(policy):
         assert cache.forgotten > 0
 
 
+def test_generate_which_tells_no_surprisal_is_refused_with_a_cache_of_ones_own_too():
+    model = model_of("grouped heads")
+    with attach(model, EITHER["sir-llm"]) as handle:
+        for given in ({}, tiny.cached(handle.new_cache())):
+            with pytest.raises(UnsupportedUseError, match="needs the surprisal"):
+                model.generate(ids_of(), max_new_tokens=2, **given)
+
+
+def test_a_pyramid_stays_one_from_turn_to_turn():
+    model, policy = tiny.build("llama", num_hidden_layers=4), PyramidKV(budget=20, observed=4, pooled=1)
+    with attach(model, policy) as handle:
+        cache, held = handle.new_cache(), []
+        for turn in range(3):
+            read(model, cache, tiny.random_ids(1, 60, seed=turn), (0, 60))
+            cache.end_of_prefill()
+            held.append([memory.held for memory in cache.memories.values()])
+    assert held == [policy.budgets(10_000, 4)] * 3
+
+
+def test_a_step_after_one_with_gradients_leaves_their_graph_as_it_was():
+    model, policy = model_of("grouped heads"), H2O(window=12, recent=4, group=2)
+    with attach(model, policy) as handle:
+        cache = handle.new_cache()
+        embedded = model.get_input_embeddings()(ids_of()).detach().requires_grad_()
+        logits = model(inputs_embeds=embedded, **tiny.cached(cache), use_cache=True).logits
+        read(model, cache, ids_of(), (0, 1))
+        logits.sum().backward()
+    assert embedded.grad.abs().max() > 0
+
+
 @pytest.mark.parametrize("policy", [*MAIN, "snap-kv"])
 def test_tokens_cannot_be_taken_back(policy):
     with attach(model_of("grouped heads"), EITHER[policy]) as handle:
@@ -376,6 +406,7 @@ def test_tokens_cannot_be_taken_back(policy):
 def test_what_is_pinned_stays():
     assert with_sinks(SnapKV(budget=64), 20).sinks == 20
     assert with_sinks(H2O(window=64), 20).sinks == 20
+    assert with_sinks(SnapKV(ratio=0.5), 2000).sinks == 2000
     with pytest.raises(ConfigurationError, match="budget=53 or more"):
         with_sinks(SnapKV(budget=50), 20)
     with pytest.raises(ConfigurationError, match="pin less"):
@@ -406,6 +437,7 @@ def test_budgets_of_a_pyramid_fall_evenly_and_keep_their_mean():
         (lambda: InfiniPot(window=64).resolve(None), "compressed to 32 cannot hold 4 sinks"),
         (lambda: InfiniPot(window=100, compressed=99, group=2).resolve(None), "a group of 2"),
         (lambda: InfiniPot(compressed=0), "compressed must be a whole number"),
+        (lambda: InfiniPot(recent=None), "recent must be a whole number"),
         (lambda: SnapKV(budget=32), "use budget=33 or more"),
         (lambda: SnapKV(ratio=1.5), "ratio must be a number above 0 and at most 1"),
         (lambda: SnapKV(budget=100, ratio=0.5), "not both"),

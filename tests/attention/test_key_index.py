@@ -140,6 +140,15 @@ def test_what_a_tier_gives_up_is_let_go_of():
     assert free._index.nbytes() - store._index.nbytes() == freed
 
 
+def test_a_limit_below_a_block_lets_nothing_grow():
+    keys, asked, store = keys_of(9 * BLOCK), asked_of(), BlockStore()
+    store.use(Tier(limit=10), Tier().shelf())
+    store.append(keys[:, :, : BLOCK + 1], keys[:, :, : BLOCK + 1])
+    store.products(0, asked, BLOCK, BLOCK + 1)
+    store.append(keys, keys)
+    assert store.first == store.whole and not store._index._segments
+
+
 def test_bytes_held_count_it():
     keys, asked = keys_of(4 * BLOCK), asked_of()
     store = BlockStore()

@@ -265,6 +265,8 @@ class Attachment:
         given = model_kwargs.get(self.cache_argument)
         if given is not None:
             refuse_foreign_cache(given, self.owner, StreamCache)
+            if given.needs_surprisal:
+                refuse_untold(given.policy)
             if given.seen and generation_config.prefill_chunk_size is not None and not _CHUNKS_CONTINUE:
                 raise UnsupportedUseError(
                     f"transformers {transformers.__version__} begins a chunked prefill at position 0, "

@@ -73,7 +73,7 @@ class StreamCache(PolicyCache):
         self.policy = policy
         self.tier = tier or Tier()
         self.offset = offset
-        self.seen = 0
+        self.seen = self.folded = 0
         self.adapter: str | None = None
         """What of the attachment's adapters its forwards use."""
         self.row_adapters: tuple[str | None, ...] | None = None
@@ -293,10 +293,7 @@ class StreamCache(PolicyCache):
         meta = {
             "policy": name,
             "options": options,
-            "seen": self.seen,
-            "offset": self.offset,
-            "pads": self.pads,
-            "rows": self.rows,
+            **{name: getattr(self, name) for name in ("seen", "offset", "pads", "rows", "folded")},
             "kept_layers": {str(number): asdict(layer) for number, layer in self._kept_layers.items()},
             "layers": numbers,
             "shapes": {key: list(tensor.shape) for key, tensor in tensors.items()},
@@ -327,7 +324,7 @@ class StreamCache(PolicyCache):
             cache = cls(policy, layers, owner, int(meta["offset"]), tier)
             cache.seen = int(meta["seen"])
             cache.pads = None if meta["pads"] is None else tuple(meta["pads"])
-            cache.rows = meta["rows"]
+            cache.rows, cache.folded = meta["rows"], int(meta.get("folded", 0))
             for layer, memory in cache.memories.items():
                 prefix = f"layer.{layer}."
                 own = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}

@@ -62,6 +62,7 @@ class InfiniPot(SurprisalPolicy):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_count("InfiniPot", "compressed", self.compressed, least=1, optional=True)
+        require_count("InfiniPot", "recent", self.recent, least=1)
 
     def resolve(self, training_length: int | None) -> Self:
         """Fill in the window, and from it what a compression leaves."""

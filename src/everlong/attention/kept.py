@@ -155,6 +155,8 @@ class KeptMemory(LayerMemory):
         else:
             self.gone += self.held + n - stage.count
             self.keys, self.values = stage.keys.detach(), stage.values.detach()
+            if torch.is_grad_enabled():  # the graph holds them as they are
+                self.keys, self.values = self.keys.clone(), self.values.clone()
             self.note(view.at.gather(2, stage.slots), view.score.gather(2, stage.slots))
             self.has_dead = view.has_dead and bool((self.index[AT] < 0).any())
         self.seen += n

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from everlong.attention.cache import StreamCache
 from everlong.attention.forward import Layers
+from everlong.attention.full import FullAttention
+from everlong.attention.layer_memory import LayerMemory
 from everlong.attention.policy import Policy, with_sinks
 from everlong.attention.tiers import Tier
 from everlong.errors import UnsupportedUseError
@@ -46,10 +48,25 @@ def begun_with(
         raise UnsupportedUseError(
             "this model's rotation depends on the length of its input: the keys of a prefix fit one length"
         )
+    own = layers.rotations(FullAttention(), 1)
+    for number, rotation in layers.rotations(policy, 1).items():
+        table, other = rotation.frequencies, own[number].frequencies
+        if table is not None and other is not None and not table.same_as(other):
+            raise UnsupportedUseError(
+                f"{type(policy).__name__} rotates by another table than the keys of a prefix are rotated by: "
+                "use a policy that keeps the model's, such as LMInfinite"
+            )
     assert prefix.keys() == layers.kept.keys()
     (length,) = {keys.shape[2] for keys, _ in prefix.values()}
     cache = StreamCache(with_sinks(policy, length), layers.kept, owner, tier=tier)
     for number, rotation in layers.rotations(cache.policy, length).items():
-        cache.memories[number].begin_with(*prefix[number], rotation)
+        memory = cache.memories[number]
+        is_trained = any(x.requires_grad for x in prefix[number])
+        if is_trained and type(memory).rotated is not LayerMemory.rotated:
+            raise UnsupportedUseError(
+                f"a prefix cannot be trained under {type(policy).__name__}, which places keys otherwise: "
+                "train it under FullAttention or LMInfinite"
+            )
+        memory.begin_with(*prefix[number], rotation)
     cache.rows, cache.seen = 1, length
     return cache

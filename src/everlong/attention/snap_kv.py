@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import ClassVar
 
 import torch
@@ -79,7 +80,7 @@ class SnapKV(ChoosingPolicy):
             if self.budget is not None:
                 raise ConfigurationError(f"{name}: give a budget in tokens or a ratio, not both")
         least = self.sinks + self.observed
-        if (_BUDGET if self.budget is None else self.budget) <= least:
+        if self.ratio is None and (_BUDGET if self.budget is None else self.budget) <= least:
             raise ConfigurationError(
                 f"{name}: a budget of {self.budget or _BUDGET} cannot hold {self.sinks} sinks, "
                 f"{self.observed} observing tokens and one to choose; use budget={least + 1} or more"
@@ -108,10 +109,15 @@ class SnapKV(ChoosingPolicy):
     def end_of_prefill(self, cache: StreamCache) -> None:
         """Choose what to keep."""
         memories = [m for m in cache.memories.values() if isinstance(m, KeptMemory) and QUERIES in m.index]
-        for depth, memory in enumerate(memories):
-            pads = cache.pads or (0,) * len(memory.index[AT])
-            tokens = [int((at >= pad).sum()) for at, pad in zip(memory.index[AT][:, 0], pads, strict=True)]
-            budgets = [self.budgets(held, len(memories))[depth] for held in tokens]
+        pads = cache.pads or (0,) * (cache.rows or 1)
+        held = [
+            [int((at >= pad).sum()) for at, pad in zip(memory.index[AT][:, 0], pads, strict=True)]
+            for memory in memories
+        ]
+        # Once layers hold different numbers, budgets are of the largest, and shares of the mean.
+        wholes = [max(row) if self.ratio is None else round(fmean(row)) for row in zip(*held, strict=True)]
+        for depth, (memory, tokens) in enumerate(zip(memories, held, strict=True)):
+            budgets = [self.budgets(whole, len(memories))[depth] for whole in wholes]
             if any(budget < held for budget, held in zip(budgets, tokens, strict=True)):
                 with torch.no_grad():
                     self._compress(memory, pads, [*map(min, budgets, tokens)])

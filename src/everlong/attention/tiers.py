@@ -159,12 +159,14 @@ class BlockStore:
         """Put a block on the shelf; beyond the limit the oldest goes, or this one where none fits."""
         if self._index is not None:
             assert self._like is not None
-            self._index.append(_plain(tensors, self._tier.precision, self._like[0])[0])
+            self._index.append(_plain(tensors, self._tier.precision, self._like[0])[0].cpu())
         self._trim(1)
         if self._fits(1):
             self._blocks.append(self._shelf.put(tensors))
         else:
             self._gone += 1
+            if self._index is not None:
+                self._index.forget(self.first)
 
     def _fits(self, blocks: int) -> bool:
         assert self._open is not None
@@ -230,7 +232,7 @@ class BlockStore:
         assert self._open is not None
         index, found = self._indexed(), []
         if begin < self.whole:
-            found.append(index.products(row, asked, begin, min(stop, self.whole)))
+            found.append(index.products(row, asked, begin, min(stop, self.whole)).to(asked.device))
         if stop > self.whole:
             keys = self._open[0][row, :, max(begin - self.whole, 0) : stop - self.whole]
             found.append((keys.to(asked.dtype) @ asked[..., None]).sum((0, 2)))
@@ -241,7 +243,7 @@ class BlockStore:
         if self._index is None:
             index = KeyIndex(self.first, is_exact=self._tier.precision == "exact")
             for at in range(0, len(self._blocks), _READ):
-                index.append(self._decoded(self._blocks[at : at + _READ])[0])
+                index.append(self._decoded(self._blocks[at : at + _READ])[0].cpu())
             self._index = index
         return self._index
 

@@ -81,8 +81,11 @@ def begin_learning(
             "other memory can grow beside it; begin one with LoRA memories, or with none"
         )
     if policy.span is None:
+        why = (
+            "what is forgotten goes when reading ends" if policy.forgets else "nothing ever leaves the window"
+        )
         raise ConfigurationError(
-            f"memorize: under {type(policy).__name__} nothing ever leaves the window to be learned; use a "
+            f"memorize: under {type(policy).__name__} {why}, too late or never to be learned; use a "
             "policy with a window, such as LMInfinite(window=2048), or learn the text by llm.memorize()"
         )
     file = source if isinstance(source, Path) else getattr(source, "name", None)

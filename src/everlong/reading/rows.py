@@ -81,7 +81,8 @@ def run_packed(drivers: Sequence[Driver], chunks: Sequence[Sequence[int]]) -> No
     of_streams = torch.split(ids[0], counts), torch.split(output.logits[0], sizes)
     with _noted_by_all(drivers, *of_streams, seconds=time.perf_counter() - started) as surprisals:
         for driver, own, surprisal in zip(drivers, of_streams[0], surprisals, strict=True):
-            driver.cache.after_forward(own[None], None if surprisal is None else surprisal[None])
+            if surprisal is not None or not driver.cache.needs_surprisal:  # of one that failed there is none
+                driver.cache.after_forward(own[None], None if surprisal is None else surprisal[None])
 
 
 @contextmanager

@@ -58,7 +58,8 @@ def checked_speculation(speculate: str | None, tape: Tape) -> type[Speculator] |
             f"{type(policy).__name__} recalls for queries in groups, so guesses that are checked together "
             "would not be what it writes one by one: leave speculate out"
         )
-    if speculator_of is not None and policy.span is None and tape.driver.attachment.tables_change(policy):
+    is_growing = policy.span is None or tape.driver.cache.seen < policy.span
+    if speculator_of is not None and is_growing and tape.driver.attachment.tables_change(policy):
         raise UnsupportedUseError(
             f"the rotary table that {type(policy).__name__} uses follows the length of the stream, so "
             "guesses that are checked together would not be what it writes one by one: leave speculate out"
