@@ -41,6 +41,8 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "recall": ("recall", {}),
     "recall, layers=3": ("recall", {"layers": 3}),
     "recall, blocks of 128": ("recall", {"block": 128}),
+    "quest": ("quest", {}),
+    "quest, pages of 8": ("quest", {"block": 8}),
     "h2o": ("h2o", {}),
     "sir-llm": ("sir-llm", {}),
     "infini-pot": ("infini-pot", {}),
