@@ -324,7 +324,7 @@ class StreamCache(PolicyCache):
             cache = cls(policy, layers, owner, int(meta["offset"]), tier)
             cache.seen = int(meta["seen"])
             cache.pads = None if meta["pads"] is None else tuple(meta["pads"])
-            cache.rows, cache.folded = meta["rows"], int(meta.get("folded", 0))
+            cache.rows, cache.folded = meta["rows"], int(meta["folded"])
             for layer, memory in cache.memories.items():
                 prefix = f"layer.{layer}."
                 own = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
