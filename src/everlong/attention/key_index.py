@@ -150,10 +150,10 @@ class KeyIndex:
         steps = (scaled.abs().amax(1) / 127).clamp(min=_LEAST)
         codes = (scaled / steps[:, None]).round().to(torch.int8)
         segments = [self._segments[number][row] for number in numbers]
-        whole = [_whole_products(*each) for each in zip(segments, codes, strict=True)]
-        counts = torch.tensor([len(each) for each in whole], device=asked.device)
+        whole = torch.cat([_whole_products(*each) for each in zip(segments, codes, strict=True)]).float()
+        counts = torch.tensor([len(each) for each in segments], device=asked.device)
         shift = self._centers[row, which] @ asked
-        return torch.cat(whole) * steps.repeat_interleave(counts) + shift.repeat_interleave(counts)
+        return whole.mul_(steps.repeat_interleave(counts)).add_(shift.repeat_interleave(counts))
 
     def nbytes(self) -> int:
         """Bytes held."""
@@ -164,5 +164,5 @@ class KeyIndex:
 def _whole_products(codes: Tensor, asked: Tensor) -> Tensor:
     """Return the products of bytes (n, channels) and (channels,), exact up to a thousand channels."""
     if codes.device.type == "cpu" and hasattr(torch, "_int_mm"):
-        return torch._int_mm(codes, asked[:, None])[:, 0].float()
+        return torch._int_mm(codes, asked[:, None])[:, 0]
     return codes.float() @ asked.float()
