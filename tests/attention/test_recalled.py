@@ -39,8 +39,9 @@ POLICIES = {
     "inf-llm": InfLLM(window=16, sinks=2, recalled=6, block=3, representatives=2, group=8),
     "inf-llm, one block": InfLLM(window=12, sinks=0, recalled=4, block=4, representatives=9, group=5),
     "inf-llm, small groups": InfLLM(window=14, sinks=1, recalled=6, block=2, representatives=1, group=1),
-    "recall": Recall(window=16, sinks=2, recalled=6, block=3, group=8, layers=2),
-    "recall, single keys": Recall(window=12, sinks=0, recalled=3, block=1, group=5, layers=1),
+    "recall": Recall(window=16, sinks=2, recalled=6, block=3, group=8, layers=2, steps=3),
+    "recall, single keys": Recall(window=12, sinks=0, recalled=3, block=1, group=5, layers=1, steps=1),
+    "recall, many steps": Recall(window=12, sinks=1, recalled=4, block=2, group=5, layers=3, steps=7),
     "re-attention": ReAttention(window=16, sinks=2, recalled=6, votes=2, radius=1, group=8),
     "re-attention, single keys": ReAttention(window=12, sinks=0, recalled=3, votes=1, radius=0, group=5),
     "re-attention, wide": ReAttention(window=20, sinks=1, recalled=10, votes=3, radius=2, group=7),
@@ -326,7 +327,10 @@ def test_accounts_count_what_is_known_of_blocks_and_what_was_made_ready(policy):
         read(model, cache, ids_of(), (0, 30, *range(31, LENGTH)))
         memory = next(iter(cache.memories.values()))
         held = [memory.keys, memory.values, memory.raw, memory.sink_keys, memory.sink_values]
-        held += [*memory.index.values(), *memory.ready._held, *itertools.chain(*memory.ready._left.values())]
+        ready = memory.ready
+        assert ready._held[1].data_ptr() > ready._placed[1].data_ptr(), "values are held once"
+        held += [*memory.index.values(), ready._held[0], *ready._placed[:2]]
+        held += itertools.chain(*ready._left.values())
         assert memory.nbytes()["window"] == sum(x.nbytes for x in held)
         assert (cache.forgotten, cache.recallable) == (0, LENGTH - 1 - POLICIES[policy].window)
 
@@ -351,6 +355,21 @@ def test_what_was_wanted_shortly_before_is_not_read_again():
             assert all(torch.equal(a, b) for a, b in zip(ready, true, strict=True))
             assert sum(stop - begin for _, _, (begin, stop) in memory.ready._left) <= 6
     assert len(seen) == len(set(seen)) == 5, "each block once: five blocks, six of them fit"
+
+
+def test_of_tokens_written_one_by_one_each_eighth_asks(monkeypatch):
+    """The first of them does, whoever asked before; tokens read together between begin anew."""
+    model, policy = model_of("grouped heads"), dataclasses.replace(POLICIES["recall"], layers=1, steps=8)
+    asked: list[int] = []
+    with attach(model, policy, tier=EXACT) as handle:
+        cache = handle.new_cache()
+        original = Recall.worth
+        monkeypatch.setattr(
+            Recall, "worth", lambda self, *rest: asked.append(rest[2].first) or original(self, *rest)
+        )
+        read(model, cache, ids_of(), (0, 26, *range(27, 37), 39, *range(40, LENGTH + 1)))
+    assert sorted(set(asked)) == [24, 26, 34, 36, 39], "at 16 all blocks are shown"
+    assert len(asked) == len(set(asked)) * len(cache.memories), "each layer for itself"
 
 
 def test_heads_that_choose_for_themselves_have_their_own_ready_and_read_it_once():
@@ -446,6 +465,7 @@ def test_tokens_cannot_be_taken_back_where_notes_are_taken(policy, name):
         (lambda: InfLLM(recalled=0), "recalled must be a whole number"),
         (lambda: Recall(window=200, recalled=100).resolve(None), "use 96 or 128"),
         (lambda: Recall(block=0), "Recall: block must be a whole number"),
+        (lambda: Recall(steps=0), "Recall: steps must be a whole number of at least 1"),
         (lambda: Recall(window=40).resolve(None), "cannot hold 16 sinks, 0 recalled tokens"),
         (lambda: Quest(window=200, recalled=100).resolve(None), "use 96 or 112"),
         (lambda: Quest(block=1), "Quest: block must be a whole number of at least 2"),

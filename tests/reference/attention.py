@@ -56,6 +56,8 @@ class ReferenceSpec:
         For ReAttention: r, how far from a chosen key its neighbours are recalled.
     layers
         For Recall: layers, one after another, of which the first asks what all of them recall.
+    steps
+        For Recall: queries that come one by one, of which the first asks what all of them recall.
     neighbours
         For SelfExtend: W, from which distance on keys are grouped.
     group_size
@@ -89,6 +91,7 @@ class ReferenceSpec:
     votes: int = 0
     radius: int = 0
     layers: int = 1
+    steps: int = 1
     neighbours: int = 0
     group_size: int = 0
     chunk: int = 0
@@ -109,6 +112,7 @@ class ReferenceSpec:
         meaningful = meaningful and (self.block > 0) == (self.kind in ("inf-llm", "recall", "quest"))
         meaningful = meaningful and (self.representatives > 0) == (self.kind == "inf-llm")
         meaningful = meaningful and self.layers >= 1 and (self.layers == 1 or self.kind == "recall")
+        meaningful = meaningful and self.steps >= 1 and (self.steps == 1 or self.kind == "recall")
         meaningful = meaningful and self.block >= 0 and self.representatives >= 0
         if self.kind == "re-attention":
             meaningful = meaningful and self.votes > 0 and self.radius >= 0

@@ -2,7 +2,8 @@
 
 By definition. Queries from the window on ask; the asking queries of a group recall the same keys, those of
 all query heads together (for Quest: of all that share a key-value head), once in each layer. What can be
-recalled is what the first of them does not see anyway.
+recalled is what the first of them does not see anyway. Under Recall, queries that come one by one see what
+the first of some of them recalled.
 """
 
 from __future__ import annotations
@@ -58,7 +59,14 @@ def recalled_keys(
         If there are no edges though queries ask, or the edges do not begin at 0 or do not ascend.
     """
     found: dict[int, list[list[int]]] = {}
+    standing: list[list[int]] = []
+    written = None  # the query that last asked alone
     for asking in asking_groups(spec, query.shape[1], edges):
+        is_alone = {asking[0], asking[0] + 1} <= {*(edges or ()), query.shape[1]}
+        if is_alone and written is not None and asking[0] - written < spec.steps:
+            found[asking[0]] = standing
+            continue
+        written = asking[0] if is_alone else None
         asked, recalled = (before or {}).get(asking[0], (layer - spec.layers, []))
         if layer >= asked + spec.layers:
             if spec.kind in ("inf-llm", "recall"):
@@ -73,6 +81,7 @@ def recalled_keys(
                 recalled = [_most_voted(query, key, spec, asking)]
             if before is not None:
                 before[asking[0]] = layer, recalled
+        standing = recalled
         for i in asking:
             found[i] = recalled
     return found

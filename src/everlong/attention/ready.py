@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from everlong.models.rotary import Frequencies, Positions
+
 if TYPE_CHECKING:
     from everlong.attention.view import LayerView
 
@@ -26,12 +28,14 @@ class ReadyTokens:
     """The tokens of one layer that were recalled last: raw keys and values, for each row its own.
 
     Beside those that are wanted now it has up to as many that were wanted before, the latest of them. A copy
-    begins with none. Where heads choose for themselves, each has only its own.
+    begins with none. Where heads choose for themselves, each has only its own. Those wanted now stand behind
+    the sinks, too, rotated to where they are seen.
     """
 
     def __init__(self) -> None:
         self._chosen: list[Choice] = []
         self._held: tuple[Tensor, Tensor] | None = None
+        self._placed: tuple[Tensor, Tensor, Frequencies | None] | None = None
         self._left: dict[_Place, tuple[Tensor, Tensor]] = {}  # the latest last
         self._coded = 0  # index of the first token that was not in a whole block of the tier
 
@@ -40,8 +44,53 @@ class ReadyTokens:
 
     def nbytes(self) -> int:
         """Bytes held."""
-        kept = [*([] if self._held is None else [self._held]), *self._left.values()]
+        kept = [*self._left.values()]
+        if self._held is not None:
+            kept.append(self._held)
+        if self._placed is not None and self._held is not None:
+            keys, values, _ = self._placed
+            sinks = values.shape[2] - self._held[1].shape[2]
+            kept.append((keys, values[:, :, :sinks]))  # the others are those that are held
         return sum(keys.nbytes + values.nbytes for keys, values in kept)
+
+    def placed(
+        self, chosen: Sequence[Choice], view: LayerView, places: Positions, *, is_final: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return keys and values of the sinks, and behind them of each row's spans, keys rotated.
+
+        Parameters
+        ----------
+        chosen : sequence of Choice
+            As for :meth:`fetch`; all may be empty.
+        view : LayerView
+            Where they are read.
+        places : int or Tensor
+            To where keys are rotated, the same as long as the choice is.
+        is_final : bool
+            Whether all rows have their sinks.
+
+        Returns
+        -------
+        Tensor, Tensor
+            Shape (batch, key-value heads, sinks + m, d).
+        """
+        if not any(spans for choice in chosen for spans in choice):
+            keys, values = view.sinks()
+            return view.rotation(keys, places), values
+        raw, values = self.fetch(chosen, view)
+        frequencies = view.rotation.frequencies
+        if self._placed is not None and self._placed[2] is frequencies:
+            return self._placed[:2]
+        may_stay = is_final and not view.wants_gradient
+        with torch.inference_mode(torch.is_inference_mode_enabled() and not may_stay):
+            if view.memory.sinks:
+                raw, values = (torch.cat(x, 2) for x in zip(view.sinks(), (raw, values), strict=True))
+            keys = view.rotation(raw, places)
+        if may_stay and self._held is not None:
+            sinks = view.memory.sinks
+            self._placed = keys, values, frequencies
+            self._held = self._held[0], values[:, :, sinks:]
+        return keys, values
 
     def fetch(self, chosen: Sequence[Sequence[Sequence[Span]]], view: LayerView) -> tuple[Tensor, Tensor]:
         """Return raw keys and values of each row's spans, one behind the other.
@@ -68,11 +117,11 @@ class ReadyTokens:
             with torch.inference_mode(False), torch.no_grad():  # later forwards, in whatever mode, see it
                 held = _stacked([self._row(row, choice, view) for row, choice in enumerate(wanted)])
                 self._set_aside(wanted, held[0].shape[1])
-            self._chosen, self._held = wanted, held
+            self._chosen, self._held, self._placed = wanted, held, None
         return self._held
 
     def _forget(self) -> None:
-        self._chosen, self._held, self._left = [], None, {}
+        self._chosen, self._held, self._placed, self._left = [], None, None, {}
 
     def _drop_what_was_coded(self, view: LayerView) -> None:
         """Let go of spans that were exact when they were read, and since are coded in the tier."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from everlong.attention.policy import POLICIES, require_count
@@ -11,6 +12,8 @@ from everlong.attention.positions import working_dtype
 from everlong.attention.ready import Choice
 from everlong.attention.recalled import Asking, BlockRecallPolicy, by_key_head, held_keys, products_with
 from everlong.attention.view import LayerView, Queries
+
+_NEVER = -1
 
 
 @POLICIES.register("recall")
@@ -42,6 +45,9 @@ class Recall(BlockRecallPolicy):
     layers : int
         Layers, one after another, that recall the same: the first of them asks. Those with windows of their
         own count, too.
+    steps : int
+        Queries, one after another, that recall the same where each comes alone, as in writing: the first of
+        them asks.
     """
 
     sinks: int = 16
@@ -50,13 +56,20 @@ class Recall(BlockRecallPolicy):
     block: int = 32
     group: int = 512
     layers: int = 1
+    steps: int = 8
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_count("Recall", "layers", self.layers, least=1)
+        require_count("Recall", "steps", self.steps, least=1)
 
     def choose(self, asking: Asking, queries: Queries, view: LayerView) -> Choice:
-        """Return what a layer shortly before chose, or the blocks that are worth most."""
+        """Return what still stands, what a layer shortly before chose, or the blocks that are worth most."""
+        is_alone = queries.stop - queries.first == 1
+        if is_alone:
+            standing = self._standing(asking, queries.first, view)
+            if standing is not None:
+                return standing
         call, key = view.call, ("recalled", asking.number, queries.first)
         asked: tuple[int, Choice] = call.memo.get(key, (call.layer - self.layers, [[]]))
         layer, chosen = asked
@@ -64,7 +77,29 @@ class Recall(BlockRecallPolicy):
         if call.layer - layer >= self.layers or not is_here:
             chosen = super().choose(asking, queries, view)
             call.memo[key] = call.layer, chosen
+        if self.steps > 1 and view.memory.pending is None:
+            self._note(asking.number, queries.first if is_alone else _NEVER, chosen, view)
         return chosen
+
+    def _standing(self, asking: Asking, first: int, view: LayerView) -> Choice | None:
+        """Return what a query shortly before chose, if it came alone and all of it is still here."""
+        notes = view.memory.index.get(_name(view))
+        asked, *blocks = [_NEVER] if notes is None else notes[asking.number].tolist()
+        if not 0 <= asked < first < asked + self.steps:
+            return None
+        spans = [self.block_span(number) for number in blocks if number >= 0]
+        return None if spans and spans[0][0] < asking.begin else [spans]
+
+    def _note(self, row: int, asked: int, chosen: Choice, view: LayerView) -> None:
+        """Note which query of a row asked, and which blocks it chose; these in order, behind them -1."""
+        index, name = view.memory.index, _name(view)
+        if name not in index:
+            with torch.inference_mode(False):  # later forwards, in whatever mode, write into it
+                room = 1 + self.shape()[1] // self.block
+                index[name] = torch.full((len(held_keys(view)), room), _NEVER)
+        blocks = [(begin - self.sinks) // self.block for begin, _ in chosen[0]]
+        notes = [asked, *blocks]
+        index[name][row] = torch.tensor(notes + [_NEVER] * (index[name].shape[1] - len(notes)))
 
     def worth(self, blocks: range, asking: Asking, queries: Queries, view: LayerView) -> Tensor:
         """Return the products of the mean query with the best key of each block, summed over heads."""
@@ -73,3 +108,8 @@ class Recall(BlockRecallPolicy):
         begin, stop = self.block_span(blocks.start)[0], self.block_span(blocks.stop - 1)[1]
         products = products_with(mean, asking.number, begin, stop, view)
         return products.reshape(-1, self.block).amax(1)
+
+
+def _name(view: LayerView) -> str:
+    """Return what a layer calls its notes: some layers share a memory."""
+    return f"{view.call.layer}.recalled"

@@ -144,15 +144,13 @@ class RecallPolicy(Policy):
         """Show sinks, what is recalled, and the latest tokens."""
         if queries.stop <= self._window:
             return [view.all_slots(queries)] if view.new is None else [*view.band(queries)]
-        row_index = view.row_index(queries)
         pads = view.pads or (0,) * len(queries.raw)
         is_mixed = queries.first - max(pads) < self._window
-        is_full = row_index >= self._window if is_mixed else None
+        is_full = view.row_index(queries) >= self._window if is_mixed else None
         chosen = [self._chosen(queries, view, row, pad) for row, pad in enumerate(pads)]
-        counts = [sum(stop - begin for begin, stop in choice[0]) for choice in chosen]
         return [
-            *self._sink_parts(queries, view, counts, is_full),
-            *self._recalled_part(queries, view, chosen, counts, is_full),
+            *self._near_sinks(queries, view, is_full),
+            *self._far_part(queries, view, chosen, is_full),
             *self._local_parts(queries, view, is_full),
         ]
 
@@ -171,47 +169,35 @@ class RecallPolicy(Policy):
         """Return the queries where the tokens before their latest L stand at or before 0."""
         return queries.at(self.shape()[2] - 1)
 
-    def _places(self, counts: Sequence[int], before: int, tokens: int) -> Tensor | int:
-        """Where `tokens` tokens stand, that have so many recalled ones behind them, less `before`."""
+    def _near_sinks(self, queries: Queries, view: LayerView, is_full: Tensor | None) -> list[Part]:
+        sinks = self._field("sinks")
+        if not sinks or is_full is None:
+            return []
+        return [view.sinks_near(queries, is_full.expand(*is_full.shape[:3], sinks))]
+
+    def _far_part(
+        self, queries: Queries, view: LayerView, chosen: Sequence[Choice], is_full: Tensor | None
+    ) -> list[Part]:
+        """Show the sinks and what is recalled, each row its own, to queries whose window is full."""
+        counts = [sum(stop - begin for begin, stop in choice[0]) for choice in chosen]
+        sinks, most = self._field("sinks"), max(counts)
+        if not sinks + most:
+            return []
+        places = self._places(counts, sinks, most)
+        keys, values = view.memory.ready.placed(chosen, view, places, is_final=is_full is None)
+        visible = None if is_full is None else is_full.expand(*is_full.shape[:3], sinks + most)
+        if len(set(counts)) > 1:
+            is_there = torch.arange(sinks + most) < sinks + torch.tensor(counts)[:, None]
+            is_there = is_there[:, None, None].to(keys.device)
+            visible = is_there if visible is None else is_there & visible
+        return [Part(self.far_queries(queries), keys, values, visible)]
+
+    def _places(self, counts: Sequence[int], sinks: int, most: int) -> Tensor | int:
+        """Where sinks stand, and behind them up to `most` recalled tokens, of each row so many."""
         if not self.are_in_cache:
             return 0
-        places = torch.arange(tokens) - before - torch.tensor(counts)[:, None]
+        places = torch.arange(sinks + most) - sinks - torch.tensor(counts)[:, None]
         return places[:1] if len(set(counts)) == 1 else places
-
-    def _sink_parts(
-        self, queries: Queries, view: LayerView, counts: Sequence[int], is_full: Tensor | None
-    ) -> list[Part]:
-        sinks = self._field("sinks")
-        if not sinks:
-            return []
-        placed, places = self.far_queries(queries), self._places(counts, sinks, sinks)
-        if is_full is None:
-            return [view.sinks_placed(placed, places, None)]
-        sink = torch.arange(sinks, device=is_full.device)
-        far = is_full & (sink >= 0)
-        seen = far & (sink <= view.row_index(queries))
-        return [view.sinks_near(queries, far), view.sinks_placed(placed, places, seen)]
-
-    def _recalled_part(
-        self,
-        queries: Queries,
-        view: LayerView,
-        chosen: Sequence[Choice],
-        counts: Sequence[int],
-        is_full: Tensor | None,
-    ) -> list[Part]:
-        most = max(counts)
-        if not most:
-            return []
-        keys, values = view.memory.ready.fetch(chosen, view)
-        device, visible = keys.device, is_full
-        if len(set(counts)) > 1:
-            is_there = torch.arange(most, device=device) < torch.tensor(counts, device=device)[:, None]
-            visible = is_there[:, None, None] & (True if is_full is None else is_full)
-        elif visible is not None:
-            visible = visible.expand(*visible.shape[:3], most)
-        keys = view.rotation(keys, self._places(counts, 0, most))
-        return [Part(self.far_queries(queries), keys, values, visible)]
 
     def _local_parts(self, queries: Queries, view: LayerView, is_full: Tensor | None) -> list[Part]:
         sinks, recalled, local = self.shape()

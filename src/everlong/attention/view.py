@@ -18,7 +18,6 @@ from torch import Tensor
 from everlong.attention.branches import Branches
 from everlong.attention.parts import Part, Triangle
 from everlong.attention.positions import Rotation
-from everlong.models.rotary import Positions
 
 if TYPE_CHECKING:
     from everlong.attention.layer_memory import LayerMemory
@@ -287,7 +286,7 @@ class LayerView:
 
     def sinks_near(self, queries: Queries, far: Tensor | None) -> Part:
         """Show the sinks at their true distances, but not where `far` (batch or 1, 1, n, G) holds."""
-        keys, values = self._sinks()
+        keys, values = self.sinks()
         device = keys.device
         of_row = torch.tensor([self.memory.frame(pad) for pad in self.pads or (0,)])
         at = of_row[:, None] + torch.arange(keys.shape[2])
@@ -296,17 +295,12 @@ class LayerView:
 
     def sinks_far(self, queries: Queries, distances: Sequence[int], far: Tensor | None) -> Part:
         """Show sink s at distance ``distances[s]`` from every query, where `far` holds (None: everywhere)."""
-        keys, values = self._sinks()
+        keys, values = self.sinks()
         reach = max(distances)
         visible = None
         if far is not None:
             visible = far & (torch.arange(keys.shape[2], device=keys.device) <= self.row_index(queries))
         return Part(queries.at(reach), self._sinks_at(reach, distances), values, visible)
-
-    def sinks_placed(self, queries: Tensor, positions: Positions, visible: Tensor | None) -> Part:
-        """Show rotated `queries` the sinks, rotated to `positions`, where `visible` (batch or 1, 1, n, G)."""
-        keys, values = self._sinks()
-        return Part(queries, self.rotation(keys, positions), values, visible)
 
     def turned_window(self, queries: Queries, distances: Sequence[int], far: Tensor | None) -> Part:
         """Show one query the slots of a window that has turned for the longest row, in place: one part.
@@ -330,7 +324,7 @@ class LayerView:
             self.call.memo[key] = visible, self.rotation.angles(positions, queries.raw)
         visible, angles = self.call.memo[key]
         if memory.sinks:
-            keys, values = self._sinks()
+            keys, values = self.sinks()
             memory.keys[:, :, : memory.sinks] = self.rotation.turned(keys, angles)
             memory.values[:, :, : memory.sinks] = values
         return Part(queries.placed, memory.keys, memory.values, visible)
@@ -364,7 +358,8 @@ class LayerView:
             visible = self.call.memo[key]
         return Part(queries.placed, memory.keys[:, :, : self.stop], memory.values[:, :, : self.stop], visible)
 
-    def _sinks(self) -> tuple[Tensor, Tensor]:
+    def sinks(self) -> tuple[Tensor, Tensor]:
+        """Raw keys and values of the sinks."""
         held = self.memory.sink_keys, self.memory.sink_values
         assert held[0] is not None and held[1] is not None
         if self.new is None or not self.wants_gradient:
@@ -381,7 +376,7 @@ class LayerView:
 
     def _sinks_at(self, query_position: int, distances: Sequence[int]) -> Tensor:
         """Rotate the sinks so that a query at `query_position` finds sink s at ``distances[s]``."""
-        keys = self._sinks()[0]
+        keys = self.sinks()[0]
         positions = [query_position - distance for distance in distances]
         if len(set(positions)) == 1:
             return self.rotation(keys, positions[0])
