@@ -230,7 +230,7 @@ def test_what_is_still_recalled_when_it_is_coded_is_read_again(precision, monkey
 
 
 def mutants(policy):
-    for field in ("window", "sinks", "recalled", "block", "representatives", "votes", "radius", "layers"):
+    for field in ("window", "sinks", "recalled", "block", "representatives", "votes", "radius", "layers", "steps"):
         value = getattr(policy, field, None)
         if value is None:
             continue
@@ -256,7 +256,7 @@ def test_the_comparison_notices_other_constants(policy):
     own = {
         "inf-llm": {"block", "representatives"},
         "re-attention": {"votes", "radius"},
-        "recall": {"block", "layers"},
+        "recall": {"block", "layers", "steps"},
         "quest": {"block", "recalled"},
     }
     assert {"window", "sinks"} | own[policy] <= seen

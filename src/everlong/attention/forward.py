@@ -15,6 +15,7 @@ from everlong.attention.cache_interface import PolicyCache
 from everlong.attention.parts import Logits, attend
 from everlong.attention.policy import Policy
 from everlong.attention.positions import Rotation
+from everlong.attention.standing_step import StandingStep, standing_step
 from everlong.attention.tiers import TierLostError
 from everlong.attention.token_step import TokenStep, token_step
 from everlong.attention.view import LayerCall, LayerView
@@ -141,7 +142,7 @@ class _Manner:
 
     policy: Policy
     rotation: Rotation
-    step: TokenStep | None = None
+    step: TokenStep | StandingStep | None = None
     has_looked: bool = False
 
 
@@ -207,7 +208,7 @@ class Forward:
         ):
             memory = cache.memories[number]
             step = self._step(layer, manner, query)
-            if step is not None and step.fits(memory):
+            if step is not None and step.fits(memory, number):
                 self._attended += 1
                 return step.attend(memory, query, key, value, **logits)
         policy, rotation = manner.policy, manner.rotation
@@ -256,18 +257,20 @@ class Forward:
             found = self._manners[(*kind, device)] = _Manner(policy, rotation)
         return found
 
-    def _step(self, layer: LayerAnatomy, manner: _Manner, like: Tensor) -> TokenStep | None:
+    def _step(self, layer: LayerAnatomy, manner: _Manner, like: Tensor) -> TokenStep | StandingStep | None:
         """Return the shortest way through layers like this one, if there is one."""
         if not manner.has_looked:
             manner.has_looked = True
-            memories = []
+            alike = []
             for number, memory in self.cache.memories.items():
                 other = self.layers[number]
                 is_here = memory.keys is None or memory.keys.device == like.device
                 if is_here and other.is_like(layer) and not self.layers.gives(other):
                     memory.follow(manner.rotation, 1)
-                    memories.append(memory)
-            manner.step = token_step(manner.policy, memories, manner.rotation, like, self.cache.pads)
+                    alike.append((number, memory))
+            given = manner.rotation, like, self.cache.pads
+            manner.step = token_step(manner.policy, [memory for _, memory in alike], *given)
+            manner.step = manner.step or standing_step(manner.policy, alike, *given)
         return manner.step
 
     def finish(self) -> None:

@@ -130,6 +130,26 @@ class Policy(ABC):
         """
         return None
 
+    def standing(self, memory: LayerMemory, layer: int, pads: tuple[int, ...] | None) -> int | None:
+        """Say whether the next token of each row sees what the one before it saw recalled.
+
+        Parameters
+        ----------
+        memory : LayerMemory
+            Before that token.
+        layer : int
+            Whose it is.
+        pads : tuple of int or None
+            The rows' padding.
+
+        Returns
+        -------
+        int or None
+            L: it sees its latest L tokens, and L - 1 before itself the sinks and what was recalled. None:
+            what it sees is a matter of :meth:`parts`, as for :meth:`in_place`.
+        """
+        return None
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Take back what a base says of its :meth:`parts`, where these are defined anew further down."""
         super().__init_subclass__(**kwargs)
@@ -137,7 +157,7 @@ class Policy(ABC):
         def defined(name: str) -> int:
             return next(place for place, base in enumerate(cls.__mro__) if name in base.__dict__)
 
-        for name in ("in_place", "takes_branches"):
+        for name in ("in_place", "standing", "takes_branches"):
             if defined("parts") < defined(name):
                 setattr(cls, name, getattr(Policy, name))
 

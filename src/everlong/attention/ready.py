@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from everlong.models.rotary import Frequencies, Positions
 
 if TYPE_CHECKING:
+    from everlong.attention.layer_memory import LayerMemory
+    from everlong.attention.positions import Rotation
     from everlong.attention.view import LayerView
 
 Span = tuple[int, int]
@@ -91,6 +93,21 @@ class ReadyTokens:
             self._placed = keys, values, frequencies
             self._held = self._held[0], values[:, :, sinks:]
         return keys, values
+
+    def stays(self, memory: LayerMemory, rotation: Rotation) -> bool:
+        """Whether what was placed last is what the next token a row is to see, if its choice is."""
+        return (
+            self._placed is not None
+            and self._placed[2] is rotation.frequencies
+            and memory.tier is not None
+            and self._coded == memory.sinks + memory.tier.whole
+            and not memory.tier.is_last_of_block
+        )
+
+    def standing(self) -> tuple[Tensor, Tensor]:
+        """Return what was placed last, as :meth:`placed` did."""
+        assert self._placed is not None
+        return self._placed[:2]
 
     def fetch(self, chosen: Sequence[Sequence[Sequence[Span]]], view: LayerView) -> tuple[Tensor, Tensor]:
         """Return raw keys and values of each row's spans, one behind the other.

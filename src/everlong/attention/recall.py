@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from everlong.attention.layer_memory import LayerMemory
 from everlong.attention.policy import POLICIES, require_count
 from everlong.attention.positions import working_dtype
 from everlong.attention.ready import Choice
@@ -56,7 +57,7 @@ class Recall(BlockRecallPolicy):
     block: int = 32
     group: int = 512
     layers: int = 1
-    steps: int = 8
+    steps: int = 4
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,9 +82,24 @@ class Recall(BlockRecallPolicy):
             self._note(asking.number, queries.first if is_alone else _NEVER, chosen, view)
         return chosen
 
+    def standing(self, memory: LayerMemory, layer: int, pads: tuple[int, ...] | None) -> int | None:
+        """Return L where each row, its window full, sees what a token shortly before it chose."""
+        notes = memory.index.get(_name(layer))
+        if notes is None or memory.tier is None or memory.seen - max(pads or (0,)) < self._window:
+            return None
+        rows = notes.tolist()
+        least = self.sinks + memory.tier.first - min(pads or (0,))
+        stands = all(
+            0 <= asked < memory.seen < asked + self.steps
+            and blocks.count(_NEVER) == rows[0].count(_NEVER)
+            and self.block_span(blocks[0])[0] >= least
+            for asked, *blocks in rows
+        )
+        return self.shape()[2] if stands else None
+
     def _standing(self, asking: Asking, first: int, view: LayerView) -> Choice | None:
         """Return what a query shortly before chose, if it came alone and all of it is still here."""
-        notes = view.memory.index.get(_name(view))
+        notes = view.memory.index.get(_name(view.call.layer))
         asked, *blocks = [_NEVER] if notes is None else notes[asking.number].tolist()
         if not 0 <= asked < first < asked + self.steps:
             return None
@@ -92,7 +108,7 @@ class Recall(BlockRecallPolicy):
 
     def _note(self, row: int, asked: int, chosen: Choice, view: LayerView) -> None:
         """Note which query of a row asked, and which blocks it chose; these in order, behind them -1."""
-        index, name = view.memory.index, _name(view)
+        index, name = view.memory.index, _name(view.call.layer)
         if name not in index:
             with torch.inference_mode(False):  # later forwards, in whatever mode, write into it
                 room = 1 + self.shape()[1] // self.block
@@ -110,6 +126,6 @@ class Recall(BlockRecallPolicy):
         return products.reshape(-1, self.block).amax(1)
 
 
-def _name(view: LayerView) -> str:
+def _name(layer: int) -> str:
     """Return what a layer calls its notes: some layers share a memory."""
-    return f"{view.call.layer}.recalled"
+    return f"{layer}.recalled"

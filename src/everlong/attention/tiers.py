@@ -135,6 +135,11 @@ class BlockStore:
         """Tokens that came in whole blocks; the others are kept as they are."""
         return self.length - self.length % BLOCK
 
+    @property
+    def is_last_of_block(self) -> bool:
+        """Whether the next token makes a block whole."""
+        return self.length % BLOCK == BLOCK - 1
+
     # --- tokens come and go --------------------------------------------------------------------------
 
     def append(self, raw_keys: Tensor, values: Tensor) -> None:

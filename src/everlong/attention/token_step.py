@@ -72,15 +72,15 @@ class TokenStep:
     pads: tuple[int, ...] | None
     slot: Tensor | None = None
 
-    def fits(self, memory: LayerMemory) -> bool:
-        """Whether `memory` stands where the step was made for."""
+    def fits(self, memory: LayerMemory, layer: int) -> bool:
+        """Whether the memory of a layer stands where the step was made for."""
         return takes_tokens(memory) and memory.seen == self.seen and memory.origin == self.origin
 
     def attend(
         self, memory: LayerMemory, query: Tensor, key: Tensor, value: Tensor, **logits: Unpack[Logits]
     ) -> Tensor:
         """Put the token into a layer's memory, and attend; parameters as of :meth:`Forward.attend`."""
-        turned_query, turned_key = self._turned(query, key)
+        turned_query, turned_key = turned(query, key, self.rotation, self.here)
         if self.slot is None:
             memory.put(turned_key, value, key, self.pads)
         else:
@@ -95,14 +95,6 @@ class TokenStep:
         if self.slots < keys.shape[2]:
             keys, values = keys.narrow(2, 0, self.slots), values.narrow(2, 0, self.slots)
         return attend_all(turned_query, keys, values, **logits)
-
-    def _turned(self, query: Tensor, key: Tensor) -> list[Tensor]:
-        """Rotate a query and a key to where they stand: as one where they lie one behind the other."""
-        both = _as_one(query, key)
-        if both is None:
-            return [self.rotation.turned(x, self.here) for x in (query, key)]
-        heads = [query.shape[1], key.shape[1]]
-        return [*self.rotation.turned(both, self.here).split_with_sizes(heads, 1)]
 
 
 def token_step(
@@ -173,6 +165,15 @@ def rotated_sinks(memories: Sequence[LayerMemory], rotation: Rotation, angles: A
     keys = [memory.sink_keys for memory in memories if memory.sink_keys is not None]
     turned = rotation.turned(torch.cat(keys), angles)
     return dict(zip(map(id, memories), torch.split(turned, len(keys[0])), strict=True))
+
+
+def turned(query: Tensor, key: Tensor, rotation: Rotation, angles: Angles) -> list[Tensor]:
+    """Rotate a query and a key to where they stand: as one where they lie one behind the other."""
+    both = _as_one(query, key)
+    if both is None:
+        return [rotation.turned(x, angles) for x in (query, key)]
+    heads = [query.shape[1], key.shape[1]]
+    return [*rotation.turned(both, angles).split_with_sizes(heads, 1)]
 
 
 def _as_one(first: Tensor, second: Tensor) -> Tensor | None:

@@ -1,0 +1,107 @@
+"""The shortest way through a layer that recalls, while what it recalled stays: one token a row.
+
+Of some tokens that are written the first asks what to recall. The others find it made ready, behind the sinks
+and rotated to where all of it is seen, and need nothing but that and the latest tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Unpack
+
+import torch
+from torch import Tensor
+
+from everlong.attention.layer_memory import LayerMemory
+from everlong.attention.parts import Logits, Part, attend
+from everlong.attention.policy import Policy
+from everlong.attention.positions import Angles, Rotation
+from everlong.attention.token_step import turned
+
+
+@dataclass(frozen=True, eq=False)
+class StandingStep:
+    """One step of writing in the layers of one policy; made by :func:`standing_step`.
+
+    Attributes
+    ----------
+    policy : Policy
+        Says which memories it fits.
+    rotation : Rotation
+        The layers'.
+    seen, origin : int
+        Where their memories stand: tokens before this one, and the frame's origin.
+    latest : int
+        Tokens that are seen beside what stands, this one included.
+    here : Angles
+        What rotates this token's query and key.
+    far : Angles
+        What rotates its query to where it sees what stands.
+    pads : tuple of int or None
+        The rows' padding.
+    """
+
+    policy: Policy
+    rotation: Rotation
+    seen: int
+    origin: int
+    latest: int
+    here: Angles
+    far: Angles
+    pads: tuple[int, ...] | None
+
+    def fits(self, memory: LayerMemory, layer: int) -> bool:
+        """Whether the memory of a layer stands where the step was made for, and what it recalled stays."""
+        return (
+            memory.seen == self.seen
+            and memory.origin == self.origin
+            and memory.pending is None
+            and self.policy.standing(memory, layer, self.pads) == self.latest
+            and memory.ready.stays(memory, self.rotation)
+        )
+
+    def attend(
+        self, memory: LayerMemory, query: Tensor, key: Tensor, value: Tensor, **logits: Unpack[Logits]
+    ) -> Tensor:
+        """Put the token into a layer's memory, and attend; parameters as of :meth:`Forward.attend`."""
+        turned_query, turned_key = turned(query, key, self.rotation, self.here)
+        memory.put(turned_key, value, key, self.pads)
+        keys, values = memory.keys, memory.values
+        assert keys is not None and values is not None
+        runs = memory.runs(memory.seen - self.latest, memory.seen)
+        parts = [Part(self.rotation.turned(query, self.far), *memory.ready.standing())]
+        parts += [Part(turned_query, keys[:, :, run], values[:, :, run]) for run in runs]
+        return attend(parts, **logits)
+
+
+def standing_step(
+    policy: Policy,
+    memories: Sequence[tuple[int, LayerMemory]],
+    rotation: Rotation,
+    like: Tensor,
+    pads: tuple[int, ...] | None,
+) -> StandingStep | None:
+    """Return the step that layers like these take; None: they ask, or need more than the shortest way.
+
+    Parameters
+    ----------
+    policy : Policy
+        Which query sees what.
+    memories : sequence of tuple of int and LayerMemory
+        Layers and their memories, about to take in one token a row; keys follow `rotation` already.
+    rotation : Rotation
+        The layers'.
+    like : Tensor
+        A query.
+    pads : tuple of int or None
+        The rows' padding.
+    """
+    if torch.is_grad_enabled():
+        return None
+    layer, memory = memories[0]
+    latest = policy.standing(memory, layer, pads)
+    if latest is None:
+        return None
+    here, far = (rotation.angles(at, like) for at in (memory.frame(memory.seen), latest - 1))
+    return StandingStep(policy, rotation, memory.seen, memory.origin, latest, here, far, pads)
