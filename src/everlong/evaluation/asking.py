@@ -74,7 +74,7 @@ def answers(
     rests = [row[shared:] for row in rows]
     written = [""] * len(rows)
     with evaluating(model):
-        model, cache = _begun(model)
+        model, cache = begun(model)
         longest = cache.get_seq_length() + max(map(len, rows)) + max_new_tokens
         _read(model, cache, rows[0][:shared])
         for group in _batches(rests, batch, equal=_slides(model, longest)):
@@ -132,8 +132,8 @@ def _batches(rests: Sequence[Sequence[int]], batch: int, *, equal: bool) -> list
     return groups
 
 
-def _begun(model: Any) -> tuple[Any, Any]:
-    """Return the model that is run, and a cache that holds nothing, or the prefix of PEFT's."""
+def begun(model: Any) -> tuple[Any, Any]:
+    """Return the model that is run, and a cache that holds nothing, or the prefix of PEFT's (a cartridge)."""
     if not any(getattr(config, "is_prompt_learning", False) for config in _adapters(model)):
         return model, DynamicCache(config=model.config)
     with while_peft_wraps():
