@@ -90,6 +90,10 @@ def test_perplexity_by_position_is_that_of_the_slow_way(loaded: LoadedModel, nov
     for bucket, begin in zip(found[0].buckets, (0, 40, 80), strict=True):
         expected = perplexity_of(slow[begin : begin + 40].tolist())
         assert bucket.perplexity == pytest.approx(expected, rel=1e-4)
+    table = next(t for t in measure.section(rows).tables if t.caption == "in times of stock's")
+    ratio = found[1].buckets[2].perplexity / found[0].buckets[2].perplexity
+    assert table.rows == (("lm-infinite", *table.rows[0][1:3], f"{ratio:,.3f}"),)
+    assert "times of stock" not in said(measure.section(rows[1:]))[0]  # where stock was left out
     assert found[1].buckets[0] != found[0].buckets[0] and found[1].forgotten == 70
 
 
@@ -141,6 +145,7 @@ def test_speed_is_measured_at_each_length_of_methods_that_read_the_whole(
     assert [row["seen"] for row in rows[4:]] == [300, 60, 60, 300]
     assert [row["is_query_aware"] for row in rows[4:]] == [False, False, False, True]
     whole, terminal = said(measure.section(rows))
+    assert len(measure.section(rows).pictures) == 1 and not measure.section(rows[:4]).pictures
     for word in ("speed, 150 tokens", "speed, 300 tokens", "held: ram", "query-aware", novel, "ms/token"):
         assert word in whole, word
     assert terminal.count("inf-llm") == 2
@@ -295,6 +300,24 @@ def test_a_cartridge_counts_where_a_text_is_scored(loaded: LoadedModel, tmp_path
         slow = surprisal_of(adapted(input_ids=ids).logits[0][-ids.shape[1] :], ids[0])[1:]
     assert torch.allclose(found, slow, atol=1e-3)
     assert not torch.allclose(found, surprisal(loaded.model, loaded.tokenizer, text), atol=0.1)
+
+
+@pytest.mark.usefixtures("in_bytes")
+def test_a_cartridge_is_asked_too_and_leaves_the_model_as_it_was(
+    loaded: LoadedModel, novel: str, tmp_path: Path
+) -> None:
+    store = MemoryStore(tmp_path / "memories")
+    before = stock_logits(loaded.model, torch.arange(3, 90))
+    settings: dict[str, Any] = {"generators": ("cloze",), "selection": "all", "passes": 1, "prefix": 8}
+    with everlong.load(loaded.model, tokenizer=loaded.tokenizer) as llm:
+        llm.memorize(
+            TEXT[:170], "bees", "cartridge", store=store, force=True, anchors=0, readings=0, **settings
+        )
+    measure = StoredMemories(text=novel, tokens=100, memories=("bees",), store=store)
+    first, alone, with_it = rows_of(measure, loaded)
+    assert with_it["learned"]["kind"] == "cartridge" and list(with_it["recalls"]) == ["the memory"]
+    assert with_it["standing"]["surprisal"] != first["standing"]["surprisal"]
+    assert torch.equal(stock_logits(loaded.model, torch.arange(3, 90)), before)
 
 
 # --- rows and refusals --------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from everlong.evaluation.finding_pictures import INK, as_png, finish_panel, new_figure
+from everlong.evaluation.finding_pictures import INK, as_png, finish_panel, new_figure, short
 
 _COLOURS = ("#3b7fb5", "#c0392b", "#2a9d8f", "#8e5bb5", "#d98a29", "#7f8c8d", "#b8577f")
 _DASHES = ("-", "--", ":", "-.")
@@ -40,8 +40,10 @@ class Panel:
         What is drawn, over what.
     lines : tuple of Line
         At least one.
-    is_log : bool
-        Whether heights go by powers of ten; else they begin at 0.
+    is_log, has_zero : bool
+        Whether heights go by powers of ten; whether they begin at 0, where they do not.
+    ticks : tuple of int
+        Numbers of tokens that the lower edge names; empty: it chooses.
     mark : float or None
         Where a vertical line stands.
     mark_name : str
@@ -52,6 +54,8 @@ class Panel:
     x_title: str
     lines: tuple[Line, ...]
     is_log: bool = False
+    has_zero: bool = True
+    ticks: tuple[int, ...] = ()
     mark: float | None = None
     mark_name: str = ""
 
@@ -75,7 +79,7 @@ def draw_lines(panels: Sequence[Panel], *, dark: bool) -> bytes:
             )
         if panel.is_log:
             _by_powers(axes)
-        else:
+        elif panel.has_zero:
             axes.set_ylim(bottom=0)
         if panel.mark is not None:
             axes.axvline(panel.mark, color=INK[dark], lw=0.8, ls="--", alpha=0.5)
@@ -90,7 +94,12 @@ def draw_lines(panels: Sequence[Panel], *, dark: bool) -> bytes:
                 color=INK[dark],
             )
         axes.grid(alpha=0.25)
-        axes.xaxis.set_major_formatter("{x:,.0f}")
+        if panel.ticks:
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(panel.ticks, [short(tick) for tick in panel.ticks], minor=False)
+            axes.set_xticks([], minor=True)
+        else:
+            axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.set_xlabel(panel.x_title, fontsize=8, color=INK[dark])
         finish_panel(axes, panel.title, dark)
         axes.tick_params(which="minor", labelsize=7, colors=INK[dark], length=2)

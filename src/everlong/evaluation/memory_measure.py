@@ -35,7 +35,7 @@ from everlong.models.loading import LoadedModel
 _MOST_PROBES = 40  # of each form
 _LONGEST = 6  # words of an answer that is asked for
 _TASK = 20  # words left out of the unrelated text
-_ASKING = 15  # tokens read in the time that a probe takes, in a batch
+_ASKING = 40  # tokens read in the time that a probe takes, in a batch
 _OWN_TEXTS = 30_000  # tokens read in the time that the texts take which a model writes for itself, once
 _LEARNING = 120  # tokens read in the time that learning a token takes, each pass
 

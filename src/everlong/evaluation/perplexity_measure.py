@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from everlong.errors import ConfigurationError, InputError
-from everlong.evaluation.comparison import Method, MethodResult, Plan, compare_methods
+from everlong.evaluation.comparison import STOCK, Method, MethodResult, Plan, compare_methods
 from everlong.evaluation.finding import way_key
 from everlong.evaluation.line_pictures import Line, Panel, draw_lines
 from everlong.evaluation.long_inputs import Way
@@ -20,6 +20,7 @@ from everlong.models.loading import LoadedModel
 from everlong.reading.reports import Progress
 
 _AHEAD = "*"
+_MUCH = 3.0  # times stock's perplexity: heights go by powers of ten
 _NOTE = (
     "Each method reads the first {tokens:,} tokens of {text}, {chunk} at a time; lower is better. A token is "
     "predicted from what the method still sees of those before it. A method that is query-aware chooses what "
@@ -116,8 +117,9 @@ class PerplexityByPosition(Measure):
                     for name, result in zip(names, results, strict=True)
                 ),
             ),
+            *_in_times_of_stock(names, places, results),
             Table(
-                "their intervals of 95 %",
+                "Intervals of 95 %, of each by itself: differences on the same text are surer",
                 ("", *places),
                 tuple(
                     (name, *(f"{_number(b.low)}-{_number(b.high)}" for b in result.buckets))
@@ -127,15 +129,9 @@ class PerplexityByPosition(Measure):
             ),
             _costs(names, results, [row["is_query_aware"] for row in rows]),
         )
-        panel = Panel(
-            told,
-            "position in the text, tokens",
-            tuple(_line(name, result) for name, result in zip(names, results, strict=True)),
-            is_log=True,
-            mark=length if length is not None and length < self.tokens else None,
-            mark_name="training length",
-        )
-        picture = Picture(lambda dark: draw_lines([panel], dark=dark), told)
+        mark = length if length is not None and length < self.tokens else None
+        panels = _panels(names, results, mark)
+        picture = Picture(lambda dark: draw_lines(panels, dark=dark), told)
         remark = _WHY_AHEAD if is_ahead else ""
         title = "Perplexity by position"
         return Section(self.name, title, note, tables, (picture,), list(rows), remark)
@@ -193,10 +189,45 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 100 else f"{value:.2f}"
 
 
-def _line(name: str, result: MethodResult) -> Line:
-    finite = [bucket for bucket in result.buckets if math.isfinite(bucket.perplexity)]
-    middles = tuple((bucket.start + bucket.stop) / 2 for bucket in finite)
-    return Line(name, middles, tuple(bucket.perplexity for bucket in finite))
+def _ratios(result: MethodResult, results: Sequence[MethodResult]) -> list[float] | None:
+    """Return a method's perplexities in times of stock's; None: stock was not measured."""
+    stock = next((one for one in results if one.name == STOCK), None)
+    if stock is None:
+        return None
+    pairs = zip(result.buckets, stock.buckets, strict=True)
+    return [ours.perplexity / theirs.perplexity for ours, theirs in pairs]
+
+
+def _in_times_of_stock(
+    names: Sequence[str], places: Sequence[str], results: Sequence[MethodResult]
+) -> list[Table]:
+    rows = []
+    for name, result in zip(names, results, strict=True):
+        if (ratios := _ratios(result, results)) is not None and result.name != STOCK:
+            rows.append((name, *(f"{ratio:,.3f}" if math.isfinite(ratio) else "" for ratio in ratios)))
+    return [Table("in times of stock's", ("", *places), tuple(rows), is_wide=True)] if rows else []
+
+
+def _panels(names: Sequence[str], results: Sequence[MethodResult], mark: float | None) -> list[Panel]:
+    """Return perplexities over position, and how they stand to stock's, where the text matters less."""
+    lines, relative = [], []
+    for name, result in zip(names, results, strict=True):
+        lines.append(_line(name, result, [bucket.perplexity for bucket in result.buckets]))
+        if (ratios := _ratios(result, results)) is not None:
+            relative.append(_line(name, result, ratios))
+    where = "position in the text, tokens"
+    panel = Panel("perplexity", where, tuple(lines), True, mark=mark, mark_name="training length")
+    if len(relative) < 2:
+        return [panel]
+    is_log = max(max(line.y, default=1.0) for line in relative) > _MUCH
+    beside = Panel("in times of stock's", where, tuple(relative), is_log, False, mark=mark)
+    return [panel, beside]
+
+
+def _line(name: str, result: MethodResult, values: Sequence[float]) -> Line:
+    finite = [pair for pair in zip(result.buckets, values, strict=True) if math.isfinite(pair[1])]
+    middles = tuple((bucket.start + bucket.stop) / 2 for bucket, _ in finite)
+    return Line(name, middles, tuple(value for _, value in finite))
 
 
 def _costs(names: Sequence[str], results: Sequence[MethodResult], aware: Sequence[bool]) -> Table:

@@ -158,8 +158,9 @@ class SpeedByLength(Measure):
     def section(self, rows: Sequence[dict[str, Any]]) -> Section:
         """Return rates by length, a row for each way, and what was held."""
         every = [Pace(**row) for row in rows]
+        lengths = tuple(sorted({pace.length for pace in every}))
         panels = [
-            Panel(title, "tokens of the text", tuple(_lines(every, value)))
+            Panel(title, "tokens of the text", tuple(_lines(every, value)), ticks=lengths)
             for title, value in (
                 ("reading: tokens/s where the text ends", "last_tokens_per_second"),
                 ("writing: ms a token", "decode_ms"),
@@ -170,11 +171,12 @@ class SpeedByLength(Measure):
         note = _NOTE.format(text=text, chunk=self.chunk, steps=self.written)
         tables = tuple(
             table
-            for length in dict.fromkeys(pace.length for pace in every)
+            for length in lengths
             for table in _tables(length, [pace for pace in every if pace.length == length])
         )
         picture = Picture(lambda dark: draw_lines(panels, dark=dark), told)
-        return Section(self.name, "Speed by length", note, tables, (picture,), list(rows))
+        pictures = (picture,) if len(lengths) > 1 else ()  # of one length, the table says it all
+        return Section(self.name, "Speed by length", note, tables, pictures, list(rows))
 
 
 def _write(
