@@ -198,7 +198,7 @@ def test_a_memory_is_asked_as_peft_loads_it_and_the_model_is_as_before(
     measure = StoredMemories(text=novel, tokens=200, memories=("bees",), store=store)
     first, alone, with_it = rows_of(measure, loaded)
     assert torch.equal(stock_logits(loaded.model, torch.arange(3, 90)), before)
-    prompts = [probe.prompt for probe in pair_probes(PAIRS)]
+    (_, sentence) = pair_probes(PAIRS)
 
     def written(name: str | None) -> list[str]:
         model = tiny.byte_llama(max_position_embeddings=512)[0]
@@ -206,7 +206,8 @@ def test_a_memory_is_asked_as_peft_loads_it_and_the_model_is_as_before(
             import peft
 
             model = peft.PeftModel.from_pretrained(model, str(store.path(name)))
-        return answers(model, loaded.tokenizer, prompts, max_new_tokens=12)
+        asked = answers(model, loaded.tokenizer, ["Who keeps bees?"], max_new_tokens=12, in_turns=True)
+        return asked + answers(model, loaded.tokenizer, [sentence.prompt], max_new_tokens=12)
 
     recalls = {**alone["recalls"], **with_it["recalls"]}
     assert list(recalls) == ["no memory", "the memory", "a memory of another document (boats)"]

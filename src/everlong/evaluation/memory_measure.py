@@ -325,13 +325,14 @@ def kept_answers(found: Recall) -> list[dict[str, Any]]:
 
 
 def _asked(loaded: LoadedModel, probes: Sequence[Probe]) -> list[dict[str, Any]]:
-    return kept_answers(recall(loaded.model, loaded.tokenizer, probes))
+    return kept_answers(recall(loaded.model, loaded.tokenizer, probes, in_turns=True))
 
 
 def _unlearned(loaded: LoadedModel, document: FactDocument) -> dict[str, Any]:
     """Ask a model that learned nothing, without the document, and reading it behind examples."""
     model, tokenizer, probes = loaded.model, loaded.tokenizer, document.probes()
-    read = recall(model, tokenizer, probes, context=document.text, examples=matching_examples(0))
+    examples = matching_examples(0)
+    read = recall(model, tokenizer, probes, context=document.text, examples=examples, in_turns=True)
     return {"about": _INVENTED, "recalls": {ALONE: _asked(loaded, probes), WHOLE: kept_answers(read)}}
 
 

@@ -21,11 +21,11 @@ OWN = "the memory"
 OTHER = "a memory of another document"
 
 _NOTE = (
-    "The model as it is, whatever the methods above, answers with nothing before the question; an answer is "
-    "right if its first words are. A memory's own pairs are what it learned by heart; invented facts are "
-    "asked in other words too, and in reverse (the person for the fact). Forgetting is what a memory costs "
-    "where it has nothing to tell: the loss on {text}, in nats a token, and words left out of it. Intervals "
-    "are of 95 %, differences are paired."
+    "The model as it is, whatever the methods above, answers with nothing before the question, which it is "
+    "asked as sessions ask. An answer is right if its first words are. A memory's own pairs are what it "
+    "learned by heart; invented facts are asked in other words too, and in reverse (the person for the fact). "
+    "Forgetting is what a memory costs where it has nothing to tell: the loss on {text}, in nats a token, and "
+    "words left out of it. Intervals are of 95 %, differences are paired."
 )
 
 
