@@ -22,10 +22,11 @@ OTHER = "a memory of another document"
 
 _NOTE = (
     "The model as it is, whatever the methods above, answers with nothing before the question, which it is "
-    "asked as sessions ask. An answer is right if its first words are. A memory's own pairs are what it "
-    "learned by heart; invented facts are asked in other words too, and in reverse (the person for the fact). "
-    "Forgetting is what a memory costs where it has nothing to tell: the loss on {text}, in nats a token, and "
-    "words left out of it. Intervals are of 95 %, differences are paired."
+    "asked as sessions ask. An answer is right if its first words are; beside stands how many have it "
+    "anywhere. A memory's own pairs are what it learned by heart; invented facts are asked in other words "
+    "too, and in reverse (the person for the fact). Forgetting is what a memory costs where it has nothing "
+    "to tell: the loss on {text}, in nats a token, and words left out of it. Intervals are of 95 %, "
+    "differences are paired."
 )
 
 
@@ -102,8 +103,10 @@ def _recall_table(caption: str, by_what: dict[str, Recall]) -> Table:
         alone = by_what.get(ALONE)
         is_same = alone is not None and [a.probe for a in alone.answered] == [a.probe for a in found.answered]
         gain = _points(found.above(alone)) if alone is not None and is_same and what != ALONE else ""
-        rows.append((what, *cells, _percent(found.accuracy()), str(len(found.answered)), gain))
-    return Table(caption, ("", *forms, "all", "asked", "above no memory"), tuple(rows))
+        anywhere = f"{found.accuracy(lenient=True).mean:.0%}"
+        asked = str(len(found.answered))
+        rows.append((what, *cells, _percent(found.accuracy()), anywhere, asked, gain))
+    return Table(caption, ("", *forms, "all", "anywhere", "asked", "above no memory"), tuple(rows))
 
 
 def _standing(kept: dict[str, Any]) -> Standing:
