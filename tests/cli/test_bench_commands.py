@@ -223,6 +223,7 @@ def test_a_page_is_written_and_an_interrupted_measurement_goes_on(everlong, monk
     result = everlong(*words)
     assert result.code == 0 and len(read) == 16 and "report.html" in result.err
     assert "first-and-last" in page.read_text() and "data:image/png" in page.read_text()
+    assert "this takes about" in result.err and "this takes about" not in everlong(*words).err
     result = everlong(*words, "--json", "--quiet")
     assert len(read) == 16 and len(json.loads(result.out)["texts"]) == 16
     monkeypatch.setattr("everlong.models.fingerprint.weights_hash", lambda _: "of another model")

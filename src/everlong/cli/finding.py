@@ -214,7 +214,7 @@ def _find(
     """Add what becomes of each text to `found`, and show how far that is."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    from everlong.evaluation.finding import find
+    from everlong.evaluation.finding import find, row_key
 
     is_drawn = console.is_terminal and not console.quiet
     columns = (
@@ -224,12 +224,22 @@ def _find(
         TimeRemainingColumn(),
     )
     tokens = sum(plan.lengths) * len(plan.tasks) * plan.samples * len(ways)
+    left = {
+        (way.name, task.label, length, number): length
+        for way in ways
+        for task in plan.tasks
+        for length in plan.lengths
+        for number in range(plan.samples)
+        if kept is None or row_key(way, plan, task, length, number) not in kept
+    }
+    is_told = False
     with Progress(*columns, console=console, transient=True, disable=not is_drawn) as bars:
         task = bars.add_task("reading", total=tokens)
         for one in find(loaded, ways, plan, kept):
             found.append(one)
-            if len(found) == 1:
-                seconds = tokens * one.answer.seconds / one.answer.read
+            if not is_told and (one.way, one.task, one.length, one.sample) in left:
+                is_told = True
+                seconds = sum(left.values()) * one.answer.seconds / one.answer.read
                 console.print(f"at the rate of the first text this takes about {told_time(seconds)}")
             bars.update(task, advance=one.length, description=f"{one.way}, {one.task}, {one.length:,} tokens")
             if not is_drawn:
