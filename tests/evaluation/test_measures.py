@@ -236,12 +236,13 @@ def test_recall_counts_answers_and_is_paired(loaded: LoadedModel) -> None:
         ]
 
     rows = [
-        {"about": "it", "recalls": {"no memory": answered("no", "yes")}},
+        {"about": "it", "recalls": {"no memory": answered("no: yes", "yes")}},
         {"about": "it", "recalls": {"the memory": answered("yes", "yes")}},
     ]
     section = StoredMemories(memories=("x",)).section(rows)
     values = section.values["recall"]["it"]
     assert values["no memory"]["all"]["right"] == 1 and values["the memory"]["question"]["right"] == 2
+    assert section.tables[0].rows[0][3] == "100%"  # has the answer somewhere in it
     assert section.tables[0].rows[1][-1].startswith("+50 (") and section.tables[0].rows[0][-1] == ""
 
 
