@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import dataclasses
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ from common import table
 import everlong
 from everlong import LLM, MemoryStore
 from everlong.errors import MemoryGateError
+from everlong.evaluation.adapted import adapted
 from everlong.evaluation.recall import Recall
 from everlong.evaluation.statistics import share_interval
 from everlong.memory.adapter import Adapter
@@ -27,7 +27,6 @@ from everlong.memory.progress import LearnProgress
 from everlong.memory.recipes import Recipe, make_recipe
 from everlong.memory.segments import segments
 from everlong.memory.writer import Writer
-from everlong.models.adapters import while_peft_wraps
 from everlong.models.loading import LoadedModel
 from everlong.reading.attached import AttachedModel
 
@@ -68,19 +67,6 @@ def with_adapter(loaded: LoadedModel, adapter: Adapter) -> Iterator[LoadedModel]
         adapter.save(Path(folder), loaded.name)
         with adapted(loaded, folder) as known:
             yield known
-
-
-@contextmanager
-def adapted(loaded: LoadedModel, folder: str) -> Iterator[LoadedModel]:
-    """Yield the model with the adapter in a folder."""
-    from peft import PeftModel
-
-    with while_peft_wraps():
-        model = PeftModel.from_pretrained(loaded.model, folder)
-    try:
-        yield dataclasses.replace(loaded, model=model)
-    finally:
-        model.unload()
 
 
 def attached(llm: LLM) -> AttachedModel:

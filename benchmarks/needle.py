@@ -21,9 +21,10 @@ import torch
 from common import RESULTS, Rows, table
 
 from everlong.attention import Recall, Tier
-from everlong.evaluation.needles import LIBRARY, Passkey
+from everlong.evaluation.needles import Passkey
 from everlong.evaluation.resources import resident_bytes
 from everlong.evaluation.streams import Stream, open_stream
+from everlong.evaluation.texts import LIBRARY
 from everlong.models.files import human_bytes
 from everlong.models.head import Head
 from everlong.models.loading import LoadedModel, load_model

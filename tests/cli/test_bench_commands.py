@@ -1,12 +1,16 @@
 import dataclasses
+import io
 import json
 
 import pytest
+from rich.console import Console
 
 from everlong.attention import POLICIES, LMInfinite
 from everlong.cli import bench_commands
+from everlong.cli.measures import measure_and_show
 from everlong.errors import ConfigurationError, NumericalError
-from everlong.evaluation import finding, machine_speed, rooflines
+from everlong.evaluation import finding, machine_speed, memory_measure, rooflines, speed_measure
+from everlong.evaluation.measures import Step
 
 
 @pytest.fixture(autouse=True)
@@ -219,6 +223,7 @@ def test_a_page_is_written_and_an_interrupted_measurement_goes_on(everlong, monk
     result = everlong(*words)
     assert result.code == 0 and len(read) == 16 and "report.html" in result.err
     assert "first-and-last" in page.read_text() and "data:image/png" in page.read_text()
+    assert "this takes about" in result.err and "this takes about" not in everlong(*words).err
     result = everlong(*words, "--json", "--quiet")
     assert len(read) == 16 and len(json.loads(result.out)["texts"]) == 16
     monkeypatch.setattr("everlong.models.fingerprint.weights_hash", lambda _: "of another model")
@@ -266,3 +271,118 @@ def test_what_leaves_the_window_goes_to_the_tier_that_is_named(everlong, tmp_pat
 def test_what_cannot_be_found_is_refused(everlong, words, said):
     result = everlong(*words)
     assert result.code == 2 and said in " ".join(result.err.split())
+
+
+FAST = ("generators=text", "selection=all", "passes=1", "rank=8", "anchors=0", "ewc=0", "readings=0")
+LITTLE = [word for setting in FAST for word in ("--recipe-set", setting)]
+METHODS_OF_ONE = (*METHODS, "--methods", "lm-infinite", "--tasks", "passkey", "--samples", 1)
+
+
+@pytest.fixture
+def in_bytes(monkeypatch):
+    """A tokenizer of bytes is good enough for long texts."""
+    monkeypatch.setattr("everlong.memory.segments._SHATTERED", 2.0)
+
+
+@pytest.mark.usefixtures("in_bytes")
+def test_one_page_holds_all_measures_and_goes_on_at_the_row_where_it_was_interrupted(
+    everlong, monkeypatch, tmp_path
+):
+    page, kept = tmp_path / "report.html", tmp_path / "report.json"
+    words = (*METHODS_OF_ONE, "--measures", "memory,speed,finding,perplexity", *LITTLE, "--output", page)
+    original, read = speed_measure.decode_seconds, []
+
+    def interrupted(*args):
+        if len(read) == 1:
+            raise KeyboardInterrupt
+        read.append(args)
+        return original(*args)
+
+    monkeypatch.setattr(speed_measure, "decode_seconds", interrupted)
+    result = everlong(*words)
+    assert result.code == 130 and "recall of invented facts" in result.err
+    for measure in ("memory: 3 steps, about", "speed: 2 steps, about 10 seconds", "perplexity: 2 steps"):
+        assert measure in result.err
+    assert "document 1: learned, and asked: done" in result.err
+    names = [key.split(";")[0] for key in json.loads(kept.read_text())["rows"]]
+    assert names == ["memory", "memory", "memory", "speed"]
+    assert "Long-term memory" in page.read_text() and "Percent told" not in page.read_text()
+    monkeypatch.setattr(speed_measure, "decode_seconds", original)
+    monkeypatch.setattr(memory_measure, "recall", None)  # is not asked again
+    result = everlong(*words)
+    assert result.code == 0, result.err
+    assert "memory: 3 steps" not in result.err and "speed: 1 step, about" in result.err
+    for title in ("Long-term memory", "Speed by length", "Percent told", "Perplexity by position"):
+        assert title in page.read_text()
+    for title in (
+        "passkey of 7 digits, 900",
+        "perplexity by position",
+        "speed, 900 tokens",
+        "forgetting, on",
+    ):
+        assert title in result.out
+    found = json.loads(everlong(*words, "--json", "--quiet").out)
+    assert len(found["texts"]) == 4 and len(found["speed"]) == len(found["perplexity"]) == 2
+    assert found["memory"]["forgetting"][0]["memory"] == "document 1"
+    assert not everlong(*words, "--json", "--quiet").err
+
+
+def test_measures_of_ones_own_text_need_no_tasks(everlong, novel):
+    words = ("bench methods", "--measures", "perplexity", "--methods", "streaming-llm", "--text", novel)
+    result = everlong(
+        *words, "--lengths", "300", "--set", "window=50", "--bucket", 100, "--tasks", "nonsense"
+    )
+    assert result.code == 0, result.err
+    assert "200-300" in result.out and "streaming-llm" in result.out and "stock" in result.out
+
+
+@pytest.mark.usefixtures("in_bytes")
+def test_a_memory_is_asked_by_name_and_methods_are_not_tried(everlong, monkeypatch, tmp_path, novel):
+    monkeypatch.setenv("EVERLONG_HOME", str(tmp_path / "home"))
+    settings = [word for setting in FAST for word in ("--set", setting)]
+    assert everlong("memorize", novel, "--name", "novel", "--force", *settings).code == 0
+    monkeypatch.setattr("everlong.evaluation.long_inputs.usable_methods", None)
+    result = everlong("bench methods", "--measures", "memory", "--memory", "novel")
+    assert result.code == 0, result.err
+    assert "recall of what novel was learned from" in result.out and "left out" not in result.err
+    result = everlong("bench methods", "--measures", "memory", "--memory", "nowel")
+    assert result.code == 2 and "did you mean 'novel'" in result.err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--measures", "perplexty"), "did you mean 'perplexity'"),
+        (("--measures", "speed,speed"), "--measures names each once"),
+        (("--measures", ","), "at least one: finding, perplexity, speed, memory"),
+        (("--memory", "novel"), "--memory is for the measure memory: name it with --measures"),
+        (("--measures", "memory", "--bucket", "7"), "--bucket is for the measure perplexity"),
+        (("--text", "novel.txt"), "--text is for the measure perplexity or speed or memory"),
+        (("--measures", "memory", "--memory", "x", "--documents", "2"), "where no --memory is named"),
+        (("--measures", "memory", "--recipe-set", "pases=1"), "passes"),
+        (("--measures", "memory", "--documents", "9999"), "no more"),
+        (("--measures", "perplexity", "--text", "missing.txt"), "missing.txt"),
+        (("--measures", "speed", "--text", "."), "name a file, not '.'"),
+        (("--measures", "perplexity,finding", "--lengths", "300", "--tasks", "vt"), "does not fit into 300"),
+        (("--measures", "memory", "--tier", "disk"), "none of these methods keeps"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_is(everlong, monkeypatch, tmp_path, words, said):
+    monkeypatch.setenv("EVERLONG_HOME", str(tmp_path))
+    monkeypatch.setattr("everlong.evaluation.measures.taken", None)
+    result = everlong("bench methods", "--methods", "stock", "--no-baselines", *words)
+    assert result.code == 2 and said in " ".join(result.err.split()), result.err
+
+
+def test_a_bar_follows_steps_and_what_they_tell():
+    target, rows = io.StringIO(), []
+    console = Console(file=target, force_terminal=True, width=100)
+
+    def run(on_step):
+        on_step(0.5, "halfway there")
+        return {"done": len(rows)}
+
+    steps = [Step(f"step {number}", f"counting {number}", 10, run) for number in range(3)]
+    measure_and_show(steps, None, rows, console)
+    assert rows == [{"done": 0}, {"done": 1}, {"done": 2}]
+    assert "done" not in target.getvalue()  # lines are for where no bar is drawn

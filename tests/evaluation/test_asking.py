@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from everlong.attention import FullAttention
 from everlong.errors import InputError
 from everlong.evaluation.asking import answers, evaluating
 from everlong.evaluation.loss import surprisal
+from everlong.llm import LLM
 from tests import tiny
 
 PROMPTS = ["Ask", "Another one:", "x", "A longer prompt than the rest of them", "Ask again"]
@@ -127,3 +129,22 @@ def test_a_text_with_nothing_to_score_is_refused() -> None:
     model, tokenizer = tiny.byte_llama()
     with pytest.raises(InputError, match="no token"):
         surprisal(model, tokenizer, "a")
+
+
+@pytest.mark.parametrize("is_chat", [True, False])
+@pytest.mark.parametrize("context", ["", "Orla keeps the bees. "])
+def test_questions_are_asked_as_sessions_ask_them(is_chat: bool, context: str) -> None:
+    model, tokenizer = tiny.byte_llama(seed=1, add_bos=not is_chat, max_position_embeddings=512)
+    if not is_chat:
+        tokenizer.chat_template = None
+    questions = ["Who keeps the bees?", "Who?"]
+    found = answers(model, tokenizer, questions, context=context, max_new_tokens=8, in_turns=True)
+    plain = answers(model, tokenizer, [f"Question: {q}\nAnswer:" for q in questions], max_new_tokens=8)
+    expected = []
+    with LLM(model, tokenizer, "tiny", FullAttention()) as llm:
+        for question in questions:
+            session = llm.session()
+            if context:
+                session.read(context.rstrip())
+            expected.append(session.ask(question, max_new_tokens=8, stop="\n").text.strip())
+    assert found == expected and (found == plain or is_chat or context)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from everlong.cli.measures import FINDING, MeasureOptions, measure_and_show, say_estimate
 from everlong.cli.options import MethodOptions, ModelOptions, OutputOptions, TierOptions, parse_settings
 from everlong.cli.policy_files import has_option, method_name
 from everlong.cli.terminal import notes, output, print_json, pull_progress
@@ -77,8 +78,9 @@ def find_and_show(
     make_tasks: Callable[[], Sequence[Task]],
     *,
     methods: str,
+    more: MeasureOptions | None = None,
 ) -> None:
-    """Let methods find what tasks hide, and show it.
+    """Let methods find what tasks hide, measure what else is asked for, and show it.
 
     Parameters
     ----------
@@ -88,17 +90,26 @@ def find_and_show(
         Makes the tasks.
     methods : str
         Those that are measured where none are named.
+    more : MeasureOptions, optional
+        What is measured; what is found, by default.
     """
     if method.attention is not None:
         raise ConfigurationError("--attention names one method; here --methods names all")
     if options.page is not None and options.page.suffix.lower() not in (".html", ".htm"):
         raise ConfigurationError(f"--output names a page, such as report.html, not {options.page}")
+    lengths = token_counts("--lengths", options.lengths)
+    more = more or MeasureOptions()
+    wanted = more.names
+    measures = [more.make(name, lengths) for name in wanted if name != FINDING]
     from everlong.evaluation.finding import FindingPlan
     from everlong.evaluation.finding_report import FindingReport, save_html, tables
     from everlong.evaluation.kept import KeptRows
     from everlong.evaluation.long_inputs import CUTS, keeps_below, make_ways, usable_methods, with_baselines
+    from everlong.evaluation.page_parts import section_tables
     from everlong.evaluation.resources import describe_machine
 
+    plan = FindingPlan(tuple(make_tasks()), lengths, options.samples) if FINDING in wanted else None
+    has_ways = plan is not None or any(measure.has_ways for measure in measures)
     asked = [name.strip() for name in (options.methods or methods).split(",")]
     is_all, left_out = asked == [ALL_METHODS], dict[str, str]()
     names = [] if is_all else [name if name in CUTS else method_name(name) for name in asked]
@@ -110,15 +121,14 @@ def find_and_show(
         chosen = with_baselines(names) if options.baselines else names
         return make_ways(chosen, settings, tier=below.tier())
 
-    ways = [] if is_all else made(names)
-    plan = FindingPlan(tuple(make_tasks()), token_counts("--lengths", options.lengths), options.samples)
+    ways = [] if is_all or not has_ways else made(names)
     console = notes(quiet=output_options.quiet)
     with pull_progress(quiet=output_options.quiet) as progress:
         from everlong.models.fingerprint import weights_hash
         from everlong.models.loading import load_model
 
         loaded = load_model(model.model, **model.loading(progress))
-    if is_all:
+    if is_all and has_ways:
         names, left_out = usable_methods(loaded, settings)
         ways = made(names)
     for name, why in left_out.items():
@@ -134,16 +144,34 @@ def find_and_show(
         setting |= {"dtype": str(loaded.model.dtype), "device": str(loaded.model.device)}
         kept = KeptRows(options.page.with_suffix(".json"), setting)
     found: list[Found] = []
+    steps = {measure.name: measure.steps(loaded, ways) for measure in measures}
+    rows: dict[str, list[dict[str, Any]]] = {measure.name: [] for measure in measures}
+    if plan is not None and measures:
+        plan.check(loaded.tokenizer, ways)  # as the measures did, before anything is read
 
     def report() -> FindingReport:
         machines = [describe_machine()] if kept is None else kept.machines
-        return FindingReport(loaded.name, tuple(found), tuple(machines), settings, left_out)
+        given = settings if has_ways else {}
+        done = (measure for measure in measures if rows[measure.name])
+        sections = tuple(measure.section(rows[measure.name]) for measure in done)
+        return FindingReport(loaded.name, tuple(found), tuple(machines), given, left_out, sections)
 
-    try:
-        _find(loaded, ways, plan, kept, found, console)
-    except BaseException:  # Ctrl-C, or a method that cannot go on: what there is, is shown
+    def show(target: Console) -> None:
         if found:
-            console.print(tables(found))
+            target.print(tables(found))
+        for section in report().sections:
+            target.print(section_tables(section))
+
+    say_estimate(loaded, steps, kept, console)
+    try:
+        for name in wanted:
+            if name in steps:
+                measure_and_show(steps[name], kept, rows[name], console)
+            elif plan is not None:
+                _find(loaded, ways, plan, kept, found, console)
+    except BaseException:  # Ctrl-C, or a method that cannot go on: what there is, is shown
+        if found or any(rows.values()):
+            show(console)
             if options.page is not None:
                 save_html(report(), options.page)
         raise
@@ -152,7 +180,7 @@ def find_and_show(
     if output_options.as_json:
         print_json(report().as_json())
     else:
-        output().print(tables(found))
+        show(output())
     if options.page is not None:
         told = f"written: {options.page}, {options.page.with_suffix('.json')}"
         console.print(told, soft_wrap=True, markup=False)
@@ -186,7 +214,7 @@ def _find(
     """Add what becomes of each text to `found`, and show how far that is."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    from everlong.evaluation.finding import find
+    from everlong.evaluation.finding import find, row_key
 
     is_drawn = console.is_terminal and not console.quiet
     columns = (
@@ -196,12 +224,22 @@ def _find(
         TimeRemainingColumn(),
     )
     tokens = sum(plan.lengths) * len(plan.tasks) * plan.samples * len(ways)
+    left = {
+        (way.name, task.label, length, number): length
+        for way in ways
+        for task in plan.tasks
+        for length in plan.lengths
+        for number in range(plan.samples)
+        if kept is None or row_key(way, plan, task, length, number) not in kept
+    }
+    is_told = False
     with Progress(*columns, console=console, transient=True, disable=not is_drawn) as bars:
         task = bars.add_task("reading", total=tokens)
         for one in find(loaded, ways, plan, kept):
             found.append(one)
-            if len(found) == 1:
-                seconds = tokens * one.answer.seconds / one.answer.read
+            if not is_told and (one.way, one.task, one.length, one.sample) in left:
+                is_told = True
+                seconds = sum(left.values()) * one.answer.seconds / one.answer.read
                 console.print(f"at the rate of the first text this takes about {told_time(seconds)}")
             bars.update(task, advance=one.length, description=f"{one.way}, {one.task}, {one.length:,} tokens")
             if not is_drawn:

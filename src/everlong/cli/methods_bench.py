@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from everlong.cli.finding import ALL_METHODS, FindingOptions, find_and_show
+from everlong.cli.measures import MeasureOptions
 from everlong.cli.options import MethodOptions, ModelOptions, OutputOptions, TierOptions
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ def methods(
     model: ModelOptions,
     method: MethodOptions,
     finding: FindingOptions,
+    measured: MeasureOptions,
     tier: TierOptions,
     output_options: OutputOptions,
     tasks: Annotated[
@@ -34,6 +36,9 @@ def methods(
 ) -> None:
     """Measure methods side by side: who finds what in long texts, and what that takes.
 
+    With `--measures` also how well each predicts a text, by position, how fast each reads and writes, by
+    length, and what long-term memories recall: all on one page.
+
     All registered methods that can run with this model, unless `--methods` names some; `full` is left out,
     which sees what stock sees. Every method reads the same texts, and the question only after them. The
     window has 2,048 tokens, unless `--set` says otherwise. Ctrl-C shows what was measured until then; with
@@ -45,4 +50,6 @@ def methods(
 
         return [make_task(task) for task in tasks.split(",")]
 
-    find_and_show(model, method, finding, tier, output_options, make_tasks, methods=ALL_METHODS)
+    find_and_show(
+        model, method, finding, tier, output_options, make_tasks, methods=ALL_METHODS, more=measured
+    )

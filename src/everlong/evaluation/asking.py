@@ -15,7 +15,8 @@ from everlong.errors import InputError
 from everlong.models.adapters import while_peft_wraps
 from everlong.models.anatomy import decoder_of
 from everlong.models.cache_argument import cache_argument
-from everlong.reading.tokens import TextCoder
+from everlong.reading.prompts import find_form
+from everlong.reading.tokens import TextCoder, TokenStream
 
 _CHUNK = 1024  # tokens of the shared part in one forward
 
@@ -29,6 +30,7 @@ def answers(
     max_new_tokens: int = 16,
     batch: int = 32,
     stop: str = "\n",
+    in_turns: bool = False,
 ) -> list[str]:
     """Let a model go on from each prompt, taking the likeliest token each time.
 
@@ -52,6 +54,9 @@ def answers(
         Prompts at a time.
     stop : str
         What ends an answer, beside the model's own end of text; it is not part of the answer.
+    in_turns : bool
+        Whether prompts are questions, which are asked as sessions ask them, after the context: in the user's
+        turn where there is a chat template, and as ``Question: …`` in running text where there is none.
 
     Returns
     -------
@@ -69,12 +74,13 @@ def answers(
         raise InputError(f"prompt {list(prompts).index('')} is empty: there is nothing to go on from")
     if not prompts:
         return []
-    rows = _encoded(tokenizer, prompts, context)
+    lay_out = _in_turns if in_turns else _encoded
+    rows = lay_out(tokenizer, prompts, context)
     shared = _shared(rows)
     rests = [row[shared:] for row in rows]
     written = [""] * len(rows)
     with evaluating(model):
-        model, cache = _begun(model)
+        model, cache = begun(model)
         longest = cache.get_seq_length() + max(map(len, rows)) + max_new_tokens
         _read(model, cache, rows[0][:shared])
         for group in _batches(rests, batch, equal=_slides(model, longest)):
@@ -107,6 +113,18 @@ def _encoded(tokenizer: Any, prompts: Sequence[str], context: str | Sequence[str
     ]
 
 
+def _in_turns(tokenizer: Any, prompts: Sequence[str], context: str | Sequence[str]) -> list[list[int]]:
+    coder, form = TextCoder(tokenizer), find_form(tokenizer, with_system=False)
+    contexts = [context] * len(prompts) if isinstance(context, str) else list(context)
+    rows = []
+    for text, prompt in zip(contexts, prompts, strict=True):
+        stream = TokenStream(coder)
+        ids = stream.markup(form.before_system) if form.is_chat else list(coder.bos)
+        ids += stream.feed(text.rstrip() + form.question(prompt, after_text=bool(text.strip())))
+        rows.append([*ids, *stream.markup(form.to_assistant), *stream.finish()])
+    return rows
+
+
 def _shared(rows: Sequence[Sequence[int]]) -> int:
     """Return how many ids all rows begin with; each keeps one of its own."""
     most = min(map(len, rows)) - 1
@@ -132,8 +150,8 @@ def _batches(rests: Sequence[Sequence[int]], batch: int, *, equal: bool) -> list
     return groups
 
 
-def _begun(model: Any) -> tuple[Any, Any]:
-    """Return the model that is run, and a cache that holds nothing, or the prefix of PEFT's."""
+def begun(model: Any) -> tuple[Any, Any]:
+    """Return the model that is run, and a cache that holds nothing, or the prefix of PEFT's (a cartridge)."""
     if not any(getattr(config, "is_prompt_learning", False) for config in _adapters(model)):
         return model, DynamicCache(config=model.config)
     with while_peft_wraps():

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from everlong.attention import POLICIES, Policy, make_policy, with_sinks
+from everlong.attention import POLICIES, Policy, Tier, make_policy, with_sinks
 from everlong.errors import ConfigurationError
 from everlong.evaluation.perplexity import Bucket, Chunk, bucketed, read_on, read_stream
 from everlong.evaluation.resources import describe_machine
@@ -42,11 +42,14 @@ class Method:
         None: the detached model with transformers' own cache.
     steps : int
         Tokens it goes on to write after the text.
+    tier : Tier or None
+        Where what leaves the policy's window goes, where it keeps that; None: RAM, in half precision.
     """
 
     name: str
     policy: Policy | None = None
     steps: int = 20
+    tier: Tier | None = None
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,26 @@ class MethodResult:
     kept: int
     forgotten: int
     looks_ahead: bool = False
+
+    def as_json(self) -> dict[str, Any]:
+        """Return plain values for JSON; what is not finite becomes None."""
+        finite: dict[str, Any] = _finite(dataclasses.asdict(self))
+        return finite
+
+    @classmethod
+    def restored(cls, values: dict[str, Any]) -> MethodResult:
+        """Return what :meth:`as_json` was made of; an interval that had no end becomes infinite again."""
+        endless: dict[str, Any] = {"perplexity": math.inf, "low": 0.0, "high": math.inf}
+        buckets: list[dict[str, Any]] = [
+            {name: endless.get(name) if value is None else value for name, value in bucket.items()}
+            for bucket in values["buckets"]
+        ]
+        parts = {
+            "buckets": tuple(Bucket(**bucket) for bucket in buckets),
+            "chunks": tuple(Chunk(**chunk) for chunk in values["chunks"]),
+            "decode_ms": math.nan if values["decode_ms"] is None else values["decode_ms"],
+        }
+        return cls(**{**values, **parts})
 
     @property
     def tokens_per_second(self) -> float:
@@ -265,7 +288,7 @@ def compare_methods(
     head = Head(loaded.model)
     results = []
     for method in methods:
-        with open_stream(loaded.model, method.policy) as stream:
+        with open_stream(loaded.model, method.policy, tier=method.tier) as stream:
             told = None if progress is None else _with_name(progress, method.name)
             before = read_stream(stream, head, pinned, chunk=plan.chunk).last_hidden if len(pinned) else None
             reading = read_stream(stream, head, ids, chunk=plan.chunk, after=before, progress=told)

@@ -10,7 +10,9 @@ from typing import Any
 
 from everlong.attention import Attachment
 from everlong.errors import ConfigurationError, InputError
-from everlong.evaluation.speed import random_ids
+from everlong.evaluation.speed import prefill_seconds, random_ids
+from everlong.evaluation.streams import StockStream
+from everlong.models.loading import LoadedModel
 from everlong.reading.driver import Driver
 from everlong.reading.source import Source, open_source
 from everlong.reading.tokens import TextCoder, TokenStream
@@ -92,6 +94,22 @@ def estimate(attachment: Attachment, tokens: int, *, chunk: int = 512, surprisal
     costs = [base + slope * _keys(seen, span) for seen in range(0, tokens, chunk)]
     total = sum(costs) - costs[-1] * (-tokens % chunk) / chunk  # the last chunk may be shorter
     return Estimate(tokens, total, chunk / costs[-1], driver.cache.bytes_at(tokens))
+
+
+def reading_rate(loaded: LoadedModel, *, chunk: int = 512) -> float:
+    """Return how many tokens a second the model as it is reads, from a chunk of random ones.
+
+    Parameters
+    ----------
+    loaded : LoadedModel
+        The model, detached.
+    chunk : int
+        Tokens of the chunk; another one before it warms up.
+    """
+    stream = StockStream(loaded.model)
+    ids = random_ids(stream.decoder, chunk)
+    prefill_seconds(stream, ids)
+    return chunk / prefill_seconds(stream, ids)
 
 
 def _keys(seen: int, span: int | None) -> int:

@@ -230,9 +230,14 @@ def row_key(way: Way, plan: FindingPlan, task: Task, length: int, number: int) -
 
     A policy of one's own is told by the file that it stands in, too.
     """
-    how = hashlib.sha256(f"{(way, plan.chunk)!r}{_own_source(way)}".encode()).hexdigest()[:12]
     which = f"{length} tokens, {number + 1} of {plan.samples}"
-    return f"{way.name} [{how}]; {task.label} [{task.key}]; {which}"
+    return f"{way_key(way, plan.chunk)}; {task.label} [{task.key}]; {which}"
+
+
+def way_key(way: Way, chunk: int) -> str:
+    """Return what tells a way to read, so many tokens at a time, from all others."""
+    how = hashlib.sha256(f"{(way, chunk)!r}{_own_source(way)}".encode()).hexdigest()[:12]
+    return f"{way.name} [{how}]"
 
 
 def _own_source(way: Way) -> str:

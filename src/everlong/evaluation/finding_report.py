@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -17,6 +15,15 @@ from rich.text import Text
 from everlong.errors import InputError
 from everlong.evaluation.finding import Found, FoundShare, shares
 from everlong.evaluation.finding_pictures import draw_bars, draw_heat
+from everlong.evaluation.measures import Section
+from everlong.evaluation.page_parts import (
+    html_details,
+    html_page,
+    html_picture,
+    html_section,
+    html_table,
+    terminal_table,
+)
 from everlong.evaluation.resources import machine_line
 from everlong.models.files import human_bytes
 
@@ -31,23 +38,6 @@ _NOTE = (
     "tokens that nothing can bring back. A method that is query-aware chooses what to keep by the question, "
     "and would have to read the text anew for another."
 )
-
-_STYLE = """
-:root { color-scheme: light dark; --ink: #222; --page: #fff; --line: #d8d8d8; --dim: #666; --band: #f5f5f5; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #ddd; --page: #16181b; --line: #3a3d42; --dim: #999; --band: #1f2226; }
-}
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page); margin: 2rem auto;
-  max-width: 72rem; padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-p.dim, caption { color: var(--dim); font-size: 0.87rem; } caption { text-align: left; }
-.wide { overflow-x: auto; } img { max-width: 100%; }
-table { border-collapse: collapse; font-size: 0.87rem; font-variant-numeric: tabular-nums; margin: 0.5rem 0; }
-th, td { padding: 0.2rem 0.7rem; text-align: right; border-bottom: 1px solid var(--line);
-  white-space: nowrap; }
-th:first-child, td:first-child, td.text { text-align: left; } td.text { white-space: normal; }
-tbody tr:nth-child(even) { background: var(--band); }
-"""
 
 
 @dataclass(frozen=True)
@@ -66,6 +56,8 @@ class FindingReport:
         Options that all methods were given.
     left_out : dict of str to str
         Methods that cannot run here, and why.
+    sections : tuple of Section
+        What else was measured.
     """
 
     model: str
@@ -73,6 +65,7 @@ class FindingReport:
     machines: tuple[dict[str, Any], ...]
     settings: dict[str, Any] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    sections: tuple[Section, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """Return plain values for JSON."""
@@ -83,6 +76,7 @@ class FindingReport:
             "settings": self.settings,
             "left_out": self.left_out,
             "texts": [one.as_json() for one in self.found],
+            **{section.name: section.values for section in self.sections},
         }
 
 
@@ -104,9 +98,7 @@ def tables(found: Sequence[Found]) -> Group:
     shown: list[Table | Text] = []
     columns = [column for column in _COLUMNS if column[0] != "read"]  # the page has it; 80 columns do not
     for title, some in _by_kind(shares(found)).items():
-        table = Table(
-            title=Text(title), title_justify="left", box=SIMPLE_HEAD, header_style="bold", padding=0
-        )
+        table = terminal_table(title)
         for heading in ("", *(heading for heading, _ in columns)):
             table.add_column(heading, justify="right" if heading else "left", overflow="fold")
         for share in some:
@@ -138,11 +130,11 @@ def save_html(report: FindingReport, path: Path) -> None:
 def page(report: FindingReport) -> str:
     """Return the report as one HTML page, its pictures in it; it asks no server for anything."""
     every = shares(report.found)
-    title = f"What methods find: {report.model}"
+    title = f"{'Methods side by side' if report.sections else 'What methods find'}: {report.model}"
     settings = ", ".join(f"{name}={value}" for name, value in report.settings.items()) or "none"
     body = [
         f"<h1>{escape(title)}</h1>",
-        f"<p>{escape(_NOTE)}</p>",
+        *([] if report.sections else [f"<p>{escape(_NOTE)}</p>"]),
         f'<p class="dim">Options given to all methods that have them: {escape(settings)}.</p>',
         *(f'<p class="dim">{escape(machine_line(machine))}</p>' for machine in report.machines),
     ]
@@ -151,27 +143,16 @@ def page(report: FindingReport) -> str:
         body += [f"<li>{escape(name)}: {escape(why)}</li>" for name, why in report.left_out.items()]
         body += ["</ul>"]
     if every:
-        body += ["<h2>Percent told</h2>", *_overview(every)]
-        body += [_picture(lambda dark: draw_bars(every, dark=dark), "Percent told, by task, method, length")]
+        body += ["<h2>Percent told</h2>", *([f"<p>{escape(_NOTE)}</p>"] if report.sections else [])]
+        body += _overview(every)
+        body += [
+            html_picture(lambda dark: draw_bars(every, dark=dark), "Percent told, by task, method, length")
+        ]
     for task in dict.fromkeys(one.task for one in report.found):
         body += _task(task, [one for one in report.found if one.task == task])
-    return "\n".join(
-        [
-            "<!DOCTYPE html>",
-            '<html lang="en">',
-            "<head>",
-            '<meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{escape(title)}</title>",
-            f"<style>{_STYLE}</style>",
-            "</head>",
-            "<body>",
-            *body,
-            "</body>",
-            "</html>",
-            "",
-        ]
-    )
+    for section in report.sections:
+        body += html_section(section)
+    return html_page(title, body)
 
 
 def _overview(every: Sequence[FoundShare]) -> list[str]:
@@ -181,14 +162,16 @@ def _overview(every: Sequence[FoundShare]) -> list[str]:
     cells = [
         [way, *(f"{told[way, *kind]:.0f}" if (way, *kind) in told else "" for kind in kinds)] for way in ways
     ]
-    return _table("", ["", *(f"{task}, {length:,}" for task, length in kinds)], cells)
+    return html_table("", ["", *(f"{task}, {length:,}" for task, length in kinds)], cells)
 
 
 def _task(task: str, found: Sequence[Found]) -> list[str]:
     lines = [f"<h2>{escape(task)}</h2>"]
     if found[0].depth is not None:
         lines += [
-            _picture(lambda dark: draw_heat(found, dark=dark), f"{task}: percent told, by length and depth")
+            html_picture(
+                lambda dark: draw_heat(found, dark=dark), f"{task}: percent told, by length and depth"
+            )
         ]
     headings = ["", *(heading for heading, _ in _COLUMNS if heading != "held")]
     for title, some in _by_kind(shares(found)).items():
@@ -203,7 +186,7 @@ def _task(task: str, found: Sequence[Found]) -> list[str]:
             ]
             for share in some
         ]
-        lines += _table(
+        lines += html_table(
             title, [*headings, "seconds", *(f"held: {tier}" for tier in tiers), "query-aware"], cells
         )
     answers = [
@@ -220,38 +203,8 @@ def _task(task: str, found: Sequence[Found]) -> list[str]:
     headings = ["", "tokens", "depth", "told", "asked for", "written"]
     return [
         *lines,
-        "<details>",
-        "<summary>Every answer</summary>",
-        *_table("", headings, answers, 4),
-        "</details>",
+        *html_details("Every answer", html_table("", headings, answers, 4)),
     ]
-
-
-def _table(
-    caption: str, headings: Sequence[str], rows: Sequence[Sequence[str]], text_from: int = 99
-) -> list[str]:
-    def cell(at: int, value: str) -> str:
-        return f'<td class="text">{escape(value)}</td>' if at >= text_from else f"<td>{escape(value)}</td>"
-
-    head = "".join(f"<th>{escape(heading)}</th>" for heading in headings)
-    return [
-        '<div class="wide"><table>',
-        *([f"<caption>{escape(caption)}</caption>"] if caption else []),
-        f"<thead><tr>{head}</tr></thead>",
-        "<tbody>",
-        *(f"<tr>{''.join(cell(at, value) for at, value in enumerate(row))}</tr>" for row in rows),
-        "</tbody>",
-        "</table></div>",
-    ]
-
-
-def _picture(draw: Callable[[bool], bytes], told: str) -> str:
-    """Return a picture that follows the page's brightness, with words for those who do not see it."""
-    light, dark = (f"data:image/png;base64,{base64.b64encode(draw(kind)).decode()}" for kind in (False, True))
-    return (
-        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-        f'<img src="{light}" alt="{escape(told, quote=True)}"></picture>'
-    )
 
 
 def _by_kind(every: Sequence[FoundShare]) -> dict[str, list[FoundShare]]:

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import DynamicCache
 
 from everlong.errors import InputError
-from everlong.evaluation.asking import evaluating
+from everlong.evaluation.asking import begun, evaluating
 from everlong.models.anatomy import decoder_of
 from everlong.models.cache_argument import cache_argument
 from everlong.reading.tokens import TextCoder
@@ -24,7 +23,8 @@ def surprisal(model: Any, tokenizer: Any, text: str, *, before: str = "") -> Ten
     Parameters
     ----------
     model : transformers.PreTrainedModel or peft.PeftModel
-        A causal language model that is not attached, with any adapter of weights. Dropout is off meanwhile.
+        A causal language model that is not attached, with any adapter of weights, or one whose prefix is
+        keys and values (a cartridge). Dropout is off meanwhile.
     tokenizer : transformers.PreTrainedTokenizerBase
         The model's; its start token, if it has one, comes first and predicts the first token.
     text : str
@@ -48,11 +48,11 @@ def surprisal(model: Any, tokenizer: Any, text: str, *, before: str = "") -> Ten
     scored = max(1, len(first))
     if len(ids) <= scored:
         raise InputError(f"the text {text[:40]!r} has no token that another comes before")
-    name = cache_argument(decoder_of(model))
     row = torch.tensor([ids], device=model.device)
     found = []
     with evaluating(model):
-        cache = DynamicCache(config=model.config)
+        model, cache = begun(model)
+        name = cache_argument(decoder_of(model))
         for begin in range(0, len(ids) - 1, _CHUNK):
             stop = min(begin + _CHUNK, len(ids) - 1)
             logits = model(input_ids=row[:, begin:stop], use_cache=True, **{name: cache}).logits[0]

@@ -6,7 +6,6 @@ import hashlib
 import os
 import platform
 import random
-import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +15,8 @@ import torch
 
 from everlong.errors import ConfigurationError, InputError
 from everlong.evaluation.tasks import TASKS, Sample, Task, require_numbers
-from everlong.evaluation.texts import LIBRARY_FILES, first_tokens, standard_library
+from everlong.evaluation.texts import LIBRARY, haystack, regular_file
 from everlong.reading.tokens import TextCoder
-
-LIBRARY = "library"
-"""What Python's own sources are called, where a file is named to hide something in."""
 
 FILLER = (
     "Rain fell on the hills and the river rose.",
@@ -76,35 +72,20 @@ class _HiddenTask(Task):
             return repr(self)
         if self.text == LIBRARY:
             return f"{self!r}, Python {platform.python_version()}"
-        with _regular(self.text).open("rb") as file:
+        with regular_file(self.text).open("rb") as file:
             return f"{self!r}, {hashlib.file_digest(file, 'sha256').hexdigest()}"
 
     def haystack(self, tokenizer: Any, length: int) -> list[int] | None:
         """Return the first `length` tokens of the text."""
         if self.text is None:
             return None
-        if self.text != LIBRARY:
-            ids: list[int] = first_tokens(tokenizer, _regular(self.text), length).ids.tolist()
-            return ids
-        others = sorted(path.name for path in Path(sysconfig.get_path("stdlib")).glob("*.py"))
-        files = [*LIBRARY_FILES, *(name for name in others if name not in LIBRARY_FILES)]
-        ids = standard_library(tokenizer, length, files).ids.tolist()
+        ids: list[int] = haystack(tokenizer, self.text, length).ids.tolist()
         return ids
 
 
 def _named(text: str | None) -> str:
     """Say which file of one's own something is hidden in."""
     return "" if text is None or text == LIBRARY else f" ({Path(text).name})"
-
-
-def _regular(text: str) -> Path:
-    """Return the path of a file that can be read more than once."""
-    path = Path(text)
-    if not text or (path.exists() and not path.is_file()):
-        raise ConfigurationError(
-            f"the text to hide something in is read again for each method: name a file, not {text!r}"
-        )
-    return path
 
 
 @TASKS.register("passkey")

@@ -122,6 +122,7 @@ def recall(
     examples: str = "",
     max_new_tokens: int = 12,
     batch: int = 32,
+    in_turns: bool = False,
 ) -> Recall:
     """Ask a model every probe and score the answers.
 
@@ -138,6 +139,9 @@ def recall(
         probes of the forms in `ASKED`.
     max_new_tokens, batch : int
         Tokens of an answer at most; probes at a time.
+    in_turns : bool
+        Whether probes of the forms in `ASKED` are asked as sessions ask, in the turns of a chat template
+        where the model has one; else in running text.
     """
     contexts = [context] * len(probes) if isinstance(context, str) else list(context)
     if len(contexts) != len(probes):
@@ -149,14 +153,20 @@ def recall(
         found = answers(
             model,
             tokenizer,
-            [probes[i].prompt for i in chosen],
+            [_bare(probes[i].prompt) if in_turns and is_asked else probes[i].prompt for i in chosen],
             context=[before + contexts[i] for i in chosen],
             max_new_tokens=max_new_tokens,
             batch=batch,
+            in_turns=in_turns and is_asked,
         )
         for i, text in zip(chosen, found, strict=True):
             texts[i] = text
     return Recall(tuple(Answered(probe, text) for probe, text in zip(probes, texts, strict=True)))
+
+
+def _bare(prompt: str) -> str:
+    """Return a question without what stands around it in running text."""
+    return prompt.removeprefix("Question: ").removesuffix("\nAnswer:")
 
 
 class Index(Protocol):

@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from everlong.errors import InputError
+from everlong.errors import ConfigurationError, InputError
 from everlong.reading.prompts import pinned_text
 from everlong.reading.source import Source, TextPieces, open_source
 from everlong.reading.tokens import TextCoder, TokenStream
+
+LIBRARY = "library"
+"""What Python's own sources are called, where a file is named."""
 
 LIBRARY_FILES = ("argparse.py", "inspect.py", "typing.py", "statistics.py")
 """Sources of the Python standard library that the demo reads, in this order: much of them is prose."""
@@ -117,6 +120,46 @@ def standard_library(
 
     excerpt = first_tokens(tokenizer, pieces(), limit, system=system)
     return dataclasses.replace(excerpt, name=f"Python's own {_listed(used)}")
+
+
+def haystack(tokenizer: Any, text: str, length: int) -> Excerpt:
+    """Return the first tokens of a file, or of Python's own sources: as many of these as that takes.
+
+    Parameters
+    ----------
+    tokenizer : transformers.PreTrainedTokenizerBase
+        The model's.
+    text : str
+        The path of a file that can be read more than once, or :data:`LIBRARY`.
+    length : int
+        Tokens at most.
+
+    Raises
+    ------
+    ConfigurationError
+        It is no file.
+    InputError
+        The file is empty, binary, or cannot be opened.
+    """
+    if text != LIBRARY:
+        return first_tokens(tokenizer, regular_file(text), length)
+    others = sorted(path.name for path in Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    files = [*LIBRARY_FILES, *(name for name in others if name not in LIBRARY_FILES)]
+    return dataclasses.replace(standard_library(tokenizer, length, files), name="Python's own sources")
+
+
+def regular_file(text: str) -> Path:
+    """Return the path of a file that can be read more than once.
+
+    Raises
+    ------
+    ConfigurationError
+        It is something else.
+    """
+    path = Path(text)
+    if not text or (path.exists() and not path.is_file()):
+        raise ConfigurationError(f"the text is read again for each method: name a file, not {text!r}")
+    return path
 
 
 def _listed(names: Sequence[str]) -> str:

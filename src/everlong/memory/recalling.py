@@ -68,11 +68,14 @@ def recall_memories(
 
 def why_foreign(model: AttachedModel, memory: Memory) -> str | None:
     """Say why a memory is none of a model's; None: it is one."""
-    if memory.record.base_hash == model.weights_hash:
-        return None
+    return None if memory.record.base_hash == model.weights_hash else foreign(memory, model.name)
+
+
+def foreign(memory: Memory, name: str) -> str:
+    """Say that a memory is none of the model called `name`, and what to do."""
     return (
         f"memory {memory.name!r} was learned by {memory.record.base_model!r}, with other weights "
-        f"than those of {model.name!r} here: load that model, or learn the text again"
+        f"than those of {name!r} here: load that model, or learn the text again"
     )
 
 

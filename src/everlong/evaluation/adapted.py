@@ -1,0 +1,34 @@
+"""A plain model with a memory, as PEFT loads it: what measures of recall ask."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from everlong.models.adapters import while_peft_wraps
+from everlong.models.loading import LoadedModel
+
+
+@contextmanager
+def adapted(loaded: LoadedModel, folder: str | Path) -> Iterator[LoadedModel]:
+    """Yield a model with the adapter in a folder; it is as it was at the end.
+
+    Parameters
+    ----------
+    loaded : LoadedModel
+        The model, detached.
+    folder : str or Path
+        A memory's folder, or another one with PEFT's two files.
+    """
+    from peft import PeftModel
+
+    with while_peft_wraps():
+        model: Any = PeftModel.from_pretrained(loaded.model, str(folder))
+    try:
+        yield dataclasses.replace(loaded, model=model)
+    finally:
+        if not model.active_peft_config.is_prompt_learning:  # a cartridge leaves the model's layers alone
+            model.unload()
