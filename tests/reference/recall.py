@@ -1,8 +1,9 @@
-"""Which keys a query recalls, where queries recall in groups: InfLLM, ReAttention, Recall, Quest.
+"""Which keys a query recalls, where queries recall in groups.
 
-By definition. Queries from the window on ask; the asking queries of a group recall the same keys, those of
-all query heads together (for Quest: of all that share a key-value head), once in each layer. What can be
-recalled is what the first of them does not see anyway.
+InfLLM, ReAttention, Recall, Quest and InfiniteHiP, by definition. Queries from the window on ask; the asking
+queries of a group recall the same keys, those of all query heads together (for Quest and InfiniteHiP: of all
+that share a key-value head), once in each layer. What can be recalled is what the first of them does not see
+anyway.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from .infinite_hip import Stages, in_stages
 
 if TYPE_CHECKING:
     from .attention import ReferenceSpec, Rotation
@@ -58,6 +61,7 @@ def recalled_keys(
         If there are no edges though queries ask, or the edges do not begin at 0 or do not ascend.
     """
     found: dict[int, list[list[int]]] = {}
+    stages: list[Stages] = [Stages() for _ in key]
     for asking in asking_groups(spec, query.shape[1], edges):
         asked, recalled = (before or {}).get(asking[0], (layer - spec.layers, []))
         if layer >= asked + spec.layers:
@@ -67,6 +71,12 @@ def recalled_keys(
                 heads_each = len(query) // len(key)
                 recalled = [
                     _best_blocks(query[heads_each * h :][:heads_each], key[h : h + 1], rotation, spec, asking)
+                    for h in range(len(key))
+                ]
+            elif spec.kind == "infinite-hip":
+                heads_each = len(query) // len(key)
+                recalled = [
+                    in_stages(query[heads_each * h :][:heads_each], key[h], spec, asking, stages[h])
                     for h in range(len(key))
                 ]
             else:
