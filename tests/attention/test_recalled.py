@@ -332,7 +332,7 @@ def test_copies_and_saved_states_go_on_bit_by_bit(policy, monkeypatch):
         assert off(picked, theirs[[1, 1, 0]]) < 1e-5
 
 
-@pytest.mark.parametrize("policy", ["inf-llm", "quest"])
+@pytest.mark.parametrize("policy", ["inf-llm", "quest", "infinite-hip"])
 def test_accounts_count_what_is_known_of_blocks_and_what_was_made_ready(policy):
     model = model_of("grouped heads")
     with attach(model, POLICIES[policy]) as handle:

@@ -124,5 +124,5 @@ def descend(query: Tensor, key: Tensor, asking: list[int], tokens: list[int]) ->
 
 
 def token_worth(query: Tensor, key: Tensor, asking: list[int], token: int) -> float:
-    """The largest product of a token's key with any asking query of any head."""
-    return max(float(query[head, i] @ key[token]) for head in range(len(query)) for i in asking)
+    """The product of a token's key with the mean asking query, added up over the heads that share it."""
+    return sum(float(query[head, asking].mean(dim=0) @ key[token]) for head in range(len(query)))

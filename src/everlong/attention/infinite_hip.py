@@ -8,10 +8,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from everlong.attention.layer_memory import LayerMemory
 from everlong.attention.policy import POLICIES, require_count
 from everlong.attention.positions import working_dtype
 from everlong.attention.ready import Choice
-from everlong.attention.recalled import Asking, RecallPolicy, held_keys, keys_at
+from everlong.attention.ready_blocks import ReadyBlocks
+from everlong.attention.recalled import Asking, RecallPolicy, by_key_head, held_keys, keys_at
 from everlong.attention.view import LayerView, Queries
 from everlong.errors import ConfigurationError
 
@@ -32,8 +34,8 @@ class InfiniteHiP(RecallPolicy):
     `recalled` tokens, are cut into chunks of `medium` tokens, of which the best, 4 times `recalled`, are cut
     into blocks, of which the best are recalled. A chunk is worth as much as the token that a binary descent
     arrives at: halved again and again, that half is kept whose first token is worth more. A token is worth
-    its largest product with any query of the group and any query head that shares its key. A chunk at either
-    end, of which only some tokens can be recalled, always goes on to the next stage.
+    its product with the mean query of the group, added up over the query heads that share its key. A chunk at
+    either end, of which only some tokens can be recalled, always goes on to the next stage.
 
     While writing, the first stage asks at every 32nd token, the second at every 16th, the third at every
     8th; between, what each last chose is used again. What left the window since then is not seen until the
@@ -43,7 +45,7 @@ class InfiniteHiP(RecallPolicy):
     and the recalled are divided as there, whatever the window. Twice as much in the first three layers and
     the last does not fit a window that holds for all layers, so all recall the same. In the search neither
     queries nor keys are rotated, so all keys are equally far, however many there are. Which token stands for
-    a half, and that the largest product counts, are our choices.
+    a half, and that the mean of queries judges it, are our choices.
 
     Parameters
     ----------
@@ -93,6 +95,12 @@ class InfiniteHiP(RecallPolicy):
                 f"InfiniteHiP: chunks become smaller from stage to stage, unlike coarse={self.coarse}, "
                 f"medium={self.medium}, block={self.block}: name them in this order, the largest first"
             )
+
+    def memory(self, layer: int, start: int) -> LayerMemory:
+        """Return an empty memory for `layer`, which has many small blocks ready."""
+        memory = super().memory(layer, start)
+        memory.ready = ReadyBlocks()
+        return memory
 
     def unit(self) -> int:
         """Return the tokens of a block."""
@@ -187,7 +195,7 @@ class _Search:
         asked = queries.raw[asking.number, :, asking.queries].detach()
         self.asks_alone = asked.shape[1] == 1
         self._heads = held_keys(view).shape[1]
-        self._asked = asked.to(working_dtype(asked)).reshape(self._heads, -1, asked.shape[-1])
+        self._asked = by_key_head(asked.to(working_dtype(asked)).mean(1), self._heads)[..., None]
 
     def best(self, stage: int, within: Tensor | None) -> Tensor:
         """Return the chunks that a stage leaves of those within what the stage before left."""
@@ -220,9 +228,9 @@ class _Search:
         return worth
 
     def _products(self, tokens: Tensor) -> Tensor:
-        """Return the largest product of each head's tokens, counted from the sinks on, with any query."""
+        """Return the products of each head's tokens, counted from the sinks on, with what is asked."""
         keys = keys_at(tokens + self._policy.sinks, self._row, self._view).to(self._asked)
-        return (keys @ self._asked.transpose(1, 2)).amax(-1).cpu()
+        return (keys @ self._asked)[..., 0].cpu()
 
 
 def _name(view: LayerView) -> str:

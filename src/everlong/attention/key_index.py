@@ -164,7 +164,7 @@ class KeyIndex:
         row : int
             Which.
         tokens : Tensor
-            That are here, shape (key-value heads, n), each head its own.
+            That are here, shape (key-value heads, n), n above 0, each head its own.
 
         Returns
         -------
