@@ -175,12 +175,13 @@ class KeyIndex:
         wanted = tokens.flatten()
         segments = wanted // SEGMENT - self._begin // SEGMENT
         order = segments.argsort(stable=True)
-        counts = segments.bincount().tolist()
-        pieces = [
-            self._single(row, number, heads[here], wanted[here], len(tokens))
-            for number, here in enumerate(order.split(counts))
-            if len(here)
-        ]
+        pieces: list[Tensor] = []
+        begin = 0
+        for number, count in enumerate(segments.bincount().tolist()):
+            if count:
+                here = order[begin : begin + count]
+                pieces.append(self._single(row, number, heads[here], wanted[here], len(tokens)))
+                begin += count
         return torch.cat(pieces)[order.argsort()].view(*tokens.shape, -1)
 
     def _single(self, row: int, number: int, heads: Tensor, tokens: Tensor, of: int) -> Tensor:
@@ -188,7 +189,7 @@ class KeyIndex:
         is_open = number == len(self._segments)
         first = self._open_begin if is_open else max(self._begin, (self._begin // SEGMENT + number) * SEGMENT)
         segment = self._held() if is_open else self._segments[number]
-        keys = segment[row].unflatten(-1, (of, -1))[tokens - first, heads]
+        keys: Tensor = segment[row].view(segment.shape[1], of, -1)[tokens - first, heads]
         keys = keys.to(working_dtype(self._held()))
         if is_open or self._is_exact:
             return keys

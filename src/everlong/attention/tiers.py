@@ -359,7 +359,8 @@ class BlockStore:
             if precision == self._tier.precision:
                 self._shelve(block)
             else:
-                self._shelve(coded(*plain(block, precision, keys.dtype), self._tier.precision))
+                held = plain(block, precision, keys.dtype)
+                self._shelve(coded(held[0], held[1], self._tier.precision))
         if keys.shape[2]:
             self.append(keys, values)
         if self.length != numbers["length"]:
