@@ -43,6 +43,8 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "recall, blocks of 128": ("recall", {"block": 128}),
     "quest": ("quest", {}),
     "quest, pages of 8": ("quest", {"block": 8}),
+    "infinite-hip": ("infinite-hip", {}),
+    "infinite-hip, block_steps=1": ("infinite-hip", {"block_steps": 1}),
     "h2o": ("h2o", {}),
     "sir-llm": ("sir-llm", {}),
     "infini-pot": ("infini-pot", {}),

@@ -25,6 +25,7 @@ from everlong.attention import (
     DualChunk,
     FullAttention,
     InfiniPot,
+    InfiniteHiP,
     InfLLM,
     LMInfinite,
     Policy,
@@ -62,6 +63,9 @@ PANELS: dict[str, Policy] = {
     ),
     f"Quest(sinks={SINKS}, block=2, group=4)": Quest(
         window=WINDOW, sinks=SINKS, recalled=4, block=2, group=4
+    ),
+    f"InfiniteHiP(sinks={SINKS},\nblock=2, group=4)": InfiniteHiP(
+        window=WINDOW, sinks=SINKS, recalled=4, coarse=8, medium=4, block=2, group=4
     ),
     f"ReAttention(sinks={SINKS},\nradius=1, group=4)": ReAttention(
         window=WINDOW, sinks=SINKS, recalled=6, votes=1, radius=1, group=4

@@ -81,6 +81,32 @@ def test_bytes_are_multiplied_exactly():
     assert torch.equal(key_index._whole_products(codes, asked).long(), true)
 
 
+@pytest.mark.parametrize("is_exact", [True, False])
+@pytest.mark.parametrize("first", [0, 5, 3 * BLOCK])
+def test_single_keys_are_those_that_came_each_head_its_own(is_exact, first):
+    keys = keys_of(5 * BLOCK + 7)
+    index = KeyIndex(first, is_exact=is_exact)
+    index.append(keys)
+    draws = torch.Generator().manual_seed(4)
+    tokens = torch.randint(0, keys.shape[2], (HEADS, 90), generator=draws)
+    heads = torch.arange(HEADS)[:, None]
+    spread = keys.amax(2) - keys.amin(2)
+    for row in range(ROWS):
+        off = (index.keys_at(row, tokens + first) - keys[row, heads, tokens]).abs()
+        assert off.shape == (HEADS, 90, SIZE)
+        most = 0 if is_exact else spread[row][:, None] / 127 / 2 * 1.01  # half a step, of the larger side
+        assert (off <= most + 1e-5).all()
+        assert (off[tokens + first >= (first + keys.shape[2]) // (2 * BLOCK) * 2 * BLOCK] == 0).all()
+
+
+def test_single_keys_are_what_products_are_of():
+    keys, index, asked = keys_of(4 * BLOCK + 3), KeyIndex(), asked_of()
+    index.append(keys)
+    tokens = torch.arange(keys.shape[2]).expand(HEADS, -1)
+    found = (index.keys_at(0, tokens) @ asked[..., None]).sum((0, 2))
+    assert (found - index.products(0, asked, 0, keys.shape[2])).abs().max() < 2 * most_off(keys, asked)
+
+
 def test_a_copy_goes_its_own_way():
     index = KeyIndex()
     index.append(keys_of(3 * BLOCK))
@@ -120,6 +146,22 @@ def test_a_tier_tells_products_of_all_its_keys_asked_early_or_late(precision, as
         assert torch.equal(
             store.products(row, asked, 5, len(store)), twin.products(was, asked, 5, len(store))
         )
+
+
+@pytest.mark.parametrize("precision", ["float16", "int8", "exact"])
+def test_a_tier_tells_single_keys_of_whole_blocks_and_of_the_open_one(precision):
+    keys, store = keys_of(3 * BLOCK + 7), BlockStore()
+    store.use(Tier(precision=precision), Tier().shelf())
+    store.append(keys, keys)
+    held = store.read(0, len(store))[0]
+    of_both, of_open, of_whole = [0, BLOCK, 3 * BLOCK - 1, 3 * BLOCK, 3 * BLOCK + 6], [3 * BLOCK + 1] * 3, [1]
+    for tokens in map(torch.tensor, (of_both, of_open, of_whole)):
+        for row in range(ROWS):
+            found = store.keys_at(row, tokens.expand(HEADS, -1))
+            most = 0 if precision == "exact" else 60 / 127  # numbers lie within 60 of one another
+            away = (found - held[row][:, tokens]).abs()
+            assert away.max() <= most
+            assert (away[:, tokens >= 3 * BLOCK] == 0).all()
 
 
 def test_what_a_tier_gives_up_is_let_go_of():

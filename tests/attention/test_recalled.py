@@ -13,6 +13,7 @@ import torch
 
 import tests.tiny as tiny
 from everlong.attention import (
+    InfiniteHiP,
     InfLLM,
     Quest,
     ReAttention,
@@ -34,7 +35,14 @@ from tests.reference.model import reference_logits
 LENGTH = 42
 PAD = 5
 EXACT = Tier(precision="exact")
-KINDS = {InfLLM: "inf-llm", ReAttention: "re-attention", Recall: "recall", Quest: "quest"}
+KINDS = {
+    InfLLM: "inf-llm",
+    ReAttention: "re-attention",
+    Recall: "recall",
+    Quest: "quest",
+    InfiniteHiP: "infinite-hip",
+}
+STAGES = {"coarse": 8, "medium": 4, "coarse_steps": 8, "medium_steps": 4, "block_steps": 2}
 POLICIES = {
     "inf-llm": InfLLM(window=16, sinks=2, recalled=6, block=3, representatives=2, group=8),
     "inf-llm, one block": InfLLM(window=12, sinks=0, recalled=4, block=4, representatives=9, group=5),
@@ -48,8 +56,13 @@ POLICIES = {
     "quest": Quest(window=16, sinks=2, recalled=6, block=3, group=8),
     "quest, small pages": Quest(window=12, sinks=0, recalled=4, block=2, group=5),
     "quest, one page": Quest(window=14, sinks=1, recalled=5, block=5, group=1),
+    "infinite-hip": InfiniteHiP(window=16, sinks=2, recalled=6, block=2, group=8, **STAGES),
+    "infinite-hip, three stages": InfiniteHiP(window=8, sinks=1, recalled=1, block=1, group=5, **STAGES),
+    "infinite-hip, one chunk": InfiniteHiP(
+        window=14, sinks=0, recalled=2, coarse=16, medium=2, block=2, group=1, coarse_steps=5, block_steps=3
+    ),
 }
-ONE_OF_EACH = ["inf-llm", "re-attention", "recall", "quest"]
+ONE_OF_EACH = ["inf-llm", "re-attention", "recall", "quest", "infinite-hip"]
 CHUNKS = {
     "one call": (0, LENGTH),
     "uneven chunks": (0, 2, 3, 11, 12, 17, 29, 31, LENGTH),
@@ -230,7 +243,17 @@ def test_what_is_still_recalled_when_it_is_coded_is_read_again(precision, monkey
 
 
 def mutants(policy):
-    for field in ("window", "sinks", "recalled", "block", "representatives", "votes", "radius", "layers", "steps"):
+    for field in (
+        "window",
+        "sinks",
+        "recalled",
+        "block",
+        "representatives",
+        "votes",
+        "radius",
+        "layers",
+        "steps",
+    ):
         value = getattr(policy, field, None)
         if value is None:
             continue
@@ -258,6 +281,7 @@ def test_the_comparison_notices_other_constants(policy):
         "re-attention": {"votes", "radius"},
         "recall": {"block", "layers", "steps"},
         "quest": {"block", "recalled"},
+        "infinite-hip": {"block", "recalled"},
     }
     assert {"window", "sinks"} | own[policy] <= seen
 
@@ -319,7 +343,7 @@ def test_copies_and_saved_states_go_on_bit_by_bit(policy, monkeypatch):
         assert off(picked, theirs[[1, 1, 0]]) < 1e-5
 
 
-@pytest.mark.parametrize("policy", ["inf-llm", "quest"])
+@pytest.mark.parametrize("policy", ["inf-llm", "quest", "infinite-hip"])
 def test_accounts_count_what_is_known_of_blocks_and_what_was_made_ready(policy):
     model = model_of("grouped heads")
     with attach(model, POLICIES[policy]) as handle:
@@ -446,7 +470,10 @@ def _fails(blocks):
     raise OSError("the disk is gone")
 
 
-@pytest.mark.parametrize(("policy", "name"), [("inf-llm", "InfLLM"), ("quest", "Quest")])
+@pytest.mark.parametrize(
+    ("policy", "name"),
+    [("inf-llm", "InfLLM"), ("quest", "Quest"), ("infinite-hip", "InfiniteHiP")],
+)
 def test_tokens_cannot_be_taken_back_where_notes_are_taken(policy, name):
     with attach(model_of("grouped heads"), POLICIES[policy]) as handle:
         cache = handle.new_cache()
@@ -469,6 +496,12 @@ def test_tokens_cannot_be_taken_back_where_notes_are_taken(policy, name):
         (lambda: Recall(window=40).resolve(None), "cannot hold 16 sinks, 0 recalled tokens"),
         (lambda: Quest(window=200, recalled=100).resolve(None), "use 96 or 112"),
         (lambda: Quest(block=1), "Quest: block must be a whole number of at least 2"),
+        (lambda: InfiniteHiP(window=200, recalled=100).resolve(None), "use 96 or 104"),
+        (lambda: InfiniteHiP(window=24).resolve(None), "cannot hold 16 sinks, 0 recalled tokens"),
+        (lambda: InfiniteHiP(coarse=200), "coarse=200 must be a power of two, to be halved: use 128 or 256"),
+        (lambda: InfiniteHiP(block=64), "the largest first"),
+        (lambda: InfiniteHiP(medium=0), "medium must be a whole number of at least 1"),
+        (lambda: InfiniteHiP(block_steps=0), "InfiniteHiP: block_steps must be a whole number"),
         (lambda: ReAttention(votes=0), "votes must be a whole number"),
         (lambda: ReAttention(radius=-1), "radius must be a whole number"),
         (lambda: ReAttention(group=0), "group must be a whole number"),
@@ -482,4 +515,5 @@ def test_budgets_that_cannot_work_are_refused(make, said):
 
 def test_the_defaults_are_the_papers_shares():
     assert InfLLM(window=128 + 2048 + 4096).resolve(None).recalled == 2048 - 2048 % 128
+    assert InfiniteHiP(sinks=256, window=256 + 2048 + 1024).resolve(None).recalled == 2048
     assert ReAttention(window=32 + 4191 + 4191).resolve(None).recalled == 127 * 33

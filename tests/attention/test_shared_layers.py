@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tests.tiny as tiny
-from everlong.attention import LMInfinite, StreamingLLM, attach
+from everlong.attention import InfiniteHiP, LMInfinite, StreamingLLM, attach
 
 ATTACH = sys.modules["everlong.attention.attach"]  # the package's name of that is the function
 
@@ -17,6 +17,7 @@ POLICIES = {
     "streaming-llm": StreamingLLM(window=W, sinks=3),
     "top_k": LMInfinite(window=W, sinks=3, top_k=2, top_k_layers=1),
     "top_k in the sharing layers alone": LMInfinite(window=W, sinks=3, top_k=2, top_k_layers=3),
+    "infinite-hip": InfiniteHiP(window=W, sinks=3, recalled=4, coarse=8, medium=4, block=2, group=4),
 }
 EDGES = {
     "one call": (0, LENGTH),

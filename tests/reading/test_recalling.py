@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from everlong.attention import InfLLM, Policy, Quest, ReAttention, Recall, Tier
+from everlong.attention import InfiniteHiP, InfLLM, Policy, Quest, ReAttention, Recall, Tier
 from everlong.errors import ConfigurationError
 from everlong.llm import LLM
 from everlong.reading import Session
@@ -15,6 +15,9 @@ POLICIES = {
     "inf-llm": InfLLM(window=60, sinks=4, recalled=24, block=8, representatives=2, group=16),
     "recall": Recall(window=60, sinks=4, recalled=24, block=8, group=16),
     "quest": Quest(window=60, sinks=4, recalled=24, block=8, group=16),
+    "infinite-hip": InfiniteHiP(
+        window=60, sinks=4, recalled=24, coarse=32, medium=8, block=4, group=16, coarse_steps=9, block_steps=3
+    ),
     "re-attention": ReAttention(window=60, sinks=4, recalled=25, votes=2, radius=2, group=16),
 }
 

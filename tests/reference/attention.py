@@ -27,9 +27,9 @@ class ReferenceSpec:
     ----------
     kind
         `"full"`: every query sees all keys up to itself. `"lm-infinite"` and `"streaming-llm"`: the sinks and
-        the most recent keys. `"inf-llm"`, `"re-attention"`, `"recall"` and `"quest"`: a query before W sees
-        all keys up to itself; a later one sees the sinks, the latest keys, and what its group of queries
-        recalls, for Quest each key-value head its own.
+        the most recent keys. `"inf-llm"`, `"re-attention"`, `"recall"`, `"quest"` and `"infinite-hip"`: a
+        query before W sees all keys up to itself; a later one sees the sinks, the latest keys, and what its
+        group of queries recalls, for Quest and InfiniteHiP each key-value head its own.
         `"self-extend"` and `"dual-chunk"`: every query sees all keys up to itself, at other positions.
     sinks
         G, the first tokens of the row, seen by every query.
@@ -47,7 +47,7 @@ class ReferenceSpec:
     recalled
         R, the most keys that a group of queries recalls.
     block
-        For InfLLM, Recall and Quest: B, the keys in a block. Blocks are recalled whole.
+        For InfLLM, Recall, Quest and InfiniteHiP: B, the keys in a block. Blocks are recalled whole.
     representatives
         For InfLLM: m, the keys of a block whose mean stands for it.
     votes
@@ -58,6 +58,10 @@ class ReferenceSpec:
         For Recall: layers, one after another, of which the first asks what all of them recall.
     steps
         For Recall: queries that come one by one, of which the first asks what all of them recall.
+    coarse, medium
+        For InfiniteHiP: keys in a chunk of the first two stages.
+    coarse_steps, medium_steps, block_steps
+        For InfiniteHiP: how many single queries use what each stage chose.
     neighbours
         For SelfExtend: W, from which distance on keys are grouped.
     group_size
@@ -76,6 +80,7 @@ class ReferenceSpec:
         "re-attention",
         "recall",
         "quest",
+        "infinite-hip",
         "self-extend",
         "dual-chunk",
     ] = "full"
@@ -92,6 +97,11 @@ class ReferenceSpec:
     radius: int = 0
     layers: int = 1
     steps: int = 1
+    coarse: int = 0
+    medium: int = 0
+    coarse_steps: int = 0
+    medium_steps: int = 0
+    block_steps: int = 0
     neighbours: int = 0
     group_size: int = 0
     chunk: int = 0
@@ -109,11 +119,18 @@ class ReferenceSpec:
             meaningful = meaningful and self.recalled >= 0 and self.local > 0
         else:
             meaningful = meaningful and self.recalled == 0
-        meaningful = meaningful and (self.block > 0) == (self.kind in ("inf-llm", "recall", "quest"))
+        meaningful = meaningful and (self.block > 0) == (
+            self.kind in ("inf-llm", "recall", "quest", "infinite-hip")
+        )
         meaningful = meaningful and (self.representatives > 0) == (self.kind == "inf-llm")
         meaningful = meaningful and self.layers >= 1 and (self.layers == 1 or self.kind == "recall")
         meaningful = meaningful and self.steps >= 1 and (self.steps == 1 or self.kind == "recall")
         meaningful = meaningful and self.block >= 0 and self.representatives >= 0
+        staged = (self.coarse, self.medium, self.coarse_steps, self.medium_steps, self.block_steps)
+        if self.kind == "infinite-hip":
+            meaningful = meaningful and min(staged) > 0 and self.coarse >= self.medium >= self.block
+        else:
+            meaningful = meaningful and not any(staged)
         if self.kind == "re-attention":
             meaningful = meaningful and self.votes > 0 and self.radius >= 0
         else:
@@ -127,7 +144,7 @@ class ReferenceSpec:
     @property
     def recalls(self) -> bool:
         """Whether groups of queries recall keys."""
-        return self.kind in ("inf-llm", "re-attention", "recall", "quest")
+        return self.kind in ("inf-llm", "re-attention", "recall", "quest", "infinite-hip")
 
     @property
     def local(self) -> int:
@@ -227,7 +244,7 @@ def _place_beside_recalled(
     cache = [*range(spec.sinks), *recalled, *latest]
     if j not in cache:
         return None
-    if spec.kind == "re-attention":
+    if spec.kind in ("re-attention", "infinite-hip"):
         return (cache.index(i), cache.index(j))
     return true if j in latest else (spec.local - 1, 0)
 
@@ -314,14 +331,12 @@ def attend(
 
         for j in range(length):
             of_lists = [places(spec, i, j, sliding, offset, own) for own in recalled.get(i, [[]])]
-            at = next((found for found in of_lists if found is not None), None)
-            if at is None:
-                continue
-            scores = logit(i, j, at)
+            scores = {at: logit(i, j, at) for at in set(of_lists) if at is not None}
             for head in range(heads):
-                if of_lists[head // group if len(of_lists) > 1 else 0] is None:  # its key-value head's list
+                at = of_lists[head // group if len(of_lists) > 1 else 0]  # by its key-value head's list
+                if at is None:
                     continue
-                logits[head].append(scores[head])
+                logits[head].append(scores[at][head])
                 values[head].append(value[head, j])
 
         middle = middle_keys(spec, layer, i) if sliding is None else []

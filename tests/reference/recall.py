@@ -1,9 +1,9 @@
-"""Which keys a query recalls, where queries recall in groups: InfLLM, ReAttention, Recall, Quest.
+"""Which keys a query recalls, where queries recall in groups.
 
-By definition. Queries from the window on ask; the asking queries of a group recall the same keys, those of
-all query heads together (for Quest: of all that share a key-value head), once in each layer. What can be
-recalled is what the first of them does not see anyway. Under Recall, queries that come one by one see what
-the first of some of them recalled.
+InfLLM, ReAttention, Recall, Quest and InfiniteHiP, by definition. Queries from the window on ask; the asking
+queries of a group recall the same keys, those of all query heads together (for Quest and InfiniteHiP: of all
+that share a key-value head), once in each layer. What can be recalled is what the first of them does not see
+anyway. Under Recall, queries that come one by one see what the first of some of them recalled.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from .infinite_hip import Stages, in_stages
 
 if TYPE_CHECKING:
     from .attention import ReferenceSpec, Rotation
@@ -61,6 +63,7 @@ def recalled_keys(
     found: dict[int, list[list[int]]] = {}
     standing: list[list[int]] = []
     written = None  # the query that last asked alone
+    stages: list[Stages] = [Stages() for _ in key]
     for asking in asking_groups(spec, query.shape[1], edges):
         is_alone = {asking[0], asking[0] + 1} <= {*(edges or ()), query.shape[1]}
         if is_alone and written is not None and asking[0] - written < spec.steps:
@@ -75,6 +78,12 @@ def recalled_keys(
                 heads_each = len(query) // len(key)
                 recalled = [
                     _best_blocks(query[heads_each * h :][:heads_each], key[h : h + 1], rotation, spec, asking)
+                    for h in range(len(key))
+                ]
+            elif spec.kind == "infinite-hip":
+                heads_each = len(query) // len(key)
+                recalled = [
+                    in_stages(query[heads_each * h :][:heads_each], key[h], spec, asking, stages[h])
                     for h in range(len(key))
                 ]
             else:

@@ -20,7 +20,14 @@ FULL = ReferenceSpec("full")
 INF_LLM = ReferenceSpec("inf-llm", sinks=2, window=16, recalled=6, block=2, representatives=1)
 RE_ATTENTION = ReferenceSpec("re-attention", sinks=2, window=16, recalled=6, votes=2, radius=1)
 QUEST = ReferenceSpec("quest", sinks=2, window=16, recalled=6, block=2)
-EACH = pytest.mark.parametrize("spec", [INF_LLM, RE_ATTENTION, QUEST], ids=lambda spec: spec.kind)
+STEPS = {"coarse_steps": 3, "medium_steps": 2, "block_steps": 1}
+INFINITE_HIP = ReferenceSpec(
+    "infinite-hip", sinks=2, window=16, recalled=6, block=2, coarse=8, medium=4, **STEPS
+)
+STAGES = ReferenceSpec("infinite-hip", sinks=2, window=8, recalled=1, block=1, coarse=4, medium=2, **STEPS)
+EACH = pytest.mark.parametrize(
+    "spec", [INF_LLM, RE_ATTENTION, QUEST, INFINITE_HIP], ids=lambda spec: spec.kind
+)
 
 # All by hand: one sink, 7 latest keys, and up to 4, 2 or 3 recalled ones.
 BLOCKS = ReferenceSpec("inf-llm", sinks=1, window=12, recalled=4, block=2, representatives=1)
@@ -416,6 +423,10 @@ def test_a_far_away_start_of_the_row_changes_nothing(spec: ReferenceSpec) -> Non
 
 
 SPECS = INF_LLM, RE_ATTENTION, QUEST
+STEPPED = {
+    **{"sinks": (1, 3), "window": (7, 9), "recalled": (2,), "coarse": (2, 8), "medium": (1, 4)},
+    **{"coarse_steps": (1, 4), "medium_steps": (1,), "block_steps": (2,)},
+}
 NEIGHBOURS: list[tuple[ReferenceSpec, dict[str, Any]]] = [
     *((spec, {"sinks": sinks}) for spec in SPECS for sinks in (1, 3)),
     *((spec, {"window": window}) for spec in SPECS for window in (15, 17)),
@@ -445,9 +456,24 @@ def test_a_constant_or_an_edge_off_by_one_shows_in_the_logits(family: str) -> No
             assert (known[spec] - other).abs().max() > 1e-3, (spec, moved)
 
 
+@pytest.mark.parametrize("family", ["llama", "phi"])
+def test_a_constant_of_a_stage_shows_in_the_logits(family: str) -> None:
+    model, ids = tiny.build(family), tiny.random_ids(1, 34)
+    edges = [0, *range(20, 34)]
+    known = reference_logits(model, ids, STAGES, edges=edges)
+    for name, others in STEPPED.items():
+        for number in others:
+            changed = dataclasses.replace(STAGES, **{name: number})
+            other = reference_logits(model, ids, changed, edges=edges)
+            assert (known - other).abs().max() > 1e-3, (name, number)
+
+
 @pytest.mark.parametrize(
     "change",
     [
+        {"kind": "infinite-hip", "window": 8, "recalled": 4, "block": 2},
+        {"kind": "infinite-hip", "window": 8, "block": 4, "coarse": 8, "medium": 2, **STEPS},
+        {"kind": "quest", "window": 8, "recalled": 4, "block": 2, "coarse_steps": 3},
         {"kind": "inf-llm", "window": 8, "recalled": 4},
         {"kind": "inf-llm", "window": 8, "recalled": 4, "block": 2},
         {"kind": "inf-llm", "block": 2, "representatives": 1},

@@ -7,6 +7,7 @@ from everlong.attention.full import FullAttention
 from everlong.attention.h2o import H2O
 from everlong.attention.inf_llm import InfLLM
 from everlong.attention.infini_pot import InfiniPot
+from everlong.attention.infinite_hip import InfiniteHiP
 from everlong.attention.lm_infinite import LMInfinite
 from everlong.attention.policy import POLICIES, Policy, make_policy, policy_options, with_sinks
 from everlong.attention.pyramid_kv import PyramidKV
@@ -28,6 +29,7 @@ __all__ = [
     "FullAttention",
     "InfLLM",
     "InfiniPot",
+    "InfiniteHiP",
     "LMInfinite",
     "LinearScaling",
     "NTKScaling",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
@@ -155,10 +156,84 @@ class KeyIndex:
         shift = self._centers[row, which] @ asked
         return whole.mul_(steps.repeat_interleave(counts)).add_(shift.repeat_interleave(counts))
 
+    def keys_at(self, row: int, tokens: Tensor) -> Tensor:
+        """Return single keys of a row: of what is in bytes, ``center + scale * code``.
+
+        Parameters
+        ----------
+        row : int
+            Which.
+        tokens : Tensor
+            That are here, shape (key-value heads, n), n above 0, each head its own.
+
+        Returns
+        -------
+        Tensor
+            Shape (key-value heads, n, d).
+        """
+        heads = torch.arange(len(tokens)).repeat_interleave(tokens.shape[1])
+        wanted = tokens.flatten()
+        segments = wanted // SEGMENT - self._begin // SEGMENT
+        order = segments.argsort(stable=True)
+        pieces: list[Tensor] = []
+        begin = 0
+        for number, count in enumerate(segments.bincount().tolist()):
+            if count:
+                here = order[begin : begin + count]
+                pieces.append(self._single(row, number, heads[here], wanted[here], len(tokens)))
+                begin += count
+        return torch.cat(pieces)[order.argsort()].view(*tokens.shape, -1)
+
+    def _single(self, row: int, number: int, heads: Tensor, tokens: Tensor, of: int) -> Tensor:
+        """Return keys of one segment, or of what is open."""
+        is_open = number == len(self._segments)
+        first = self._open_begin if is_open else max(self._begin, (self._begin // SEGMENT + number) * SEGMENT)
+        segment = self._held() if is_open else self._segments[number]
+        keys: Tensor = segment[row].view(segment.shape[1], of, -1)[tokens - first, heads]
+        keys = keys.to(working_dtype(self._held()))
+        if is_open or self._is_exact:
+            return keys
+        assert self._scales is not None and self._centers is not None
+        scale, center = (x[row, number].view(of, -1)[heads] for x in (self._scales, self._centers))
+        return keys.mul_(scale).add_(center)
+
     def nbytes(self) -> int:
         """Bytes held."""
         rest = (self._scales, self._centers, self._open)
         return sum(x.nbytes for x in (*self._segments, *rest) if x is not None)
+
+
+def keys_of_two(
+    tokens: Tensor, count: int, early: Callable[[Tensor], Tensor], late: Callable[[], Tensor]
+) -> Tensor:
+    """Return single keys, some of which one finds and the others lie behind those.
+
+    Parameters
+    ----------
+    tokens : Tensor
+        Shape (key-value heads, n), each head its own, on the CPU.
+    count : int
+        Tokens that `early` knows: it returns keys, (key-value heads, n, d), of numbers below.
+    early : callable
+        Asked only where some are below.
+    late : callable
+        The same of the others: returns the keys of all tokens from `count` on, (key-value heads, m, d).
+
+    Returns
+    -------
+    Tensor
+        Shape (key-value heads, n, d), on the device of the later ones where any is of those.
+    """
+    is_early = tokens < count
+    if bool(is_early.all()):
+        return early(tokens)
+    keys = late()
+    at = (tokens - count).clamp(min=0).to(keys.device)
+    found = keys.gather(1, at[..., None].expand(-1, -1, keys.shape[-1]))
+    if not bool(is_early.any()):
+        return found
+    known = early(tokens.clamp(max=count - 1)).to(keys.device)
+    return torch.where(is_early.to(keys.device)[..., None], known, found.to(known.dtype))
 
 
 def _whole_products(codes: Tensor, asked: Tensor) -> Tensor:

@@ -9,11 +9,13 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
+from everlong.attention.key_index import keys_of_two
 from everlong.attention.layer_memory import LayerMemory
 from everlong.attention.parts import Part, Partial
 from everlong.attention.policy import Policy, require_count
@@ -291,6 +293,33 @@ def products_with(asked: Tensor, row: int, begin: int, stop: int, view: LayerVie
         keys = view.raw(max(begin, in_tier), stop)[row].detach().to(asked.dtype)
         found.append((keys @ asked[..., None]).sum((0, 2)))
     return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def keys_at(tokens: Tensor, row: int, view: LayerView) -> Tensor:
+    """Return the raw keys of a row's `tokens`, each head its own, where they are at hand.
+
+    Parameters
+    ----------
+    tokens : Tensor
+        Shape (key-value heads, n), on the CPU, counted in the row; some or all may have left the window.
+    row : int
+        Whose keys.
+    view : LayerView
+        Where they are.
+
+    Returns
+    -------
+    Tensor
+        Shape (key-value heads, n, d).
+    """
+    pad, tier, sinks = view.pads[row] if view.pads else 0, view.memory.tier, view.memory.sinks
+    assert tier is not None
+    count = len(tier)
+
+    def late() -> Tensor:
+        return view.raw(sinks + count, view.stop)[row].detach()
+
+    return keys_of_two(tokens + (pad - sinks), count, partial(tier.keys_at, row), late)
 
 
 def reserve_notes(index: dict[str, Tensor], name: str, count: int) -> None:

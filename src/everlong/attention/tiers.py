@@ -7,25 +7,22 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Self, get_args
 
 import torch
 from torch import Tensor
 
-from everlong.attention.key_index import KeyIndex
+from everlong.attention.coding import Precision, coded, in_a_row, plain
+from everlong.attention.key_index import KeyIndex, keys_of_two
 from everlong.attention.shelves import Block, DiskShelf, RamShelf, Shelf, is_in_ram
 from everlong.errors import ConfigurationError, StateError
-
-Precision = Literal["exact", "float16", "int8"]
-"""How a tier keeps numbers: as they are; in half precision; in bytes, with a scale for each channel."""
 
 BLOCK = 64
 """Tokens that are kept together."""
 
 _READ = 64  # blocks read at a time
-
-_MOST = torch.finfo(torch.float16).max  # larger numbers, and infinite ones, are kept as this
 
 
 class TierLostError(Exception):
@@ -158,13 +155,13 @@ class BlockStore:
             self.length += count
             done += count
             if self.length % BLOCK == 0:
-                self._shelve(_coded(*self._open, self._tier.precision))
+                self._shelve(coded(*self._open, self._tier.precision))
 
     def _shelve(self, tensors: Sequence[Tensor]) -> None:
         """Put a block on the shelf; beyond the limit the oldest goes, or this one where none fits."""
         if self._index is not None:
             assert self._like is not None
-            self._index.append(_plain(tensors, self._tier.precision, self._like[0])[0].cpu())
+            self._index.append(plain(tensors, self._tier.precision, self._like[0])[0].cpu())
         self._trim(1)
         if self._fits(1):
             self._blocks.append(self._shelf.put(tensors))
@@ -243,6 +240,18 @@ class BlockStore:
             found.append((keys.to(asked.dtype) @ asked[..., None]).sum((0, 2)))
         return found[0] if len(found) == 1 else torch.cat(found)
 
+    def keys_at(self, row: int, tokens: Tensor) -> Tensor:
+        """Return raw keys of a row's `tokens`, (key-value heads, n) on the CPU, each head its own.
+
+        They are found, and lost, as for :meth:`products`; shape (key-value heads, n, d).
+        """
+        early = partial(self._indexed().keys_at, row)
+        return keys_of_two(tokens, self.whole, early, partial(self._latest_keys, row))
+
+    def _latest_keys(self, row: int) -> Tensor:
+        assert self._open is not None
+        return self._open[0][row].cpu()
+
     def _indexed(self) -> KeyIndex:
         """Return the keys of whole blocks, brought together at the first call and kept up from then on."""
         if self._index is None:
@@ -272,8 +281,8 @@ class BlockStore:
         assert self._like is not None
         found = self._get(blocks)
         dtype, device = self._like
-        keys, values = _plain(found, self._tier.precision, dtype)
-        return _in_a_row(keys).to(device), _in_a_row(values).to(device)
+        keys, values = plain(found, self._tier.precision, dtype)
+        return in_a_row(keys).to(device), in_a_row(values).to(device)
 
     def pick_rows(self, rows: Tensor) -> None:
         """Keep the given rows of the batch, in that order (repeats allowed)."""
@@ -355,8 +364,8 @@ class BlockStore:
             if precision == self._tier.precision:
                 self._shelve(block)
             else:
-                plain = _plain(block, precision, keys.dtype)
-                self._shelve(_coded(plain[0], plain[1], self._tier.precision))
+                held = plain(block, precision, keys.dtype)
+                self._shelve(coded(held[0], held[1], self._tier.precision))
         if keys.shape[2]:
             self.append(keys, values)
         if self.length != numbers["length"]:
@@ -372,30 +381,4 @@ def _room(like: Tensor) -> Tensor:
 def _block_bytes(like: tuple[Tensor, Tensor], precision: Precision) -> int:
     """Return the bytes of a block of keys and values that are `like` these."""
     keys, values = (x.new_empty(*x.shape[:2], BLOCK, x.shape[3], device="meta") for x in like)
-    return sum(x.nbytes for x in _coded(keys, values, precision))
-
-
-def _in_a_row(blocks: Tensor) -> Tensor:
-    """Return blocks (count, batch, heads, n, d) one after another, shape (batch, heads, count * n, d)."""
-    return blocks.permute(1, 2, 0, 3, 4).flatten(2, 3)
-
-
-def _coded(keys: Tensor, values: Tensor, precision: Precision) -> list[Tensor]:
-    """Return a block as it is kept: keys and values, of bytes with their scales."""
-    if precision == "exact":
-        return [keys, values]
-    if precision == "float16":
-        return [x.float().clamp(-_MOST, _MOST).half() for x in (keys, values)]
-    coded = []
-    for x in (keys, values):
-        x = x.float().clamp(-_MOST, _MOST)
-        scale = x.abs().amax(dim=-2, keepdim=True) / 127
-        coded += [(x / scale.clamp(min=torch.finfo(torch.float32).tiny)).round().to(torch.int8), scale]
-    return coded
-
-
-def _plain(block: Sequence[Tensor], precision: Precision, dtype: torch.dtype) -> list[Tensor]:
-    """Return keys and values of what :func:`_coded` returned, whatever dimensions stand before."""
-    if precision == "int8":
-        return [(block[i] * block[i + 1]).to(dtype) for i in (0, 2)]
-    return [x.to(dtype) for x in block]
+    return sum(x.nbytes for x in coded(keys, values, precision))

@@ -27,9 +27,9 @@ Methods = Annotated[
         "--methods",
         metavar="A,B,…",
         help="What to compare: stock (the model as it is), lm-infinite, streaming-llm, recall, inf-llm, "
-        "quest, re-attention, snap-kv, pyramid-kv, h2o, sir-llm, infini-pot, self-extend, dual-chunk, "
-        "linear, ntk, yarn, full, Python files that register one. Default: stock and the method of "
-        "--attention.",
+        "quest, infinite-hip, re-attention, snap-kv, pyramid-kv, h2o, sir-llm, infini-pot, self-extend, "
+        "dual-chunk, linear, ntk, yarn, full, Python files that register one. Default: stock and the method "
+        "of --attention.",
     ),
 ]
 

@@ -124,9 +124,9 @@ class MethodOptions:
             "--attention",
             "-a",
             metavar="METHOD",
-            help="lm-infinite, streaming-llm, recall, inf-llm, quest, re-attention, snap-kv, pyramid-kv, "
-            "h2o, sir-llm, infini-pot, self-extend, dual-chunk, linear, ntk, yarn, full, or a Python file "
-            f"that registers one (default: {ATTENTION_DEFAULT}).",
+            help="lm-infinite, streaming-llm, recall, inf-llm, quest, infinite-hip, re-attention, snap-kv, "
+            "pyramid-kv, h2o, sir-llm, infini-pot, self-extend, dual-chunk, linear, ntk, yarn, full, or a "
+            f"Python file that registers one (default: {ATTENTION_DEFAULT}).",
             rich_help_panel=_METHOD,
         ),
     ] = None
