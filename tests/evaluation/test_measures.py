@@ -14,7 +14,7 @@ from rich.console import Console
 
 import everlong
 from everlong.errors import ConfigurationError, InputError, UnknownNameError
-from everlong.evaluation import memory_measure
+from everlong.evaluation import memory_measure, speed_measure
 from everlong.evaluation.asking import answers
 from everlong.evaluation.comparison import MethodResult
 from everlong.evaluation.finding_report import FindingReport, page
@@ -159,6 +159,19 @@ def test_bytes_are_those_of_the_stream_that_read_and_wrote(loaded: LoadedModel, 
         for piece in (*torch.split(ids[:150], 64), *torch.split(ids[150:], 1)):
             stream.read(piece)
         assert row["bytes"] == stream.bytes()
+
+
+def test_lookups_count_where_writing_is_timed(
+    loaded: LoadedModel, novel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def seconds(stream: Any, ids: Any, head: Any) -> list[float]:
+        return [100.0, *([0.001, 0.001, 0.001, 0.005] * 16)][: len(ids)]
+
+    monkeypatch.setattr(speed_measure, "decode_seconds", seconds)
+    measure = SpeedByLength((64,), novel)
+    (row,) = rows_of(measure, loaded, *ways("stock"))
+    assert row["decode_ms"] == pytest.approx(2)
+    assert "writes 65 tokens: means of these less the first" in measure.section([row]).note
 
 
 # --- memory -------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from statistics import median
 from typing import Any, Literal
 
 import torch
@@ -15,6 +14,7 @@ from everlong.attention import POLICIES, FullAttention, Policy, Tier, make_polic
 from everlong.errors import ConfigurationError, EverlongError
 from everlong.evaluation.comparison import STOCK, make_methods
 from everlong.evaluation.perplexity import read_on
+from everlong.evaluation.speed import step_seconds, wait_for
 from everlong.evaluation.streams import open_stream
 from everlong.evaluation.tasks import Sample
 from everlong.models.head import Head
@@ -94,7 +94,8 @@ class Answer:
     seconds : float
         To read.
     decode_ms : float
-        Median milliseconds to write a token.
+        Milliseconds to write a token, the mean: what a method does every few tokens counts. The first is left
+        out where there are others. In rows kept before 2026-11-29, the median of all.
     """
 
     text: str
@@ -234,7 +235,7 @@ def answer(
         for piece in (*torch.split(context, chunk), question):
             hidden = read_on(stream, head, piece, hidden)
         assert hidden is not None
-        _wait_for(hidden)
+        wait_for(hidden)
         seconds = time.perf_counter() - begun
         stream.end_reading()
         written: list[int] = []
@@ -243,7 +244,7 @@ def answer(
             begun = time.perf_counter()
             written.append(int(head.logits(hidden)[0].argmax()))
             hidden = read_on(stream, head, context.new_tensor(written[-1:]), hidden)
-            _wait_for(hidden)
+            wait_for(hidden)
             times.append(time.perf_counter() - begun)
         span = None if way.policy is None else stream.described()[1].get("window")
         read = len(context) + len(question)
@@ -255,7 +256,7 @@ def answer(
             stream.forgotten + len(sample.context) - len(context),
             stream.bytes(),
             seconds,
-            1000 * median(times),
+            1000 * step_seconds(times[1:] or times),
         )
 
 
@@ -264,8 +265,3 @@ def end_tokens(loaded: LoadedModel) -> frozenset[int]:
     configured = getattr(getattr(loaded.model, "generation_config", None), "eos_token_id", None)
     ends = set(configured) if isinstance(configured, (list, tuple)) else {configured}
     return frozenset(token for token in (*ends, loaded.tokenizer.eos_token_id) if token is not None)
-
-
-def _wait_for(tensor: Tensor) -> None:
-    if tensor.device.type == "cuda":
-        torch.cuda.synchronize(tensor.device)

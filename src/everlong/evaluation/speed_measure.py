@@ -19,17 +19,19 @@ from everlong.evaluation.long_inputs import Way
 from everlong.evaluation.measures import Measure, OnStep, Picture, Section, Step, Table
 from everlong.evaluation.perplexity import read_on
 from everlong.evaluation.perplexity_measure import enough_text, seen_at_most, text_key, whole_readers
-from everlong.evaluation.speed import decode_seconds, wait_for
+from everlong.evaluation.speed import BLOCK, decode_seconds, step_seconds, wait_for
 from everlong.evaluation.streams import Stream, open_stream
 from everlong.evaluation.texts import LIBRARY, Excerpt
 from everlong.models.files import human_bytes
 from everlong.models.head import Head
 from everlong.models.loading import LoadedModel
 
+_WRITING = 8  # tokens read in the time that one is written, about
 _LAST = 4  # chunks whose median is the rate at the end
 _NOTE = (
     "Each method reads the beginning of {text}, {chunk} tokens at a time, and then writes {steps} tokens: "
-    "medians of these, the head included. At the end is the median rate of the last chunks, up to four. A "
+    "means of these less the first, the head included, in whole cycles, so that what a method looks up every "
+    "few tokens counts. At the end is the median rate of the last chunks, up to four. A "
     "chunk is read beforehand, to warm up. Each row was measured once, by itself, with the weights as they "
     "were loaded: nothing else should have been running. everlong bench speed measures one method against "
     "stock in turn, with packed weights. Methods that cut a text to the window read as stock does at that "
@@ -52,7 +54,7 @@ class Pace:
     tokens_per_second, last_tokens_per_second : float
         Read, of the whole text and where it ends.
     decode_ms : float
-        Median milliseconds to write a token behind it.
+        Milliseconds to write a token behind it, as of :func:`~everlong.evaluation.speed.step_seconds`.
     seen, forgotten : int
         Keys that a token sees at most; tokens lost for good.
     bytes : dict of str to int
@@ -84,7 +86,7 @@ class SpeedByLength(Measure):
     text : str
         A file, or ``"library"``: Python's own sources.
     chunk, written : int
-        Tokens of one forward; tokens written after the text.
+        Tokens of one forward; tokens written after the text, the first of which is not counted.
     """
 
     name: ClassVar[str] = "speed"
@@ -92,7 +94,7 @@ class SpeedByLength(Measure):
     lengths: tuple[int, ...]
     text: str = LIBRARY
     chunk: int = 512
-    written: int = 20
+    written: int = 2 * BLOCK + 1
 
     def __post_init__(self) -> None:
         if not self.lengths or min(self.lengths) < 1 or len(set(self.lengths)) != len(self.lengths):
@@ -112,7 +114,7 @@ class SpeedByLength(Measure):
                 f"speed; {way_key(way, self.chunk)}; {text_key(excerpt, length + self.written)}, "
                 f"{length} tokens + {self.written}",
                 f"{way.name}: speed at {length:,} tokens",
-                length + self.chunk,
+                length + self.chunk + _WRITING * self.written,
                 lambda on_step, way=way, length=length: dataclasses.asdict(  # type: ignore[misc]
                     self._timed(loaded, way, length, excerpt, on_step)
                 ),
@@ -148,7 +150,7 @@ class SpeedByLength(Measure):
                 seconds,
                 length / seconds,
                 median(rates[-_LAST:]),
-                1000 * median(steps),
+                1000 * step_seconds(steps),
                 seen_at_most(length, stream.described()[1]),
                 stream.forgotten,
                 stream.bytes(),
