@@ -47,16 +47,15 @@ def test_stock_writes_what_the_model_writes(loaded, needle):
 
 
 def test_what_is_looked_up_every_few_tokens_counts_where_writing_is_timed(loaded, needle, monkeypatch):
-    clock, read, written = Clock(), long_inputs.read_on, []
+    clock, read, written = Clock(), long_inputs.write_on, []
 
-    def timed(stream, head, ids, after):
-        if len(ids) == 1:
-            written.append(ids)
-            clock.now += 100.0 if len(written) == 1 else 0.005 if len(written) % 4 == 0 else 0.001
-        return read(stream, head, ids, after)
+    def timed(stream, ids, logits):
+        written.append(ids)
+        clock.now += 100.0 if len(written) == 1 else 0.005 if len(written) % 4 == 0 else 0.001
+        return read(stream, ids, logits)
 
     monkeypatch.setattr(long_inputs, "time", clock)
-    monkeypatch.setattr(long_inputs, "read_on", timed)
+    monkeypatch.setattr(long_inputs, "write_on", timed)
     assert answer(loaded, Way("stock"), needle, max_new_tokens=9).decode_ms == pytest.approx(2)
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 
 import everlong
 from everlong.errors import ConfigurationError, InputError, UnknownNameError
-from everlong.evaluation import memory_measure, speed_measure
+from everlong.evaluation import long_inputs, memory_measure, speed_measure
 from everlong.evaluation.asking import answers
 from everlong.evaluation.comparison import MethodResult
 from everlong.evaluation.finding_report import FindingReport, page
@@ -24,18 +24,21 @@ from everlong.evaluation.long_inputs import Way, make_ways
 from everlong.evaluation.loss import surprisal
 from everlong.evaluation.measures import Measure, Section, left, taken
 from everlong.evaluation.memory_measure import InventedFacts, StoredMemories, pair_probes
+from everlong.evaluation.needles import passkey
 from everlong.evaluation.page_parts import section_tables
+from everlong.evaluation.perplexity import read_on
 from everlong.evaluation.perplexity_measure import PerplexityByPosition
 from everlong.evaluation.resources import describe_machine
 from everlong.evaluation.speed_measure import SpeedByLength
-from everlong.evaluation.streams import open_stream
+from everlong.evaluation.streams import PolicyStream, open_stream
 from everlong.evaluation.texts import haystack
 from everlong.memory.pairs import Pair
 from everlong.memory.record import Source
 from everlong.memory.store import MemoryStore
+from everlong.models.head import Head
 from everlong.models.loading import LoadedModel
 from tests import tiny
-from tests.evaluation.expected import perplexity_of, stock_logits, surprisal_of
+from tests.evaluation.expected import Clock, perplexity_of, stock_logits, surprisal_of
 from tests.evaluation.test_finding_report import Reader
 from tests.memory.adapters import adapter_of, record
 
@@ -151,14 +154,75 @@ def test_speed_is_measured_at_each_length_of_methods_that_read_the_whole(
     assert terminal.count("inf-llm") == 2
 
 
-def test_bytes_are_those_of_the_stream_that_read_and_wrote(loaded: LoadedModel, novel: str) -> None:
+def test_bytes_are_those_of_the_stream_that_read(loaded: LoadedModel, novel: str) -> None:
     (way,) = ways("inf-llm", **SMALL)
     (row,) = rows_of(SpeedByLength((150,), novel, chunk=64, written=3), loaded, way)
     ids = haystack(loaded.tokenizer, novel, 153).ids
     with open_stream(loaded.model, way.policy) as stream:
-        for piece in (*torch.split(ids[:150], 64), *torch.split(ids[150:], 1)):
+        for piece in torch.split(ids[:150], 64):
             stream.read(piece)
-        assert row["bytes"] == stream.bytes()
+        assert row["bytes"] == stream.bytes() and row["forgotten"] == stream.forgotten
+
+
+def test_what_is_forgotten_after_a_text_is_not_what_writing_made_forgotten(
+    loaded: LoadedModel, novel: str
+) -> None:
+    (way,) = ways("lm-infinite", window=60, sinks=4)
+    (row,) = rows_of(SpeedByLength((150,), novel, written=30), loaded, way)
+    assert row["forgotten"] == 150 - 60
+
+
+def test_the_seconds_of_reading_hold_what_a_method_spends_on_choosing(
+    loaded: LoadedModel, novel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, end = Clock(), PolicyStream.end_reading
+
+    def choose(self: PolicyStream) -> None:
+        clock.now += 100
+        end(self)
+
+    def read(*given: Any) -> Any:
+        clock.now += 1
+        return read_on(*given)
+
+    monkeypatch.setattr(PolicyStream, "end_reading", choose)
+    for module in (speed_measure, long_inputs):
+        monkeypatch.setattr(module, "time", clock)
+        monkeypatch.setattr(module, "read_on", read)
+    (way,) = ways("snap-kv", budget=40)
+    (row,) = rows_of(SpeedByLength((128,), novel, chunk=64, written=2), loaded, way)
+    assert row["seconds"] == 102 and row["last_tokens_per_second"] == 64
+    sample = passkey(loaded.tokenizer, 900, depth=0.5)
+    chunks = -(-len(sample.context) // 512) + 1
+    assert long_inputs.answer(loaded, way, sample, max_new_tokens=2).seconds == 100 + chunks
+
+
+def test_a_written_token_goes_through_the_head_once_and_is_told_its_surprisal(
+    loaded: LoadedModel, novel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (way,) = ways("sir-llm", window=60, sinks=4)
+    told, rows = list[list[float]](), list[int]()
+    tell, block = PolicyStream.told, Head.block
+
+    def telling(self: PolicyStream, ids: torch.Tensor, surprisal: torch.Tensor) -> None:
+        told.append(surprisal.tolist())
+        tell(self, ids, surprisal)
+
+    def counting(self: Head, hidden: torch.Tensor, begin: int, stop: int) -> torch.Tensor:
+        rows.append(len(hidden))
+        return block(self, hidden, begin, stop)
+
+    monkeypatch.setattr(PolicyStream, "told", telling)
+    monkeypatch.setattr(Head, "block", counting)
+    rows_of(SpeedByLength((100,), novel, chunk=100, written=5), loaded, way)
+    assert rows.count(1) == 1 + 5  # of the text's last token, and of each that was written
+    ids, head = haystack(loaded.tokenizer, novel, 105).ids, Head(loaded.model)
+    with open_stream(loaded.model, way.policy) as stream, torch.inference_mode():
+        hidden = read_on(stream, head, ids[:100], None)
+        for at in range(100, 105):
+            hidden = read_on(stream, head, ids[at : at + 1], hidden)
+    ours, slow = told[-11:-6], told[-5:]
+    assert [one[0] for one in ours] == pytest.approx([one[0] for one in slow], abs=1e-4)
 
 
 def test_lookups_count_where_writing_is_timed(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from everlong.attention import POLICIES, Policy, Tier, make_policy, with_sinks
 from everlong.errors import ConfigurationError
-from everlong.evaluation.perplexity import Bucket, Chunk, bucketed, read_on, read_stream
+from everlong.evaluation.perplexity import Bucket, Chunk, bucketed, read_stream, write_on
 from everlong.evaluation.resources import describe_machine
 from everlong.evaluation.speed import step_seconds
 from everlong.evaluation.streams import Stream, open_stream
@@ -361,8 +361,9 @@ def _write(
     detokenizer = Detokenizer(tokenizer, recent)
     for _ in range(steps):
         started = time.perf_counter()
-        token = sampler(head.logits(hidden)[0], recent)
-        hidden = read_on(stream, head, torch.tensor([token], device=hidden.device), hidden)
+        logits = head.logits(hidden)
+        token = sampler(logits[0], recent)
+        hidden = write_on(stream, torch.tensor([token], device=hidden.device), logits)
         spent = time.perf_counter() - started
         recent.append(token)
         yield detokenizer.put(token), spent

@@ -13,7 +13,7 @@ from torch import Tensor
 from everlong.attention import POLICIES, FullAttention, Policy, Tier, make_policy
 from everlong.errors import ConfigurationError, EverlongError
 from everlong.evaluation.comparison import STOCK, make_methods
-from everlong.evaluation.perplexity import read_on
+from everlong.evaluation.perplexity import read_on, write_on
 from everlong.evaluation.speed import step_seconds, wait_for
 from everlong.evaluation.streams import open_stream
 from everlong.evaluation.tasks import Sample
@@ -88,11 +88,11 @@ class Answer:
     seen : int
         Keys that a token sees at most, of a policy with a window; otherwise as many as were read.
     forgotten : int
-        Tokens lost for good, those that were cut away among them.
+        Tokens lost for good once all was read, those that were cut away among them.
     bytes : dict of str to int
-        Held at the end, by tier.
+        Held then, by tier.
     seconds : float
-        To read.
+        To read, and to choose what to keep.
     decode_ms : float
         Milliseconds to write a token, the mean: what a method does every few tokens counts. The first is left
         out where there are others. In rows kept before 2026-11-29, the median of all.
@@ -234,16 +234,18 @@ def answer(
         hidden = None
         for piece in (*torch.split(context, chunk), question):
             hidden = read_on(stream, head, piece, hidden)
+        stream.end_reading()  # what a method spends on choosing what to keep is a part of reading
         assert hidden is not None
         wait_for(hidden)
         seconds = time.perf_counter() - begun
-        stream.end_reading()
+        forgotten, held = stream.forgotten, stream.bytes()
         written: list[int] = []
         times: list[float] = []
         for _ in range(limit):
             begun = time.perf_counter()
-            written.append(int(head.logits(hidden)[0].argmax()))
-            hidden = read_on(stream, head, context.new_tensor(written[-1:]), hidden)
+            logits = head.logits(hidden)
+            written.append(int(logits[0].argmax()))
+            hidden = write_on(stream, context.new_tensor(written[-1:]), logits)
             wait_for(hidden)
             times.append(time.perf_counter() - begun)
         span = None if way.policy is None else stream.described()[1].get("window")
@@ -253,8 +255,8 @@ def answer(
             str(tokenizer.decode(written[:end], skip_special_tokens=True)),
             read,
             read if span is None else min(read, span),
-            stream.forgotten + len(sample.context) - len(context),
-            stream.bytes(),
+            forgotten + len(sample.context) - len(context),
+            held,
             seconds,
             1000 * step_seconds(times[1:] or times),
         )

@@ -17,7 +17,7 @@ from everlong.evaluation.finding import way_key
 from everlong.evaluation.line_pictures import Line, Panel, draw_lines
 from everlong.evaluation.long_inputs import Way
 from everlong.evaluation.measures import Measure, OnStep, Picture, Section, Step, Table
-from everlong.evaluation.perplexity import read_on
+from everlong.evaluation.perplexity import read_on, write_on
 from everlong.evaluation.perplexity_measure import enough_text, seen_at_most, text_key, whole_readers
 from everlong.evaluation.speed import BLOCK, decode_seconds, step_seconds, wait_for
 from everlong.evaluation.streams import Stream, open_stream
@@ -50,15 +50,15 @@ class Pace:
     length : int
         Tokens of the text.
     seconds : float
-        To read all of them.
+        To read all of them, and to choose what to keep, where a method does that at the end.
     tokens_per_second, last_tokens_per_second : float
-        Read, of the whole text and where it ends.
+        Read, of the whole text, with that choice, and of the last chunks, without it.
     decode_ms : float
         Milliseconds to write a token behind it, as of :func:`~everlong.evaluation.speed.step_seconds`.
     seen, forgotten : int
-        Keys that a token sees at most; tokens lost for good.
+        Keys that a token sees at most; tokens lost for good, once the text was read.
     bytes : dict of str to int
-        Held at the end, by tier.
+        Held then, by tier.
     is_query_aware : bool
         Whether the method chooses what it keeps when the text ends.
     """
@@ -141,7 +141,12 @@ class SpeedByLength(Measure):
                 if len(piece) == self.chunk or not rates:
                     rates.append(len(piece) / spent)
                 on_step(stream.seen / length, f"{rates[-1]:,.0f} tokens/s")
+            assert hidden is not None
+            begun = time.perf_counter()
             stream.end_reading()
+            wait_for(hidden)
+            seconds += time.perf_counter() - begun
+            forgotten, held = stream.forgotten, stream.bytes()
             written = ids[length : length + self.written]
             steps = _write(loaded, stream, head, written, hidden)
             return Pace(
@@ -152,8 +157,8 @@ class SpeedByLength(Measure):
                 median(rates[-_LAST:]),
                 1000 * step_seconds(steps),
                 seen_at_most(length, stream.described()[1]),
-                stream.forgotten,
-                stream.bytes(),
+                forgotten,
+                held,
                 way.is_query_aware,
             )
 
@@ -181,19 +186,17 @@ class SpeedByLength(Measure):
         return Section(self.name, "Speed by length", note, tables, pictures, list(rows))
 
 
-def _write(
-    loaded: LoadedModel, stream: Stream, head: Head, ids: Tensor, hidden: Tensor | None
-) -> list[float]:
+def _write(loaded: LoadedModel, stream: Stream, head: Head, ids: Tensor, hidden: Tensor) -> list[float]:
     """Return the seconds of each token that is written, the first behind a text left out where it can be."""
     if not stream.wants_surprisal:
         model: Any = loaded.model
         spent = decode_seconds(stream, ids, model.get_output_embeddings())
     else:
-        spent = []
+        spent, logits = [], head.logits(hidden)
         for token in ids:
             begun = time.perf_counter()
-            hidden = read_on(stream, head, token[None], hidden)
-            wait_for(head.logits(hidden))
+            logits = head.logits(write_on(stream, token[None], logits))
+            wait_for(logits)
             spent.append(time.perf_counter() - begun)
     return spent[1:] or spent
 
