@@ -14,22 +14,27 @@ from rich.console import Console
 
 import everlong
 from everlong.errors import ConfigurationError, InputError, UnknownNameError
-from everlong.evaluation import long_inputs, memory_measure, speed_measure
+from everlong.evaluation import invented_facts, long_inputs, memory_measure, resources, speed_measure
 from everlong.evaluation.asking import answers
 from everlong.evaluation.comparison import MethodResult
+from everlong.evaluation.facts import fact_documents
 from everlong.evaluation.finding_report import FindingReport, page
+from everlong.evaluation.invented_facts import InventedFacts
 from everlong.evaluation.kept import KeptRows
 from everlong.evaluation.line_pictures import Line, Panel, draw_lines
 from everlong.evaluation.long_inputs import Way, make_ways
 from everlong.evaluation.loss import surprisal
 from everlong.evaluation.measures import Measure, Section, left, taken
-from everlong.evaluation.memory_measure import InventedFacts, StoredMemories, pair_probes
+from everlong.evaluation.memory_measure import most_tokens
 from everlong.evaluation.needles import passkey
 from everlong.evaluation.page_parts import section_tables
+from everlong.evaluation.pair_probes import pair_probes
 from everlong.evaluation.perplexity import read_on
 from everlong.evaluation.perplexity_measure import PerplexityByPosition
+from everlong.evaluation.probes import Probe
 from everlong.evaluation.resources import describe_machine
 from everlong.evaluation.speed_measure import SpeedByLength
+from everlong.evaluation.stored_memories import StoredMemories
 from everlong.evaluation.streams import PolicyStream, open_stream
 from everlong.evaluation.texts import haystack
 from everlong.memory.pairs import Pair
@@ -58,6 +63,12 @@ def novel(tmp_path: Path) -> str:
     path = tmp_path / "novel.txt"
     path.write_text(TEXT)
     return str(path)
+
+
+@pytest.fixture
+def in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tokenizer of bytes is good enough for long texts."""
+    monkeypatch.setattr("everlong.memory.segments._SHATTERED", 2.0)
 
 
 def ways(*names: str, **options: Any) -> list[Way]:
@@ -268,6 +279,115 @@ def test_pairs_become_questions_with_short_answers_and_sentences_with_a_word_lef
     assert pair_probes(PAIRS, seed=0) == probes and not pair_probes([Pair("", "No.", "text")])
 
 
+def test_what_is_asked_goes_by_what_made_a_pair() -> None:
+    def sentence(number: int, *, before: str = "", segment: int = 0) -> Pair:
+        word = f"beehives{chr(97 + number % 26)}{chr(97 + number // 26)}"
+        return Pair(f"{before}Orla", f" keeps the {word} near her garden", "cloze", segment, (number,))
+
+    heading = Pair("Sligo", " today", "cloze", 0, (99,))  # stands in other sentences too
+    told = Pair("Bennet", " saw Sligo today and its long harbour walls", "cloze", 0, (98,))
+    probes = pair_probes([heading, told, sentence(0, before="It is so. "), sentence(0), sentence(1)])
+    assert [probe.prompt.split()[0] for probe in probes] == ["Bennet", "Orla", "Orla"]
+    assert all(probe.prompt.count("Orla") <= 1 for probe in probes)  # without full stops, each by itself
+
+    made = [
+        Pair("Who is it?", " Orla", "reasoning"),
+        Pair("What does she keep", " bees", "questions"),
+        Pair("Bennet", " saw the wooden beehives in Sligo", "reading"),
+    ]
+    assert [(probe.form, probe.answers) for probe in pair_probes(made)] == [("question", ("bees",))]
+    many = [Pair(f"Who is number {n}?", f" Orla {n}", "questions") for n in range(200)]
+    some = pair_probes([*many, *(sentence(n) for n in range(200))])
+    asked = [int(probe.answers[0].split()[1]) for probe in some[:40]]
+    assert len(some) == 80 and asked == sorted(set(asked)) and asked[0] < 40 and asked[-1] > 160
+
+
+def test_an_answer_may_be_as_long_as_the_longest_that_is_right(loaded: LoadedModel) -> None:
+    long = Probe("Q", ("a" * 40,), "question")
+    assert most_tokens(loaded.tokenizer, [Probe("Q", ("yes",), "question")]) == 12
+    assert most_tokens(loaded.tokenizer, [long, Probe("Q", ("yes",), "question")]) == 1 + 40 + 2
+
+
+def test_forgetting_is_not_measured_on_what_was_learned(
+    loaded: LoadedModel, novel: str, tmp_path: Path
+) -> None:
+    made = MemoryStore(tmp_path / "own")
+    own = record("novel", base_hash=loaded.weights_hash, source=Source.of(TEXT, 5))
+    made.add(own, adapter_of(tiny.byte_llama()[0], 0), PAIRS)
+    with pytest.raises(
+        ConfigurationError, match=r"novel.txt is what memory 'novel' was learned from.*--text"
+    ):
+        StoredMemories(text=novel, memories=("novel",), store=made).steps(loaded, ())
+    assert StoredMemories(memories=("novel",), store=made).steps(loaded, ())
+
+
+def test_a_memory_is_asked_again_where_anything_that_counts_changed(
+    loaded: LoadedModel, store: MemoryStore, novel: str, tmp_path: Path
+) -> None:
+    def keys(**changed: Any) -> list[str]:
+        given = {"text": novel, "tokens": 200, "memories": ("bees",), "store": store} | changed
+        return [step.key for step in StoredMemories(**given).steps(loaded, ())]
+
+    before = keys()
+    assert keys() == before
+    assert [a == b for a, b in zip(before, keys(tokens=150), strict=True)] == [False, True, False]
+    other = tmp_path / "other.txt"
+    other.write_text(TEXT[10:])
+    assert [a == b for a, b in zip(before, keys(text=str(other)), strict=True)] == [False, True, False]
+    store.add(
+        record("bees", base_hash=loaded.weights_hash, source=Source.of("bees", 5)),
+        adapter_of(tiny.byte_llama()[0], 0),
+        PAIRS[:1],
+        replace=True,
+    )
+    assert [a == b for a, b in zip(before, keys(), strict=True)] == [True, False, False]
+    before = keys()
+    store.delete("boats")
+    assert [a == b for a, b in zip(before, keys(), strict=True)] == [True, True, False]
+
+
+@pytest.mark.usefixtures("in_bytes")
+def test_invented_facts_are_asked_again_where_other_documents_change_what_is_asked(
+    loaded: LoadedModel, novel: str
+) -> None:
+    def keys(documents: int, **settings: Any) -> list[str]:
+        measure = InventedFacts(text=novel, tokens=100, documents=documents, settings=QUICK | settings)
+        return [step.key for step in measure.steps(loaded, ())]
+
+    one, many = keys(1), keys(2)
+    few, more = (fact_documents(0, count)[0] for count in (2, 3))
+    assert few.text == more.text and few.probes() != more.probes()  # what several people share is not asked
+    assert one[0] == many[0] and one[1] != many[1] and one[2] != many[2]
+    assert [a == b for a, b in zip(one, keys(1, passes=2), strict=True)] == [True, True, False]
+
+
+def test_what_learning_would_refuse_is_refused_before_anything_is_measured(
+    loaded: LoadedModel, novel: str
+) -> None:
+    with pytest.raises(InputError, match="does not know this script"):  # a token of every letter
+        InventedFacts(text=novel, tokens=100, people=10, settings=QUICK).steps(loaded, ())
+
+
+def test_a_text_that_is_too_short_for_a_loss_is_refused(
+    loaded: LoadedModel, store: MemoryStore, tmp_path: Path
+) -> None:
+    (tmp_path / "short.txt").write_text("Orla keeps bees in wooden boxes.")
+    with pytest.raises(InputError, match="has 32 tokens, fewer than 64"):
+        StoredMemories(text=str(tmp_path / "short.txt"), memories=("bees",), store=store).steps(loaded, ())
+
+
+def test_missing_texts_and_memories_are_refused_where_measures_are_made(store: MemoryStore) -> None:
+    for make in (
+        lambda: PerplexityByPosition(64, "missing.txt"),
+        lambda: SpeedByLength((64,), "missing.txt"),
+        lambda: InventedFacts(text="missing.txt"),
+    ):
+        with pytest.raises(InputError, match="missing.txt"):
+            make()
+    with pytest.raises(UnknownNameError, match="did you mean 'bees'"):
+        StoredMemories(memories=("bee",), store=store)
+
+
 def test_a_memory_is_asked_as_peft_loads_it_and_the_model_is_as_before(
     loaded: LoadedModel, store: MemoryStore, novel: str
 ) -> None:
@@ -283,8 +403,8 @@ def test_a_memory_is_asked_as_peft_loads_it_and_the_model_is_as_before(
             import peft
 
             model = peft.PeftModel.from_pretrained(model, str(store.path(name)))
-        asked = answers(model, loaded.tokenizer, ["Who keeps bees?"], max_new_tokens=12, in_turns=True)
-        return asked + answers(model, loaded.tokenizer, [sentence.prompt], max_new_tokens=12)
+        asked = answers(model, loaded.tokenizer, ["Who keeps bees?"], max_new_tokens=13, in_turns=True)
+        return asked + answers(model, loaded.tokenizer, [sentence.prompt], max_new_tokens=13)
 
     recalls = {**alone["recalls"], **with_it["recalls"]}
     assert list(recalls) == ["no memory", "the memory", "a memory of another document (boats)"]
@@ -305,7 +425,7 @@ def test_a_memory_is_asked_as_peft_loads_it_and_the_model_is_as_before(
     assert "Every answer" in whole and "Who keeps bees?" in whole and "lora, rank 8" in whole
 
 
-def test_recall_counts_answers_and_is_paired(loaded: LoadedModel) -> None:
+def test_recall_counts_answers_and_is_paired(store: MemoryStore) -> None:
     def answered(*texts: str) -> list[dict[str, Any]]:
         return [
             {"form": "question", "prompt": f"{i}?", "answers": ["yes"], "written": text}
@@ -316,17 +436,11 @@ def test_recall_counts_answers_and_is_paired(loaded: LoadedModel) -> None:
         {"about": "it", "recalls": {"no memory": answered("no: yes", "yes")}},
         {"about": "it", "recalls": {"the memory": answered("yes", "yes")}},
     ]
-    section = StoredMemories(memories=("x",)).section(rows)
+    section = StoredMemories(memories=("bees",), store=store).section(rows)
     values = section.values["recall"]["it"]
     assert values["no memory"]["all"]["right"] == 1 and values["the memory"]["question"]["right"] == 2
     assert section.tables[0].rows[0][3] == "100%"  # has the answer somewhere in it
     assert section.tables[0].rows[1][-1].startswith("+50 (") and section.tables[0].rows[0][-1] == ""
-
-
-@pytest.fixture
-def in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tokenizer of bytes is good enough for long texts."""
-    monkeypatch.setattr("everlong.memory.segments._SHATTERED", 2.0)
 
 
 @pytest.mark.usefixtures("in_bytes")
@@ -343,8 +457,11 @@ def test_invented_facts_are_learned_and_asked_beside_the_text_and_another_docume
         " learned, and asked",
     ]
     assert all(0 <= done <= 1 for done, _ in told) and any("learn" in note for _, note in told)
-    assert steps[2].tokens > 10 * steps[1].tokens / 15  # learning is what takes long
-    assert list(rows[1]["recalls"]) == ["no memory", "no memory, reading the whole text"]
+    assert list(rows[1]["recalls"]) == [
+        "no memory",
+        "no memory, reading the whole text",
+        "no memory, reading the whole text, behind examples",
+    ]
     assert list(rows[2]["recalls"]) == ["the memory", "a memory of another document"]
     assert rows[2]["learned"]["pairs"] == 1 and rows[2]["memory"] == "document 1"
     assert not loaded.model.training and not hasattr(loaded.model, "peft_config")
@@ -354,6 +471,7 @@ def test_invented_facts_are_learned_and_asked_beside_the_text_and_another_docume
 
     monkeypatch.setattr(everlong, "load", again)
     monkeypatch.setattr(memory_measure, "recall", again)
+    monkeypatch.setattr(invented_facts, "_check", lambda *given: None)
     assert len(left(measure.steps(loaded, ()), kept)) == 2
     assert list(taken(measure.steps(loaded, ())[:3], kept, again)) == rows
     whole, _ = said(measure.section(rows))
@@ -421,6 +539,17 @@ def test_rows_are_kept_and_only_what_changed_is_measured_again(
     assert narrower.label.startswith("lm-infinite")
     Path(novel).write_text(f"x{TEXT}")
     assert len(left(perplexity.steps(loaded, some), again)) == 2
+
+
+def test_speed_is_measured_again_on_another_machine_and_kept_to_another_day(
+    loaded: LoadedModel, novel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, measure = KeptRows(tmp_path / "rows.json", {}), SpeedByLength((64,), novel, written=3)
+    rows_of(measure, loaded, *ways("stock"), kept=kept)
+    machine = describe_machine()
+    for other, again in (({"date": "2031-01-01"}, 0), ({"threads": 77}, 1)):
+        monkeypatch.setattr(resources, "describe_machine", lambda other=other: machine | other)
+        assert len(left(measure.steps(loaded, ways("stock")), kept)) == again
 
 
 @pytest.mark.parametrize("measure", [PerplexityByPosition, lambda n, text: SpeedByLength((n,), text)])

@@ -136,10 +136,12 @@ class MeasureOptions:
             from everlong.evaluation.speed_measure import SpeedByLength
 
             return SpeedByLength(tuple(lengths), text=text)
-        from everlong.evaluation.memory_measure import InventedFacts, StoredMemories
-
         if self.memory:
+            from everlong.evaluation.stored_memories import StoredMemories
+
             return StoredMemories(memories=tuple(self.memory), text=text)
+        from everlong.evaluation.invented_facts import InventedFacts
+
         settings: dict[str, Any] = parse_settings(self.recipe_settings, "--recipe-set")
         return InventedFacts(documents=self.documents or 1, settings=settings, text=text)
 

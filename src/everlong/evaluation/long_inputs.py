@@ -189,6 +189,29 @@ def keeps_below(loaded: LoadedModel, way: Way) -> bool:
         return any(memory.tier is not None for memory in stream.cache.memories.values())
 
 
+def whole_readers(ways: Sequence[Way], measure: str) -> list[Way]:
+    """Return the ways that read a text whole.
+
+    Raises
+    ------
+    ConfigurationError
+        There is none.
+    """
+    some = [way for way in ways if way.cut is None]
+    if not some:
+        names = ", ".join(way.name for way in ways) or "none"
+        raise ConfigurationError(
+            f"{measure} is measured of methods that read a text whole, and there is none among: {names}; "
+            "name one with --methods, such as stock"
+        )
+    return some
+
+
+def seen_at_most(read: int, options: dict[str, Any]) -> int:
+    """Return how many keys a token sees at most, once so many were read."""
+    return min(read, options.get("window") or read)
+
+
 def _has(kind: type[Policy], option: str) -> bool:
     return option in {field.name for field in fields(kind)}
 

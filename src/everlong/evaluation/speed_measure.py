@@ -15,13 +15,13 @@ from torch import Tensor
 from everlong.errors import ConfigurationError
 from everlong.evaluation.finding import way_key
 from everlong.evaluation.line_pictures import Line, Panel, draw_lines
-from everlong.evaluation.long_inputs import Way
+from everlong.evaluation.long_inputs import Way, seen_at_most, whole_readers
 from everlong.evaluation.measures import Measure, OnStep, Picture, Section, Step, Table
 from everlong.evaluation.perplexity import read_on, write_on
-from everlong.evaluation.perplexity_measure import enough_text, seen_at_most, text_key, whole_readers
+from everlong.evaluation.resources import machine_key
 from everlong.evaluation.speed import BLOCK, decode_seconds, step_seconds, wait_for
 from everlong.evaluation.streams import Stream, open_stream
-from everlong.evaluation.texts import LIBRARY, Excerpt
+from everlong.evaluation.texts import LIBRARY, Excerpt, check_text, enough_text, text_key
 from everlong.models.files import human_bytes
 from everlong.models.head import Head
 from everlong.models.loading import LoadedModel
@@ -104,6 +104,7 @@ class SpeedByLength(Measure):
         for name in ("chunk", "written"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"{name} must be at least 1, not {getattr(self, name)}")
+        check_text(self.text)
 
     def steps(self, loaded: LoadedModel, ways: Sequence[Way]) -> list[Step]:
         """Return one for each length and each way that reads a text whole; shorter ones first."""
@@ -112,7 +113,7 @@ class SpeedByLength(Measure):
         return [
             Step(
                 f"speed; {way_key(way, self.chunk)}; {text_key(excerpt, length + self.written)}, "
-                f"{length} tokens + {self.written}",
+                f"{length} tokens + {self.written}; machine [{machine_key()}]",
                 f"{way.name}: speed at {length:,} tokens",
                 length + self.chunk + _WRITING * self.written,
                 lambda on_step, way=way, length=length: dataclasses.asdict(  # type: ignore[misc]
