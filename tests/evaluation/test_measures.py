@@ -14,7 +14,14 @@ from rich.console import Console
 
 import everlong
 from everlong.errors import ConfigurationError, InputError, UnknownNameError
-from everlong.evaluation import invented_facts, long_inputs, memory_measure, resources, speed_measure
+from everlong.evaluation import (
+    invented_facts,
+    line_pictures,
+    long_inputs,
+    memory_measure,
+    resources,
+    speed_measure,
+)
 from everlong.evaluation.asking import answers
 from everlong.evaluation.comparison import MethodResult
 from everlong.evaluation.facts import fact_documents
@@ -600,3 +607,18 @@ def test_lines_are_drawn_for_many_ways_on_pages_of_either_brightness() -> None:
     ]
     light, dark = (draw_lines(panels, dark=kind) for kind in (False, True))
     assert light.startswith(b"\x89PNG") and light != dark
+
+
+def test_the_legend_names_each_line_once_as_it_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    original = line_pictures.as_png
+    monkeypatch.setattr(line_pictures, "as_png", lambda figure: drawn.append(figure) or original(figure))
+    names = ["_mine", "costs $5 or $", "plain"]
+    lines = tuple(Line(name, (1.0, 2.0), (3.0, 5.0)) for name in names)
+    draw_lines([Panel("one", "x", lines[:2]), Panel("two", "x", lines)], dark=False)
+    (legend,) = drawn[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == names
+    one, two = drawn[0].axes
+    colours = [handle.get_color() for handle in legend.get_lines()]
+    assert len(set(colours)) == 3 and [line.get_color() for line in one.lines] == colours[:2]
+    assert [line.get_color() for line in two.lines] == colours

@@ -181,6 +181,22 @@ def usable_methods(loaded: LoadedModel, options: dict[str, Any]) -> tuple[list[s
     return usable, refused
 
 
+def check_ways(loaded: LoadedModel, ways: Sequence[Way]) -> None:
+    """Refuse ways that cannot run with a model, before any of them reads.
+
+    Raises
+    ------
+    ConfigurationError
+        One cannot; the message says why.
+    """
+    for way in ways:
+        try:
+            with open_stream(loaded.model, way.policy, tier=way.tier):
+                pass
+        except EverlongError as error:
+            raise ConfigurationError(f"{way.name} cannot run here: {error}") from error
+
+
 def keeps_below(loaded: LoadedModel, way: Way) -> bool:
     """Whether what leaves the window goes to a tier, by that way to read."""
     if way.policy is None:

@@ -21,7 +21,7 @@ from everlong.evaluation.perplexity import read_on, write_on
 from everlong.evaluation.resources import machine_key
 from everlong.evaluation.speed import BLOCK, decode_seconds, step_seconds, wait_for
 from everlong.evaluation.streams import Stream, open_stream
-from everlong.evaluation.texts import LIBRARY, Excerpt, check_text, enough_text, text_key
+from everlong.evaluation.texts import LIBRARY, Excerpt, check_lengths, check_text, enough_text, text_key
 from everlong.models.files import human_bytes
 from everlong.models.head import Head
 from everlong.models.loading import LoadedModel
@@ -97,10 +97,7 @@ class SpeedByLength(Measure):
     written: int = 2 * BLOCK + 1
 
     def __post_init__(self) -> None:
-        if not self.lengths or min(self.lengths) < 1 or len(set(self.lengths)) != len(self.lengths):
-            raise ConfigurationError(
-                f"lengths must be whole numbers from 1 on, each once, not {self.lengths}"
-            )
+        check_lengths(self.lengths)
         for name in ("chunk", "written"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"{name} must be at least 1, not {getattr(self, name)}")

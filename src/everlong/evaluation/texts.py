@@ -176,6 +176,19 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
 
+def check_lengths(lengths: Sequence[int]) -> tuple[int, ...]:
+    """Return numbers of tokens, at least one, each at least 1 and given once.
+
+    Raises
+    ------
+    ConfigurationError
+        They are not.
+    """
+    if not lengths or min(lengths) < 1 or len(set(lengths)) != len(lengths):
+        raise ConfigurationError(f"lengths must be whole numbers from 1 on, each once, not {tuple(lengths)}")
+    return tuple(lengths)
+
+
 def check_text(text: str) -> None:
     """Refuse what is neither :data:`LIBRARY` nor a file that can be opened, before a model is loaded.
 
