@@ -4,6 +4,7 @@ import json
 
 import pytest
 from rich.console import Console
+from rich.progress import Progress
 
 from everlong.attention import POLICIES, LMInfinite
 from everlong.cli import bench_commands
@@ -420,15 +421,30 @@ def test_a_method_that_cannot_run_is_refused_before_another_reads(everlong, monk
     assert result.code == 2 and "impossible cannot run here: no such luck" in " ".join(result.err.split())
 
 
-def test_a_bar_follows_steps_and_what_they_tell():
-    target, rows = io.StringIO(), []
+def test_a_bar_follows_steps_and_what_they_tell(monkeypatch):
+    target, rows, bars = io.StringIO(), [], []
     console = Console(file=target, force_terminal=True, width=100)
+    update = Progress.update
+
+    def followed(self, task, **changes):
+        update(self, task, **changes)
+        at = self.tasks[0]
+        bars.append((at.completed, at.total, at.description, at.fields["note"]))
 
     def run(on_step):
         on_step(0.5, "halfway there")
         return {"done": len(rows)}
 
-    steps = [Step(f"step {number}", f"counting {number}", 10, run) for number in range(3)]
+    steps = [Step(f"step {number}", f"counting {number}", 10 * number, run) for number in (1, 2, 3)]
+    monkeypatch.setattr(Progress, "update", followed)
     measure_and_show(steps, None, rows, console)
     assert rows == [{"done": 0}, {"done": 1}, {"done": 2}]
+    assert bars == [
+        (5, 60, "counting 1", "halfway there"),
+        (10, 60, "counting 2", ""),
+        (20, 60, "counting 2", "halfway there"),
+        (30, 60, "counting 3", ""),
+        (45, 60, "counting 3", "halfway there"),
+        (60, 60, "counting 3", ""),
+    ]
     assert "done" not in target.getvalue()  # lines are for where no bar is drawn

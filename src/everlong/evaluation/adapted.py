@@ -14,7 +14,7 @@ from everlong.models.loading import LoadedModel
 
 @contextmanager
 def adapted(loaded: LoadedModel, folder: str | Path) -> Iterator[LoadedModel]:
-    """Yield a model with the adapter in a folder; it is as it was at the end.
+    """Yield a model with the adapter in a folder; it is as it was at the end, gradients wanted or not too.
 
     Parameters
     ----------
@@ -25,6 +25,7 @@ def adapted(loaded: LoadedModel, folder: str | Path) -> Iterator[LoadedModel]:
     """
     from peft import PeftModel
 
+    wanted = {parameter: parameter.requires_grad for parameter in loaded.model.parameters()}
     with while_peft_wraps():
         model: Any = PeftModel.from_pretrained(loaded.model, str(folder))
     try:
@@ -32,3 +33,5 @@ def adapted(loaded: LoadedModel, folder: str | Path) -> Iterator[LoadedModel]:
     finally:
         if not model.active_peft_config.is_prompt_learning:  # a cartridge leaves the model's layers alone
             model.unload()
+        for parameter, wants in wanted.items():
+            parameter.requires_grad_(wants)

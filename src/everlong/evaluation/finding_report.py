@@ -130,12 +130,19 @@ def save_html(report: FindingReport, path: Path) -> None:
 def page(report: FindingReport) -> str:
     """Return the report as one HTML page, its pictures in it; it asks no server for anything."""
     every = shares(report.found)
-    title = f"{'Methods side by side' if report.sections else 'What methods find'}: {report.model}"
+    has_ways = bool(every) or not report.sections or any(section.has_ways for section in report.sections)
+    what = "Methods side by side" if report.sections else "What methods find"
+    if not has_ways:
+        what = ", ".join(section.title for section in report.sections)
+    title = f"{what}: {report.model}"
     settings = ", ".join(f"{name}={value}" for name, value in report.settings.items()) or "none"
     body = [
         f"<h1>{escape(title)}</h1>",
         *([] if report.sections else [f"<p>{escape(_NOTE)}</p>"]),
-        f'<p class="dim">Options given to all methods that have them: {escape(settings)}.</p>',
+        *(
+            [f'<p class="dim">Options given to all methods that have them: {escape(settings)}.</p>']
+            * has_ways
+        ),
         *(f'<p class="dim">{escape(machine_line(machine))}</p>' for machine in report.machines),
     ]
     if report.left_out:

@@ -205,19 +205,20 @@ def keeps_below(loaded: LoadedModel, way: Way) -> bool:
         return any(memory.tier is not None for memory in stream.cache.memories.values())
 
 
-def whole_readers(ways: Sequence[Way], measure: str) -> list[Way]:
-    """Return the ways that read a text whole.
+def whole_readers(ways: Sequence[Way], measure: str, *, query_aware: bool = True) -> list[Way]:
+    """Return the ways that read a text whole; without those that are query-aware, where these do not count.
 
     Raises
     ------
     ConfigurationError
         There is none.
     """
-    some = [way for way in ways if way.cut is None]
+    some = [way for way in ways if way.cut is None and (query_aware or not way.is_query_aware)]
     if not some:
         names = ", ".join(way.name for way in ways) or "none"
         raise ConfigurationError(
-            f"{measure} is measured of methods that read a text whole, and there is none among: {names}; "
+            f"{measure} is measured of methods that read a text whole"
+            f"{'' if query_aware else ' without regard to a question'}, and there is none among: {names}; "
             "name one with --methods, such as stock"
         )
     return some

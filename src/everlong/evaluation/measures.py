@@ -102,6 +102,8 @@ class Section:
         The numbers, for JSON.
     remark : str
         What marks in the tables mean; shown in the terminal too, where the note is not.
+    has_ways : bool
+        Whether it is about ways to read; else about the model as it is.
     """
 
     name: str
@@ -111,6 +113,7 @@ class Section:
     pictures: tuple[Picture, ...]
     values: Any
     remark: str = ""
+    has_ways: bool = True
 
 
 class Measure(ABC):

@@ -51,13 +51,10 @@ def memory_section(name: str, rows: Sequence[dict[str, Any]]) -> Section:
         tables.append(_recall_table(title, by_what))
         bars = [(what, found.accuracy()) for what, found in by_what.items()]
         pictures.append(Picture(lambda dark, b=bars, t=title: draw_shares(b, t, dark=dark), title))  # type: ignore[misc]
-    text = "an unrelated text"
-    if rows and "standing" in rows[0]:
-        text = rows[0]["standing"]["text"]
-        learned = [row for row in rows[1:] if "standing" in row]
-        if learned:
-            tables.append(_forgetting_table(rows[0]["standing"], learned))
-            tables.append(_cost_table(learned))
+    before, learned = rows[0]["standing"], [row for row in rows[1:] if "standing" in row]
+    if learned:
+        tables.append(_forgetting_table(before, learned))
+        tables.append(_cost_table(learned))
     tables += [_answers(about, by_what) for about, by_what in recalls.items()]
     values = {
         "recall": {
@@ -67,15 +64,15 @@ def memory_section(name: str, rows: Sequence[dict[str, Any]]) -> Section:
         "forgetting": [
             {
                 "memory": row["memory"],
-                **_losses(rows[0]["standing"], row["standing"]),
+                **_losses(before, row["standing"]),
                 "learned": row["learned"],
             }
-            for row in rows[1:]
-            if "standing" in row
+            for row in learned
         ],
     }
-    note = _NOTE.format(text=text)
-    return Section(name, "Long-term memory", note, tuple(tables), tuple(pictures), values)
+    note = _NOTE.format(text=before["text"])
+    title = "Long-term memory"
+    return Section(name, title, note, tuple(tables), tuple(pictures), values, has_ways=False)
 
 
 def _gathered(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Recall]]:

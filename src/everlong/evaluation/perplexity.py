@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from everlong.errors import InputError, NumericalError
+from everlong.evaluation.speed import wait_for
 from everlong.evaluation.statistics import stream_interval
 from everlong.evaluation.streams import Stream
 from everlong.models.head import Head
@@ -132,7 +133,7 @@ def read_stream(
         piece = ids[begin : begin + chunk]
         started = time.perf_counter()
         hidden = stream.read(piece)
-        _synchronise(hidden)
+        wait_for(hidden)
         seconds = time.perf_counter() - started
         before = hidden[:-1] if carried is None else torch.cat((carried, hidden[:-1]))
         scored = head.surprisal(before, piece[len(piece) - len(before) :])
@@ -245,8 +246,3 @@ def bucketed(surprisal: Tensor, width: int, *, start: int = 0) -> list[Bucket]:
 
 def _exp(value: float) -> float:
     return math.exp(value) if value < 700 else math.inf
-
-
-def _synchronise(tensor: Tensor) -> None:
-    if tensor.device.type == "cuda":
-        torch.cuda.synchronize(tensor.device)

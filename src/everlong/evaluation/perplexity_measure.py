@@ -14,16 +14,17 @@ from everlong.evaluation.line_pictures import Line, Panel, draw_lines
 from everlong.evaluation.long_inputs import Way, seen_at_most, whole_readers
 from everlong.evaluation.measures import Measure, OnStep, Picture, Section, Step, Table
 from everlong.evaluation.texts import LIBRARY, Excerpt, check_text, enough_text, text_key
+from everlong.models.anatomy import decoder_of
 from everlong.models.files import human_bytes
 from everlong.models.loading import LoadedModel
 from everlong.reading.reports import Progress
 
-_AHEAD = "*"
+_AHEAD = "†"  # not *, which marks query-aware methods where these find something
 _MUCH = 3.0  # times stock's perplexity: heights go by powers of ten
 _NOTE = (
     "Each method reads the first {tokens:,} tokens of {text}, {chunk} at a time; lower is better. A token is "
-    "predicted from what the method still sees of those before it. A method that is query-aware chooses what "
-    "to keep when a text ends, and reads it as stock does."
+    "predicted from what the method still sees of those before it. Those that are query-aware are left out: "
+    "they choose what to keep when a text ends, and until then read it as stock does."
 )
 _WHY_AHEAD = (
     f"{_AHEAD} a little too good: queries of a group recall together, so earlier ones gain from later ones."
@@ -62,7 +63,7 @@ class PerplexityByPosition(Measure):
         check_text(self.text)
 
     def steps(self, loaded: LoadedModel, ways: Sequence[Way]) -> list[Step]:
-        """Return one for each way that reads a text whole."""
+        """Return one for each way that reads a text whole, and does not choose what to keep at its end."""
         excerpt = enough_text(loaded.tokenizer, self.text, self.tokens)
         width = self.width or math.ceil(self.tokens / 8)
         which = f"{text_key(excerpt, self.tokens)}, {self.tokens} tokens by {width}"
@@ -70,10 +71,10 @@ class PerplexityByPosition(Measure):
             Step(
                 f"perplexity; {way_key(way, self.chunk)}; {which}",
                 f"{way.name}: perplexity of {self.tokens:,} tokens",
-                self.tokens,
+                round(self.tokens * _scored(loaded)),
                 lambda on_step, way=way: self._read(loaded, way, excerpt, width, on_step),  # type: ignore[misc]
             )
-            for way in whole_readers(ways, self.name)
+            for way in whole_readers(ways, self.name, query_aware=False)
         ]
 
     def _read(
@@ -92,7 +93,6 @@ class PerplexityByPosition(Measure):
         )
         return {
             "result": found.results[0].as_json(),
-            "is_query_aware": way.is_query_aware,
             "text": found.text,
             "training_length": found.training_length,
         }
@@ -127,7 +127,7 @@ class PerplexityByPosition(Measure):
                 ),
                 is_detail=True,
             ),
-            _costs(names, results, [row["is_query_aware"] for row in rows]),
+            _costs(names, results),
         )
         mark = length if length is not None and length < self.tokens else None
         panels = _panels(names, results, mark)
@@ -135,6 +135,14 @@ class PerplexityByPosition(Measure):
         remark = _WHY_AHEAD if is_ahead else ""
         title = "Perplexity by position"
         return Section(self.name, title, note, tables, (picture,), list(rows), remark)
+
+
+def _scored(loaded: LoadedModel) -> float:
+    """Return in how many times the time that it is read in a token is read and scored, by weights, about."""
+    model: Any = loaded.model
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    decoder = sum(weight.numel() for weight in decoder_of(model).parameters()) - embedding.numel()
+    return float(1 + head.numel() / max(1, decoder))
 
 
 def _number(value: float) -> str:
@@ -149,7 +157,10 @@ def _ratios(result: MethodResult, results: Sequence[MethodResult]) -> list[float
     if stock is None:
         return None
     pairs = zip(result.buckets, stock.buckets, strict=True)
-    return [ours.perplexity / theirs.perplexity for ours, theirs in pairs]
+    return [
+        ours.perplexity / theirs.perplexity if math.isfinite(theirs.perplexity) else math.nan
+        for ours, theirs in pairs
+    ]
 
 
 def _in_times_of_stock(
@@ -184,11 +195,11 @@ def _line(name: str, result: MethodResult, values: Sequence[float]) -> Line:
     return Line(name, middles, tuple(value for _, value in finite))
 
 
-def _costs(names: Sequence[str], results: Sequence[MethodResult], aware: Sequence[bool]) -> Table:
+def _costs(names: Sequence[str], results: Sequence[MethodResult]) -> Table:
     """Return what reading took, as every row of a report has it."""
     tiers = list(dict.fromkeys(tier for result in results for tier in result.bytes))
     rows = []
-    for name, result, is_aware in zip(names, results, aware, strict=True):
+    for name, result in zip(names, results, strict=True):
         read = sum(chunk.tokens for chunk in result.chunks)
         rows.append(
             (
@@ -199,9 +210,8 @@ def _costs(names: Sequence[str], results: Sequence[MethodResult], aware: Sequenc
                 f"{sum(chunk.seconds for chunk in result.chunks):,.1f}",
                 f"{result.tokens_per_second:,.0f}",
                 *(human_bytes(result.bytes[tier]) if tier in result.bytes else "" for tier in tiers),
-                "yes" if is_aware else "no",
             )
         )
     headings = ("", "read", "seen", "lost", "seconds", "tokens/s", *(f"held: {tier}" for tier in tiers))
     title = "what reading took; scoring is not counted"
-    return Table(title, (*headings, "query-aware"), tuple(rows), is_wide=True)
+    return Table(title, headings, tuple(rows), is_wide=True)

@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any, ClassVar
 
@@ -172,7 +173,7 @@ class SpeedByLength(Measure):
             )
         ]
         told = "Reading and writing, by length"
-        text = "Python's own sources" if self.text == LIBRARY else self.text
+        text = "Python's own sources" if self.text == LIBRARY else Path(self.text).name
         note = _NOTE.format(text=text, chunk=self.chunk, steps=self.written)
         tables = tuple(
             table
