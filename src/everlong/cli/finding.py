@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from everlong.cli.measures import FINDING, MeasureOptions, measure_and_show, say_estimate
+from everlong.cli.measures import FINDING, MeasureOptions, measure_and_show, rounded_up, say_estimate
 from everlong.cli.options import MethodOptions, ModelOptions, OutputOptions, TierOptions, parse_settings
 from everlong.cli.policy_files import has_option, method_name
 from everlong.cli.terminal import notes, output, print_json, pull_progress
@@ -251,16 +250,10 @@ def _find(
             if not is_told and (one.way, one.task, one.length, one.sample) in left:
                 is_told = True
                 seconds = sum(left.values()) * one.answer.seconds / one.answer.read
-                console.print(f"at the rate of the first text this takes about {told_time(seconds)}")
+                console.print(f"at the rate of the first text this takes about {rounded_up(seconds)}")
             bars.update(task, advance=one.length, description=f"{one.way}, {one.task}, {one.length:,} tokens")
             if not is_drawn:
                 told = "found" if one.is_found else f"told {one.told:.0%} of it"
                 at = "" if one.depth is None else f", {one.depth:.0%} deep"
                 line = f"{one.way}: {one.task} in {one.length:,} tokens{at}: {told}"
                 console.print(line, style="dim", markup=False)
-
-
-def told_time(seconds: float) -> str:
-    """Say how long something takes: in minutes, or in hours."""
-    minutes = math.ceil(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes / 60:.0f} hours"

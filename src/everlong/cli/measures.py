@@ -190,7 +190,7 @@ def say_estimate(
     rate = reading_rate(loaded)
     for name, some in undone.items():
         if some:
-            told = duration(10 * math.ceil(sum(step.tokens for step in some) / rate / 10))
+            told = rounded_up(sum(step.tokens for step in some) / rate)
             console.print(
                 f"{name}: {len(some)} step{'s'[: len(some) != 1]}, about {told}", soft_wrap=True, markup=False
             )
@@ -235,3 +235,8 @@ def measure_and_show(
             bars.update(task, completed=done, description=following, note="")
             if not is_drawn:
                 console.print(f"{steps[len(rows) - 1].label}: done", style="dim", markup=False)
+
+
+def rounded_up(seconds: float) -> str:
+    """Tell how long something takes, to full tens of seconds, so that it is no promise."""
+    return duration(10 * math.ceil(seconds / 10))
