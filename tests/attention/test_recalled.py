@@ -47,9 +47,13 @@ POLICIES = {
     "inf-llm": InfLLM(window=16, sinks=2, recalled=6, block=3, representatives=2, group=8),
     "inf-llm, one block": InfLLM(window=12, sinks=0, recalled=4, block=4, representatives=9, group=5),
     "inf-llm, small groups": InfLLM(window=14, sinks=1, recalled=6, block=2, representatives=1, group=1),
-    "recall": Recall(window=16, sinks=2, recalled=6, block=3, group=8, layers=2, steps=3),
-    "recall, single keys": Recall(window=12, sinks=0, recalled=3, block=1, group=5, layers=1, steps=1),
-    "recall, many steps": Recall(window=12, sinks=1, recalled=4, block=2, group=5, layers=3, steps=7),
+    "recall": Recall(window=16, sinks=2, recalled=6, block=3, group=8, probes=3, layers=2, steps=3),
+    "recall, single keys": Recall(
+        window=12, sinks=0, recalled=3, block=1, group=5, probes=1, layers=1, steps=1
+    ),
+    "recall, many steps": Recall(
+        window=12, sinks=1, recalled=4, block=2, group=5, probes=9, layers=3, steps=7
+    ),
     "re-attention": ReAttention(window=16, sinks=2, recalled=6, votes=2, radius=1, group=8),
     "re-attention, single keys": ReAttention(window=12, sinks=0, recalled=3, votes=1, radius=0, group=5),
     "re-attention, wide": ReAttention(window=20, sinks=1, recalled=10, votes=3, radius=2, group=7),
@@ -253,6 +257,7 @@ def mutants(policy):
         "radius",
         "layers",
         "steps",
+        "probes",
     ):
         value = getattr(policy, field, None)
         if value is None:
@@ -272,14 +277,15 @@ def test_the_comparison_notices_other_constants(policy):
     seen = set()
     for field, mutant in mutants(right):
         with attach(model, mutant, tier=EXACT) as handle:
-            ours = read(model, handle.new_cache(), ids_of(2)[:1], CHUNKS["token by token"])
-        edges = groups(right, CHUNKS["token by token"])
+            chunks = CHUNKS["one call" if field == "probes" else "token by token"]  # a group is to differ
+            ours = read(model, handle.new_cache(), ids_of(2)[:1], chunks)
+        edges = groups(right, chunks)
         if off(ours, reference("grouped heads", policy, edges)) > 1e-4:
             seen.add(field)
     own = {
         "inf-llm": {"block", "representatives"},
         "re-attention": {"votes", "radius"},
-        "recall": {"block", "layers", "steps"},
+        "recall": {"block", "layers", "steps", "probes"},
         "quest": {"block", "recalled"},
         "infinite-hip": {"block", "recalled"},
     }
@@ -493,6 +499,7 @@ def test_tokens_cannot_be_taken_back_where_notes_are_taken(policy, name):
         (lambda: Recall(window=200, recalled=100).resolve(None), "use 96 or 128"),
         (lambda: Recall(block=0), "Recall: block must be a whole number"),
         (lambda: Recall(steps=0), "Recall: steps must be a whole number of at least 1"),
+        (lambda: Recall(probes=0), "Recall: probes must be a whole number of at least 1"),
         (lambda: Recall(window=40).resolve(None), "cannot hold 16 sinks, 0 recalled tokens"),
         (lambda: Quest(window=200, recalled=100).resolve(None), "use 96 or 112"),
         (lambda: Quest(block=1), "Quest: block must be a whole number of at least 2"),

@@ -270,7 +270,7 @@ def held_keys(view: LayerView) -> Tensor:
 
 
 def products_with(asked: Tensor, row: int, begin: int, stop: int, view: LayerView) -> Tensor:
-    """Return the products of `asked`, (key-value heads, d), with raw keys, added up over heads, shape (n,).
+    """Return the products of `asked`, (c, key-value heads, d), with raw keys, added up over heads: (n, c).
 
     Parameters
     ----------
@@ -291,7 +291,7 @@ def products_with(asked: Tensor, row: int, begin: int, stop: int, view: LayerVie
         found.append(tier.products(row, asked, begin - sinks, min(stop, in_tier) - sinks))
     if stop > in_tier:
         keys = view.raw(max(begin, in_tier), stop)[row].detach().to(asked.dtype)
-        found.append((keys @ asked[..., None]).sum((0, 2)))
+        found.append(torch.einsum("hnd,chd->nc", keys, asked))
     return found[0] if len(found) == 1 else torch.cat(found)
 
 
