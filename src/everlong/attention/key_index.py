@@ -155,11 +155,13 @@ class KeyIndex:
         scaled = asked * self._scales[row, which, :, None]  # (segments, channels, c)
         steps = (scaled.abs().amax(1) / 127).clamp(min=_LEAST)
         codes = (scaled / steps[:, None]).round().to(torch.int8)
-        segments = [self._segments[number][row] for number in numbers]
-        whole = torch.cat([_whole_products(*each) for each in zip(segments, codes, strict=True)]).float()
-        counts = torch.tensor([len(each) for each in segments], device=asked.device)
         shift = self._centers[row, which] @ asked
-        return whole.mul_(steps.repeat_interleave(counts, 0)).add_(shift.repeat_interleave(counts, 0))
+        segments = [self._segments[number][row] for number in numbers]
+        found = asked.new_empty(sum(map(len, segments)), asked.shape[1])
+        parts = torch.split(found, [len(segment) for segment in segments])
+        for segment, code, step, more, part in zip(segments, codes, steps, shift, parts, strict=True):
+            torch.addcmul(more, _whole_products(segment, code).float(), step, out=part)
+        return found
 
     def keys_at(self, row: int, tokens: Tensor) -> Tensor:
         """Return single keys of a row: of what is in bytes, ``center + scale * code``.

@@ -88,7 +88,12 @@ class Recall(BlockRecallPolicy):
         return chosen
 
     def standing(self, memory: LayerMemory, layer: int, pads: tuple[int, ...] | None) -> int | None:
-        """Return L where each row, its window full, sees what a token shortly before it chose."""
+        """Return L where each row, its window full, sees what a token shortly before it chose.
+
+        Not for subclasses that take notes of their own: they are to see every token.
+        """
+        if type(self).observe is not BlockRecallPolicy.observe:
+            return None
         notes = memory.index.get(_name(layer))
         if notes is None or memory.tier is None or memory.seen - max(pads or (0,)) < self._window:
             return None
@@ -114,7 +119,11 @@ class Recall(BlockRecallPolicy):
     def _note(self, row: int, asked: int, chosen: Choice, view: LayerView) -> None:
         """Note which query of a row asked, and which blocks it chose; these in order, behind them -1."""
         index, name = view.memory.index, _name(view.call.layer)
+        if len(chosen) > 1:  # a subclass whose heads choose for themselves
+            asked = _NEVER
         if name not in index:
+            if asked == _NEVER:
+                return
             with torch.inference_mode(False):  # later forwards, in whatever mode, write into it
                 room = 1 + self.shape()[1] // self.block
                 index[name] = torch.full((len(held_keys(view)), room), _NEVER)

@@ -53,7 +53,8 @@ class RecallPolicy(Policy):
 
     Up to W tokens a query sees all of them, at their true distances. From then on it sees its own latest L,
     and tokens that its group recalled from what had left that before the group's first query. So tokens that
-    leave within a group are not seen until the next; while writing there are none.
+    leave within a group are not seen until the next; nor, where written tokens see what one before them asked
+    for, those that leave until the next asks.
 
     Subclasses are dataclasses with the fields ``sinks``, ``window``, ``recalled`` and ``group``.
     """
