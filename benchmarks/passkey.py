@@ -2,6 +2,8 @@
 
     python benchmarks/passkey.py                                     # 8K, 3 texts of each kind
     python benchmarks/passkey.py --text library --window 1024 --lengths 4096 --digits 7 --samples 5
+    python benchmarks/passkey.py --text library --lengths 16384 --ways recall lm-infinite \
+        --output benchmarks/results/passkey_far.json                 # half an hour
     python benchmarks/passkey.py --lengths 4096 8192 16384 32768 --samples 5       # hours
 
 Every method has the same window and reads the same texts: a passkey of 7 or of 64 digits, ever deeper, and
