@@ -329,9 +329,7 @@ def test_one_page_holds_all_measures_and_goes_on_at_the_row_where_it_was_interru
 
 def test_measures_of_ones_own_text_need_no_tasks(everlong, novel):
     words = ("bench methods", "--measures", "perplexity", "--methods", "streaming-llm", "--text", novel)
-    result = everlong(
-        *words, "--lengths", "300", "--set", "window=50", "--bucket", 100, "--tasks", "nonsense"
-    )
+    result = everlong(*words, "--lengths", "300", "--set", "window=50", "--bucket", 100)
     assert result.code == 0, result.err
     assert "200-300" in result.out and "streaming-llm" in result.out and "stock" in result.out
 
@@ -356,15 +354,20 @@ def test_a_memory_is_asked_by_name_and_methods_are_not_tried(everlong, monkeypat
         (("--measures", "speed,speed"), "--measures names each once"),
         (("--measures", ","), "at least one: finding, perplexity, speed, memory"),
         (("--memory", "novel"), "--memory is for the measure memory: name it with --measures"),
-        (("--measures", "memory", "--bucket", "7"), "--bucket is for the measure perplexity"),
         (("--text", "novel.txt"), "--text is for the measure perplexity or speed or memory"),
-        (("--measures", "memory", "--memory", "x", "--documents", "2"), "where no --memory is named"),
-        (("--measures", "memory", "--recipe-set", "pases=1"), "passes"),
-        (("--measures", "memory", "--documents", "9999"), "no more"),
         (("--measures", "perplexity", "--text", "missing.txt"), "missing.txt"),
         (("--measures", "speed", "--text", "."), "name a file, not '.'"),
         (("--measures", "perplexity,finding", "--lengths", "300", "--tasks", "vt"), "does not fit into 300"),
-        (("--measures", "memory", "--tier", "disk"), "none of these methods keeps"),
+        (("--measures", "perplexity", "--text", ""), "name a file, not ''"),
+        (("--text", ""), "--text is for the measure perplexity or speed or memory"),
+        (("--measures", "speed", "--tasks", "vt"), "--tasks is for the measure finding: name it"),
+        (("--measures", "perplexity", "--samples", "5"), "--samples is for the measure finding"),
+        (("--measures", "perplexity", "--lengths", "64,64"), "lengths must be whole numbers from 1 on, each"),
+        (
+            ("--measures", "perplexity", "--lengths", "0"),
+            "lengths must be whole numbers from 1 on, each once",
+        ),
+        (("--measures", "speed", "--tier", "disk"), "none of these methods keeps"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_anything_is(everlong, monkeypatch, tmp_path, words, said):
@@ -372,6 +375,49 @@ def test_what_cannot_be_measured_is_refused_before_anything_is(everlong, monkeyp
     monkeypatch.setattr("everlong.evaluation.measures.taken", None)
     result = everlong("bench methods", "--methods", "stock", "--no-baselines", *words)
     assert result.code == 2 and said in " ".join(result.err.split()), result.err
+
+
+_OF_WAYS = "is for the measure finding or perplexity or speed: name it with --measures"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--bucket", "7"), "--bucket is for the measure perplexity"),
+        (("--memory", "x", "--documents", "2"), "where no --memory is named"),
+        (("--recipe-set", "pases=1"), "passes"),
+        (("--documents", "9999"), "no more"),
+        (("--memory", "nowel"), "nowel"),
+        (("--text", "missing.txt"), "missing.txt"),
+        (("--methods", "lm-infinite"), f"--methods {_OF_WAYS}"),
+        (("--set", "window=7"), f"--set {_OF_WAYS}"),
+        (("--lengths", "4k"), f"--lengths {_OF_WAYS}"),
+        (("--no-baselines",), f"--baselines {_OF_WAYS}"),
+        (("--tier", "disk"), f"--tier {_OF_WAYS}"),
+        (("--tier-precision", "int8"), f"--tier-precision {_OF_WAYS}"),
+    ],
+)
+def test_what_cannot_be_measured_of_memories_is_refused_before_a_model_is_loaded(
+    everlong, monkeypatch, tmp_path, words, said
+):
+    monkeypatch.setenv("EVERLONG_HOME", str(tmp_path))
+    monkeypatch.setattr("everlong.models.loading.load_model", None)
+    result = everlong("bench methods", "--measures", "memory", *words)
+    assert result.code == 2 and said in " ".join(result.err.split()), result.err
+
+
+def test_a_method_that_cannot_run_is_refused_before_another_reads(everlong, monkeypatch):
+    monkeypatch.setattr(POLICIES, "_entries", dict(POLICIES._entries))
+
+    @POLICIES.register("impossible")
+    @dataclasses.dataclass(frozen=True)
+    class Impossible(LMInfinite):
+        def resolve(self, training_length):
+            raise ConfigurationError("no such luck")
+
+    monkeypatch.setattr(finding, "answer", None)
+    result = everlong(*METHODS, "--tasks", "vt", "--methods", "lm-infinite,impossible", "--samples", 1)
+    assert result.code == 2 and "impossible cannot run here: no such luck" in " ".join(result.err.split())
 
 
 def test_a_bar_follows_steps_and_what_they_tell():

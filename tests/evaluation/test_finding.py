@@ -20,6 +20,7 @@ from everlong.evaluation.kept import KeptRows
 from everlong.evaluation.long_inputs import Way, answer, make_ways, usable_methods, with_baselines
 from everlong.evaluation.needles import Passkey, passkey
 from everlong.models.loading import LoadedModel
+from tests.evaluation.expected import Clock
 from tests.tiny import byte_llama, byte_tokenizer
 
 LENGTH, WINDOW = 900, 400
@@ -43,6 +44,19 @@ def test_stock_writes_what_the_model_writes(loaded, needle):
     assert given.text == loaded.tokenizer.decode(theirs, skip_special_tokens=True)
     assert (given.read, given.seen, given.forgotten) == (LENGTH, LENGTH, 0)
     assert given.seconds > 0 and given.decode_ms > 0 and given.bytes["window"] > 0
+
+
+def test_what_is_looked_up_every_few_tokens_counts_where_writing_is_timed(loaded, needle, monkeypatch):
+    clock, read, written = Clock(), long_inputs.write_on, []
+
+    def timed(stream, ids, logits):
+        written.append(ids)
+        clock.now += 100.0 if len(written) == 1 else 0.005 if len(written) % 4 == 0 else 0.001
+        return read(stream, ids, logits)
+
+    monkeypatch.setattr(long_inputs, "time", clock)
+    monkeypatch.setattr(long_inputs, "write_on", timed)
+    assert answer(loaded, Way("stock"), needle, max_new_tokens=9).decode_ms == pytest.approx(2)
 
 
 @pytest.mark.parametrize("cut", ["last", "first-and-last"])

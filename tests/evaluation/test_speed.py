@@ -1,4 +1,4 @@
-"""Speed at a depth: what is filled is what would be there, and rates are medians of what the clock says."""
+"""Speed at a depth: what is filled is what would be there, and rates are those of the clock."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from everlong.evaluation.speed import (
     random_ids,
     rates,
     rewind,
+    step_seconds,
 )
 from everlong.evaluation.streams import StockStream, open_stream
 from tests.evaluation.expected import A_KEY, Clock, stock_logits
@@ -177,10 +178,17 @@ def test_a_head_is_counted_where_there_is_one(model: Any, clock: Clock) -> None:
     assert decode_seconds(stream, tokens(1, 2)[0], SlowHead()) == [103, 103]
 
 
+def test_what_a_method_does_every_few_tokens_counts_and_a_moment_of_another_load_does_not() -> None:
+    cycles = [([0.0] * (each - 1) + [8.0]) * (64 // each) for each in (2, 4, 8, 16, 32)]
+    assert [step_seconds(steps) for steps in cycles] == [4, 2, 1, 0.5, 0.25]
+    assert step_seconds([1.0, 1.0, 7.0]) == 3 and step_seconds([2.0]) == 2
+    assert step_seconds([100.0] * 5 + [1.0] * 91) == 1
+
+
 def test_rates_are_medians_of_repeats_taken_in_turn_from_the_same_depth(model: Any, clock: Clock) -> None:
     log: list[Any] = []
     prefill = {"one": iter([9.0, 4.0, 5.0]), "other": iter([1.0, 2.0, 30.0])}
-    decode = {"one": iter([0.1, 0.9, 0.2] + [0.3] * 3 + [9.0] * 3), "other": iter([0.7] * 9)}
+    decode = {"one": iter([0.1, 0.2, 0.3] + [0.1, 0.1, 0.7] + [9.0] * 3), "other": iter([0.7] * 9)}
 
     def cost(name: str) -> Callable[[int], float]:
         return lambda length: next(decode[name] if length == 1 else prefill[name])

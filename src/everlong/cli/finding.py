@@ -93,18 +93,27 @@ def find_and_show(
     more : MeasureOptions, optional
         What is measured; what is found, by default.
     """
+    from everlong.evaluation.texts import check_lengths
+
     if method.attention is not None:
         raise ConfigurationError("--attention names one method; here --methods names all")
     if options.page is not None and options.page.suffix.lower() not in (".html", ".htm"):
         raise ConfigurationError(f"--output names a page, such as report.html, not {options.page}")
-    lengths = token_counts("--lengths", options.lengths)
+    lengths = check_lengths(token_counts("--lengths", options.lengths))
     more = more or MeasureOptions()
     wanted = more.names
     measures = [more.make(name, lengths) for name in wanted if name != FINDING]
     from everlong.evaluation.finding import FindingPlan
     from everlong.evaluation.finding_report import FindingReport, save_html, tables
     from everlong.evaluation.kept import KeptRows
-    from everlong.evaluation.long_inputs import CUTS, keeps_below, make_ways, usable_methods, with_baselines
+    from everlong.evaluation.long_inputs import (
+        CUTS,
+        check_ways,
+        keeps_below,
+        make_ways,
+        usable_methods,
+        with_baselines,
+    )
     from everlong.evaluation.page_parts import section_tables
     from everlong.evaluation.resources import describe_machine
 
@@ -138,6 +147,8 @@ def find_and_show(
             "none of these methods keeps what leaves its window: --tier and its like are for methods that "
             "recall it, such as --methods inf-llm"
         )
+    if not is_all:
+        check_ways(loaded, ways)
     kept = None
     if options.page is not None:
         setting = {"model": loaded.name, "weights": weights_hash(loaded.model)[:16]}

@@ -26,6 +26,25 @@ FINDING = "finding"
 MEASURES = (FINDING, "perplexity", "speed", "memory")
 """Every name that ``--measures`` takes."""
 
+_WITH_WAYS = (FINDING, "perplexity", "speed")
+_NEEDS = {
+    "tasks": ("--tasks", (FINDING,)),
+    "samples": ("--samples", (FINDING,)),
+    "methods": ("--methods", _WITH_WAYS),
+    "baselines": ("--baselines", _WITH_WAYS),
+    "settings": ("--set", _WITH_WAYS),
+    "lengths": ("--lengths", _WITH_WAYS),
+    "place": ("--tier", _WITH_WAYS),
+    "tier_precision": ("--tier-precision", _WITH_WAYS),
+    "tier_limit": ("--tier-limit", _WITH_WAYS),
+    "text": ("--text", ("perplexity", "speed", "memory")),
+    "bucket": ("--bucket", ("perplexity",)),
+    "memory": ("--memory", ("memory",)),
+    "documents": ("--documents", ("memory",)),
+    "recipe_settings": ("--recipe-set", ("memory",)),
+}
+"""Options by the name of their parameter, and the measures that go by each."""
+
 _PANEL = "Measures"
 _SECONDS = 5.0  # between two lines about a step, where no bar is drawn
 
@@ -97,7 +116,8 @@ class MeasureOptions:
         Raises
         ------
         ConfigurationError
-            One is unknown or named twice, or there is none, or an option is for one that is not among them.
+            One is unknown or named twice, or there is none; or facts are to be invented for a memory that is
+            there.
         """
         names = [name.strip() for name in self.measures.split(",") if name.strip()]
         for name in names:
@@ -105,17 +125,6 @@ class MeasureOptions:
                 raise unknown_name("measure", name, list(MEASURES))
         if not names or len(set(names)) != len(names):
             raise ConfigurationError(f"--measures names each once, and at least one: {', '.join(MEASURES)}")
-        needs: dict[str, tuple[Any, tuple[str, ...]]] = {
-            "--text": (self.text, ("perplexity", "speed", "memory")),
-            "--bucket": (self.bucket, ("perplexity",)),
-            "--memory": (self.memory, ("memory",)),
-            "--documents": (self.documents, ("memory",)),
-            "--recipe-set": (self.recipe_settings, ("memory",)),
-        }
-        for option, (value, wanted) in needs.items():
-            if value and not set(wanted) & set(names):
-                measures = " or ".join(wanted)
-                raise ConfigurationError(f"{option} is for the measure {measures}: name it with --measures")
         if self.memory and (self.documents or self.recipe_settings):
             raise ConfigurationError(
                 "--memory asks a memory that is there; --documents and --recipe-set are for invented facts, "
@@ -127,7 +136,7 @@ class MeasureOptions:
         """Make one of the measures, other than finding."""
         from everlong.evaluation.texts import LIBRARY
 
-        text = self.text or LIBRARY
+        text = LIBRARY if self.text is None else self.text
         if name == "perplexity":
             from everlong.evaluation.perplexity_measure import PerplexityByPosition
 
@@ -136,12 +145,36 @@ class MeasureOptions:
             from everlong.evaluation.speed_measure import SpeedByLength
 
             return SpeedByLength(tuple(lengths), text=text)
-        from everlong.evaluation.memory_measure import InventedFacts, StoredMemories
-
         if self.memory:
+            from everlong.evaluation.stored_memories import StoredMemories
+
             return StoredMemories(memories=tuple(self.memory), text=text)
+        from everlong.evaluation.invented_facts import InventedFacts
+
         settings: dict[str, Any] = parse_settings(self.recipe_settings, "--recipe-set")
         return InventedFacts(documents=self.documents or 1, settings=settings, text=text)
+
+
+def refuse_unused(context: typer.Context, names: Sequence[str]) -> None:
+    """Refuse options on the command line that none of these measures goes by.
+
+    Parameters
+    ----------
+    context : typer.Context
+        Of the command.
+    names : sequence of str
+        Of measures.
+
+    Raises
+    ------
+    ConfigurationError
+        There is one.
+    """
+    for parameter, (option, wanted) in _NEEDS.items():
+        source = context.get_parameter_source(parameter)
+        if source is not None and source.name == "COMMANDLINE" and not set(wanted) & set(names):
+            measures = " or ".join(wanted)
+            raise ConfigurationError(f"{option} is for the measure {measures}: name it with --measures")
 
 
 def say_estimate(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from everlong.cli.finding import ALL_METHODS, FindingOptions, find_and_show
-from everlong.cli.measures import MeasureOptions
+from everlong.cli.measures import MeasureOptions, refuse_unused
 from everlong.cli.options import MethodOptions, ModelOptions, OutputOptions, TierOptions
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ _TASKS = "passkey,passkey:digits=64,niah,niah_single_1,niah_multikey_2,niah_mult
 
 
 def methods(
+    context: typer.Context,
     model: ModelOptions,
     method: MethodOptions,
     finding: FindingOptions,
@@ -44,6 +45,7 @@ def methods(
     window has 2,048 tokens, unless `--set` says otherwise. Ctrl-C shows what was measured until then; with
     `--output` the same command goes on from there.
     """
+    refuse_unused(context, measured.names)
 
     def make_tasks() -> list[Task]:
         from everlong.evaluation import make_task

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from everlong.attention import POLICIES, Policy, Tier, make_policy, with_sinks
 from everlong.errors import ConfigurationError
-from everlong.evaluation.perplexity import Bucket, Chunk, bucketed, read_on, read_stream
+from everlong.evaluation.perplexity import Bucket, Chunk, bucketed, read_stream, write_on
 from everlong.evaluation.resources import describe_machine
+from everlong.evaluation.speed import step_seconds
 from everlong.evaluation.streams import Stream, open_stream
 from everlong.models.anatomy import decoder_of, training_length_of
 from everlong.models.head import Head
@@ -93,7 +94,8 @@ class MethodResult:
     chunks : tuple of Chunk
         Seconds and bytes by position.
     decode_ms : float
-        Median milliseconds to write a token after the text; NaN if none was written.
+        Milliseconds to write a token after the text, the mean: what a method does every few tokens counts.
+        NaN if none was written. In results made before 2026-11-29, the median.
     continuation : str
         What was written.
     bytes : dict of str to int
@@ -311,7 +313,7 @@ def compare_methods(
                     options,
                     tuple(bucketed(reading.surprisal, plan.width)),
                     reading.chunks,
-                    1000 * median(seconds[:-1]) if len(seconds) > 1 else math.nan,
+                    1000 * step_seconds(seconds[:-1]) if len(seconds) > 1 else math.nan,
                     "".join(pieces),
                     *accounts,
                     looks_ahead=method.policy is not None and method.policy.looks_ahead,
@@ -359,8 +361,9 @@ def _write(
     detokenizer = Detokenizer(tokenizer, recent)
     for _ in range(steps):
         started = time.perf_counter()
-        token = sampler(head.logits(hidden)[0], recent)
-        hidden = read_on(stream, head, torch.tensor([token], device=hidden.device), hidden)
+        logits = head.logits(hidden)
+        token = sampler(logits[0], recent)
+        hidden = write_on(stream, torch.tensor([token], device=hidden.device), logits)
         spent = time.perf_counter() - started
         recent.append(token)
         yield detokenizer.put(token), spent

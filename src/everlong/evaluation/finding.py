@@ -17,6 +17,7 @@ from everlong.evaluation.long_inputs import Answer, Way, answer
 from everlong.evaluation.needles import Passkey
 from everlong.evaluation.statistics import Interval, share_interval
 from everlong.evaluation.tasks import Sample, Task
+from everlong.evaluation.texts import check_lengths
 from everlong.models.loading import LoadedModel
 
 
@@ -42,10 +43,7 @@ class FindingPlan:
     chunk: int = 512
 
     def __post_init__(self) -> None:
-        if not self.lengths or min(self.lengths) < 1 or len(set(self.lengths)) != len(self.lengths):
-            raise ConfigurationError(
-                f"lengths must be whole numbers from 1 on, each once, not {self.lengths}"
-            )
+        check_lengths(self.lengths)
         labels = [task.label for task in self.tasks]
         if not labels or len(set(labels)) != len(labels):
             raise ConfigurationError(f"name each of the tasks once, and at least one: {', '.join(labels)}")

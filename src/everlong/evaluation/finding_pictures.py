@@ -83,7 +83,7 @@ def draw_bars(every: Sequence[FoundShare], *, dark: bool) -> bytes:
                 error_kw={"ecolor": INK[dark], "lw": 0.7, "alpha": 0.6},
                 label=short(length),
             )
-        panel.set_yticks(range(len(ways)), ways)
+        panel.set_yticks(range(len(ways)), ways, parse_math=False)
         panel.set_ylim(len(ways) - 0.5, -0.5)
         panel.set_xlim(0, 103)
         panel.grid(axis="x", alpha=0.25)
@@ -115,7 +115,7 @@ def draw_shares(every: Sequence[tuple[str, Interval]], title: str, *, dark: bool
         color=_LENGTHS[1],
         error_kw={"ecolor": INK[dark], "lw": 0.7, "alpha": 0.6},
     )
-    axes.set_yticks(range(len(every)), names)
+    axes.set_yticks(range(len(every)), names, parse_math=False)
     axes.set_ylim(len(every) - 0.5, -0.5)
     axes.set_xlim(0, 103)
     axes.grid(axis="x", alpha=0.25)

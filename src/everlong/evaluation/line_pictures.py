@@ -63,11 +63,12 @@ class Panel:
 def draw_lines(panels: Sequence[Panel], *, dark: bool) -> bytes:
     """Return a PNG of panels side by side, with one legend."""
     names = list(dict.fromkeys(line.name for panel in panels for line in panel.lines))
+    handles: dict[str, Any] = {}  # by name: matplotlib's own list leaves out names that begin with _
     figure = new_figure((2.2 + 4.6 * len(panels), max(3.0, 0.6 + 0.19 * len(names))))
     for panel, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
         for line in panel.lines:
             at = names.index(line.name)
-            axes.plot(
+            (handles[line.name],) = axes.plot(
                 line.x,
                 line.y,
                 _DASHES[at // len(_COLOURS) % len(_DASHES)],
@@ -75,7 +76,6 @@ def draw_lines(panels: Sequence[Panel], *, dark: bool) -> bytes:
                 ms=3,
                 lw=1.4,
                 color=_COLOURS[at % len(_COLOURS)],
-                label=line.name,
             )
         if panel.is_log:
             _by_powers(axes)
@@ -103,8 +103,7 @@ def draw_lines(panels: Sequence[Panel], *, dark: bool) -> bytes:
         axes.set_xlabel(panel.x_title, fontsize=8, color=INK[dark])
         finish_panel(axes, panel.title, dark)
         axes.tick_params(which="minor", labelsize=7, colors=INK[dark], length=2)
-    handles = {label: handle for axes in figure.axes for handle, label in _legend(axes)}
-    figure.legend(
+    legend = figure.legend(
         [handles[name] for name in names],
         names,
         loc="outside right upper",
@@ -112,11 +111,9 @@ def draw_lines(panels: Sequence[Panel], *, dark: bool) -> bytes:
         fontsize=8,
         labelcolor=INK[dark],
     )
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     return as_png(figure)
-
-
-def _legend(axes: Any) -> list[tuple[Any, str]]:
-    return list(zip(*axes.get_legend_handles_labels(), strict=True))
 
 
 def _by_powers(axes: Any) -> None:

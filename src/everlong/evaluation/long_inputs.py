@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from statistics import median
 from typing import Any, Literal
 
 import torch
@@ -14,7 +13,8 @@ from torch import Tensor
 from everlong.attention import POLICIES, FullAttention, Policy, Tier, make_policy
 from everlong.errors import ConfigurationError, EverlongError
 from everlong.evaluation.comparison import STOCK, make_methods
-from everlong.evaluation.perplexity import read_on
+from everlong.evaluation.perplexity import read_on, write_on
+from everlong.evaluation.speed import step_seconds, wait_for
 from everlong.evaluation.streams import open_stream
 from everlong.evaluation.tasks import Sample
 from everlong.models.head import Head
@@ -88,13 +88,14 @@ class Answer:
     seen : int
         Keys that a token sees at most, of a policy with a window; otherwise as many as were read.
     forgotten : int
-        Tokens lost for good, those that were cut away among them.
+        Tokens lost for good once all was read, those that were cut away among them.
     bytes : dict of str to int
-        Held at the end, by tier.
+        Held then, by tier.
     seconds : float
-        To read.
+        To read, and to choose what to keep.
     decode_ms : float
-        Median milliseconds to write a token.
+        Milliseconds to write a token, the mean: what a method does every few tokens counts. The first is left
+        out where there are others. In rows kept before 2026-11-29, the median of all.
     """
 
     text: str
@@ -180,12 +181,51 @@ def usable_methods(loaded: LoadedModel, options: dict[str, Any]) -> tuple[list[s
     return usable, refused
 
 
+def check_ways(loaded: LoadedModel, ways: Sequence[Way]) -> None:
+    """Refuse ways that cannot run with a model, before any of them reads.
+
+    Raises
+    ------
+    ConfigurationError
+        One cannot; the message says why.
+    """
+    for way in ways:
+        try:
+            with open_stream(loaded.model, way.policy, tier=way.tier):
+                pass
+        except EverlongError as error:
+            raise ConfigurationError(f"{way.name} cannot run here: {error}") from error
+
+
 def keeps_below(loaded: LoadedModel, way: Way) -> bool:
     """Whether what leaves the window goes to a tier, by that way to read."""
     if way.policy is None:
         return False
     with open_stream(loaded.model, way.policy) as stream:
         return any(memory.tier is not None for memory in stream.cache.memories.values())
+
+
+def whole_readers(ways: Sequence[Way], measure: str) -> list[Way]:
+    """Return the ways that read a text whole.
+
+    Raises
+    ------
+    ConfigurationError
+        There is none.
+    """
+    some = [way for way in ways if way.cut is None]
+    if not some:
+        names = ", ".join(way.name for way in ways) or "none"
+        raise ConfigurationError(
+            f"{measure} is measured of methods that read a text whole, and there is none among: {names}; "
+            "name one with --methods, such as stock"
+        )
+    return some
+
+
+def seen_at_most(read: int, options: dict[str, Any]) -> int:
+    """Return how many keys a token sees at most, once so many were read."""
+    return min(read, options.get("window") or read)
 
 
 def _has(kind: type[Policy], option: str) -> bool:
@@ -233,17 +273,19 @@ def answer(
         hidden = None
         for piece in (*torch.split(context, chunk), question):
             hidden = read_on(stream, head, piece, hidden)
+        stream.end_reading()  # what a method spends on choosing what to keep is a part of reading
         assert hidden is not None
-        _wait_for(hidden)
+        wait_for(hidden)
         seconds = time.perf_counter() - begun
-        stream.end_reading()
+        forgotten, held = stream.forgotten, stream.bytes()
         written: list[int] = []
         times: list[float] = []
         for _ in range(limit):
             begun = time.perf_counter()
-            written.append(int(head.logits(hidden)[0].argmax()))
-            hidden = read_on(stream, head, context.new_tensor(written[-1:]), hidden)
-            _wait_for(hidden)
+            logits = head.logits(hidden)
+            written.append(int(logits[0].argmax()))
+            hidden = write_on(stream, context.new_tensor(written[-1:]), logits)
+            wait_for(hidden)
             times.append(time.perf_counter() - begun)
         span = None if way.policy is None else stream.described()[1].get("window")
         read = len(context) + len(question)
@@ -252,10 +294,10 @@ def answer(
             str(tokenizer.decode(written[:end], skip_special_tokens=True)),
             read,
             read if span is None else min(read, span),
-            stream.forgotten + len(sample.context) - len(context),
-            stream.bytes(),
+            forgotten + len(sample.context) - len(context),
+            held,
             seconds,
-            1000 * median(times),
+            1000 * step_seconds(times[1:] or times),
         )
 
 
@@ -264,8 +306,3 @@ def end_tokens(loaded: LoadedModel) -> frozenset[int]:
     configured = getattr(getattr(loaded.model, "generation_config", None), "eos_token_id", None)
     ends = set(configured) if isinstance(configured, (list, tuple)) else {configured}
     return frozenset(token for token in (*ends, loaded.tokenizer.eos_token_id) if token is not None)
-
-
-def _wait_for(tensor: Tensor) -> None:
-    if tensor.device.type == "cuda":
-        torch.cuda.synchronize(tensor.device)

@@ -22,6 +22,7 @@ from everlong.evaluation.speed import (
     prefill_seconds,
     random_ids,
     read_random,
+    step_seconds,
 )
 from everlong.evaluation.speed_report import DepthSpeed, Side, SpeedPlan, SpeedReport
 from everlong.evaluation.streams import PolicyStream, StockStream, Stream, open_stream
@@ -147,7 +148,7 @@ class _Bench:
                 ids = random_ids(stream.decoder, self.plan.chunk + self.plan.steps, self.generator)
                 samples.prefill[number].append(prefill_seconds(stream, ids[: self.plan.chunk]))
                 steps = decode_seconds(stream, ids[self.plan.chunk :], self.heads[number])
-                samples.decode[number].append(median(steps))
+                samples.decode[number].append(step_seconds(steps))
             bookmark.go_back()
             samples.floors.append(kernels.measure())
             samples.flops.append(self.rooflines.flops())

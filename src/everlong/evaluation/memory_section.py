@@ -17,16 +17,18 @@ from everlong.models.files import human_bytes
 
 ALONE = "no memory"
 WHOLE = "no memory, reading the whole text"
+SHOWN = f"{WHOLE}, behind examples"
 OWN = "the memory"
 OTHER = "a memory of another document"
 
 _NOTE = (
-    "The model as it is, whatever the methods above, answers with nothing before the question, which it is "
-    "asked as sessions ask. An answer is right if its first words are; beside stands how many have it "
-    "anywhere. A memory's own pairs are what it learned by heart; invented facts are asked in other words "
-    "too, and in reverse (the person for the fact). Forgetting is what a memory costs where it has nothing "
-    "to tell: the loss on {text}, in nats a token, and words left out of it. Intervals are of 95 %, "
-    "differences are paired."
+    "The model is asked as sessions ask, with none of the methods, and with nothing before the question but "
+    "what is named: the text, and behind examples also another text before it, with questions and answers "
+    "that show what an answer looks like; a memory is given none. An answer is right if its first words are; "
+    "beside stands how many have it anywhere. A memory's own pairs are what it learned by heart; invented "
+    "facts are asked in other words too, and in reverse (the person for the fact). Forgetting is what a "
+    "memory costs where it has nothing to tell: the loss on {text}, in nats a token, and words left out of "
+    "it. Intervals are of 95 %, differences are paired."
 )
 
 

@@ -188,6 +188,29 @@ def read_on(stream: Stream, head: Head, ids: Tensor, after: Tensor | None) -> Te
     return hidden[-1:]
 
 
+def write_on(stream: Stream, ids: Tensor, logits: Tensor) -> Tensor:
+    """Read a token that was just written; its surprisal is told from the logits that it was chosen by.
+
+    Parameters
+    ----------
+    stream : Stream
+        What reads.
+    ids : Tensor
+        Shape (1,).
+    logits : Tensor
+        Of that token, shape (1, vocabulary).
+
+    Returns
+    -------
+    Tensor
+        The hidden state after it, shape (1, d).
+    """
+    hidden = stream.read(ids)
+    if stream.wants_surprisal:
+        stream.told(ids, logits.logsumexp(-1) - logits[:, int(ids)])
+    return hidden[-1:]
+
+
 def bucketed(surprisal: Tensor, width: int, *, start: int = 0) -> list[Bucket]:
     """Return perplexity by position, in buckets of `width` tokens.
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from everlong.errors import ConfigurationError, InputError
+from everlong.errors import ConfigurationError
 from everlong.evaluation.comparison import STOCK, Method, MethodResult, Plan, compare_methods
 from everlong.evaluation.finding import way_key
 from everlong.evaluation.line_pictures import Line, Panel, draw_lines
-from everlong.evaluation.long_inputs import Way
+from everlong.evaluation.long_inputs import Way, seen_at_most, whole_readers
 from everlong.evaluation.measures import Measure, OnStep, Picture, Section, Step, Table
-from everlong.evaluation.texts import LIBRARY, Excerpt, haystack
+from everlong.evaluation.texts import LIBRARY, Excerpt, check_text, enough_text, text_key
 from everlong.models.files import human_bytes
 from everlong.models.loading import LoadedModel
 from everlong.reading.reports import Progress
@@ -60,6 +59,7 @@ class PerplexityByPosition(Measure):
                 raise ConfigurationError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.width is not None and self.width < 1:
             raise ConfigurationError(f"width must be at least 1, not {self.width}")
+        check_text(self.text)
 
     def steps(self, loaded: LoadedModel, ways: Sequence[Way]) -> list[Step]:
         """Return one for each way that reads a text whole."""
@@ -135,52 +135,6 @@ class PerplexityByPosition(Measure):
         remark = _WHY_AHEAD if is_ahead else ""
         title = "Perplexity by position"
         return Section(self.name, title, note, tables, (picture,), list(rows), remark)
-
-
-def enough_text(tokenizer: Any, text: str, tokens: int) -> Excerpt:
-    """Return the first `tokens` tokens of a file, or of Python's own sources.
-
-    Raises
-    ------
-    InputError
-        There are fewer, or the file cannot be read.
-    """
-    excerpt = haystack(tokenizer, text, tokens)
-    if len(excerpt.ids) < tokens:
-        raise InputError(
-            f"{excerpt.name} has {len(excerpt.ids):,} tokens, fewer than the {tokens:,} that are to be read: "
-            "name a longer --text, or shorter --lengths"
-        )
-    return excerpt
-
-
-def text_key(excerpt: Excerpt, tokens: int) -> str:
-    """Return what tells the first tokens of a text from all others."""
-    digest = hashlib.sha256(str(excerpt.ids[:tokens].tolist()).encode()).hexdigest()[:12]
-    return f"{excerpt.name} [{digest}]"
-
-
-def whole_readers(ways: Sequence[Way], measure: str) -> list[Way]:
-    """Return the ways that read a text whole.
-
-    Raises
-    ------
-    ConfigurationError
-        There is none.
-    """
-    some = [way for way in ways if way.cut is None]
-    if not some:
-        names = ", ".join(way.name for way in ways) or "none"
-        raise ConfigurationError(
-            f"{measure} is measured of methods that read a text whole, and there is none among: {names}; "
-            "name one with --methods, such as stock"
-        )
-    return some
-
-
-def seen_at_most(read: int, options: dict[str, Any]) -> int:
-    """Return how many keys a token sees at most, once so many were read."""
-    return min(read, options.get("window") or read)
 
 
 def _number(value: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import sys
@@ -34,6 +35,12 @@ def describe_machine() -> dict[str, Any]:
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "not set"),
         "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "not set"),
     }
+
+
+def machine_key() -> str:
+    """Return what tells this machine and its versions from all others, whatever the day."""
+    machine = {name: value for name, value in describe_machine().items() if name != "date"}
+    return hashlib.sha256(repr(sorted(machine.items())).encode()).hexdigest()[:12]
 
 
 def machine_line(machine: dict[str, Any]) -> str:

@@ -15,21 +15,23 @@ from torch import Tensor
 from everlong.errors import ConfigurationError
 from everlong.evaluation.finding import way_key
 from everlong.evaluation.line_pictures import Line, Panel, draw_lines
-from everlong.evaluation.long_inputs import Way
+from everlong.evaluation.long_inputs import Way, seen_at_most, whole_readers
 from everlong.evaluation.measures import Measure, OnStep, Picture, Section, Step, Table
-from everlong.evaluation.perplexity import read_on
-from everlong.evaluation.perplexity_measure import enough_text, seen_at_most, text_key, whole_readers
-from everlong.evaluation.speed import decode_seconds, wait_for
+from everlong.evaluation.perplexity import read_on, write_on
+from everlong.evaluation.resources import machine_key
+from everlong.evaluation.speed import BLOCK, decode_seconds, step_seconds, wait_for
 from everlong.evaluation.streams import Stream, open_stream
-from everlong.evaluation.texts import LIBRARY, Excerpt
+from everlong.evaluation.texts import LIBRARY, Excerpt, check_lengths, check_text, enough_text, text_key
 from everlong.models.files import human_bytes
 from everlong.models.head import Head
 from everlong.models.loading import LoadedModel
 
+_WRITING = 8  # tokens read in the time that one is written, about
 _LAST = 4  # chunks whose median is the rate at the end
 _NOTE = (
     "Each method reads the beginning of {text}, {chunk} tokens at a time, and then writes {steps} tokens: "
-    "medians of these, the head included. At the end is the median rate of the last chunks, up to four. A "
+    "means of these less the first, the head included, in whole cycles, so that what a method looks up every "
+    "few tokens counts. At the end is the median rate of the last chunks, up to four. A "
     "chunk is read beforehand, to warm up. Each row was measured once, by itself, with the weights as they "
     "were loaded: nothing else should have been running. everlong bench speed measures one method against "
     "stock in turn, with packed weights. Methods that cut a text to the window read as stock does at that "
@@ -48,15 +50,15 @@ class Pace:
     length : int
         Tokens of the text.
     seconds : float
-        To read all of them.
+        To read all of them, and to choose what to keep, where a method does that at the end.
     tokens_per_second, last_tokens_per_second : float
-        Read, of the whole text and where it ends.
+        Read, of the whole text, with that choice, and of the last chunks, without it.
     decode_ms : float
-        Median milliseconds to write a token behind it.
+        Milliseconds to write a token behind it, as of :func:`~everlong.evaluation.speed.step_seconds`.
     seen, forgotten : int
-        Keys that a token sees at most; tokens lost for good.
+        Keys that a token sees at most; tokens lost for good, once the text was read.
     bytes : dict of str to int
-        Held at the end, by tier.
+        Held then, by tier.
     is_query_aware : bool
         Whether the method chooses what it keeps when the text ends.
     """
@@ -84,7 +86,7 @@ class SpeedByLength(Measure):
     text : str
         A file, or ``"library"``: Python's own sources.
     chunk, written : int
-        Tokens of one forward; tokens written after the text.
+        Tokens of one forward; tokens written after the text, the first of which is not counted.
     """
 
     name: ClassVar[str] = "speed"
@@ -92,16 +94,14 @@ class SpeedByLength(Measure):
     lengths: tuple[int, ...]
     text: str = LIBRARY
     chunk: int = 512
-    written: int = 20
+    written: int = 2 * BLOCK + 1
 
     def __post_init__(self) -> None:
-        if not self.lengths or min(self.lengths) < 1 or len(set(self.lengths)) != len(self.lengths):
-            raise ConfigurationError(
-                f"lengths must be whole numbers from 1 on, each once, not {self.lengths}"
-            )
+        check_lengths(self.lengths)
         for name in ("chunk", "written"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"{name} must be at least 1, not {getattr(self, name)}")
+        check_text(self.text)
 
     def steps(self, loaded: LoadedModel, ways: Sequence[Way]) -> list[Step]:
         """Return one for each length and each way that reads a text whole; shorter ones first."""
@@ -110,9 +110,9 @@ class SpeedByLength(Measure):
         return [
             Step(
                 f"speed; {way_key(way, self.chunk)}; {text_key(excerpt, length + self.written)}, "
-                f"{length} tokens + {self.written}",
+                f"{length} tokens + {self.written}; machine [{machine_key()}]",
                 f"{way.name}: speed at {length:,} tokens",
-                length + self.chunk,
+                length + self.chunk + _WRITING * self.written,
                 lambda on_step, way=way, length=length: dataclasses.asdict(  # type: ignore[misc]
                     self._timed(loaded, way, length, excerpt, on_step)
                 ),
@@ -139,7 +139,12 @@ class SpeedByLength(Measure):
                 if len(piece) == self.chunk or not rates:
                     rates.append(len(piece) / spent)
                 on_step(stream.seen / length, f"{rates[-1]:,.0f} tokens/s")
+            assert hidden is not None
+            begun = time.perf_counter()
             stream.end_reading()
+            wait_for(hidden)
+            seconds += time.perf_counter() - begun
+            forgotten, held = stream.forgotten, stream.bytes()
             written = ids[length : length + self.written]
             steps = _write(loaded, stream, head, written, hidden)
             return Pace(
@@ -148,10 +153,10 @@ class SpeedByLength(Measure):
                 seconds,
                 length / seconds,
                 median(rates[-_LAST:]),
-                1000 * median(steps),
+                1000 * step_seconds(steps),
                 seen_at_most(length, stream.described()[1]),
-                stream.forgotten,
-                stream.bytes(),
+                forgotten,
+                held,
                 way.is_query_aware,
             )
 
@@ -179,19 +184,17 @@ class SpeedByLength(Measure):
         return Section(self.name, "Speed by length", note, tables, pictures, list(rows))
 
 
-def _write(
-    loaded: LoadedModel, stream: Stream, head: Head, ids: Tensor, hidden: Tensor | None
-) -> list[float]:
+def _write(loaded: LoadedModel, stream: Stream, head: Head, ids: Tensor, hidden: Tensor) -> list[float]:
     """Return the seconds of each token that is written, the first behind a text left out where it can be."""
     if not stream.wants_surprisal:
         model: Any = loaded.model
         spent = decode_seconds(stream, ids, model.get_output_embeddings())
     else:
-        spent = []
+        spent, logits = [], head.logits(hidden)
         for token in ids:
             begun = time.perf_counter()
-            hidden = read_on(stream, head, token[None], hidden)
-            wait_for(head.logits(hidden))
+            logits = head.logits(write_on(stream, token[None], logits))
+            wait_for(logits)
             spent.append(time.perf_counter() - begun)
     return spent[1:] or spent
 

@@ -49,7 +49,7 @@ class Side:
     Attributes
     ----------
     decode_ms : float
-        Of one step, head included.
+        Of one step, head included; of each repeat as of :func:`~everlong.evaluation.speed.step_seconds`.
     prefill_tokens_per_second : float
         Of a chunk, no head.
     prefill_flops : int

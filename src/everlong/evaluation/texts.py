@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -146,6 +147,60 @@ def haystack(tokenizer: Any, text: str, length: int) -> Excerpt:
     others = sorted(path.name for path in Path(sysconfig.get_path("stdlib")).glob("*.py"))
     files = [*LIBRARY_FILES, *(name for name in others if name not in LIBRARY_FILES)]
     return dataclasses.replace(standard_library(tokenizer, length, files), name="Python's own sources")
+
+
+def enough_text(tokenizer: Any, text: str, tokens: int) -> Excerpt:
+    """Return the first `tokens` tokens of a file, or of Python's own sources.
+
+    Raises
+    ------
+    InputError
+        There are fewer, or the file cannot be read.
+    """
+    excerpt = haystack(tokenizer, text, tokens)
+    if len(excerpt.ids) < tokens:
+        raise InputError(
+            f"{excerpt.name} has {len(excerpt.ids):,} tokens, fewer than the {tokens:,} that are to be read: "
+            "name a longer --text, or shorter --lengths"
+        )
+    return excerpt
+
+
+def text_key(excerpt: Excerpt, tokens: int) -> str:
+    """Return what tells the first tokens of a text from all others."""
+    return f"{excerpt.name} [{digest(str(excerpt.ids[:tokens].tolist()))}]"
+
+
+def digest(text: str) -> str:
+    """Return a few letters that tell a text from all others."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+
+
+def check_lengths(lengths: Sequence[int]) -> tuple[int, ...]:
+    """Return numbers of tokens, at least one, each at least 1 and given once.
+
+    Raises
+    ------
+    ConfigurationError
+        They are not.
+    """
+    if not lengths or min(lengths) < 1 or len(set(lengths)) != len(lengths):
+        raise ConfigurationError(f"lengths must be whole numbers from 1 on, each once, not {tuple(lengths)}")
+    return tuple(lengths)
+
+
+def check_text(text: str) -> None:
+    """Refuse what is neither :data:`LIBRARY` nor a file that can be opened, before a model is loaded.
+
+    Raises
+    ------
+    ConfigurationError
+        It is no file.
+    InputError
+        It is not there, empty, or cannot be opened.
+    """
+    if text != LIBRARY:
+        open_source(regular_file(text), 0).close()
 
 
 def regular_file(text: str) -> Path:
