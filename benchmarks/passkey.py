@@ -2,6 +2,8 @@
 
     python benchmarks/passkey.py                                     # 8K, 3 texts of each kind
     python benchmarks/passkey.py --text library --window 1024 --lengths 4096 --digits 7 --samples 5
+    python benchmarks/passkey.py --text library --lengths 16384 --ways recall lm-infinite \
+        --output benchmarks/results/passkey_far.json                 # half an hour
     python benchmarks/passkey.py --lengths 4096 8192 16384 32768 --samples 5       # hours
 
 Every method has the same window and reads the same texts: a passkey of 7 or of 64 digits, ever deeper, and
@@ -39,6 +41,9 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "inf-llm, blocks of 16": ("inf-llm", {"block": 16, "sinks": 16}),
     "re-attention": ("re-attention", {}),
     "recall": ("recall", {}),
+    "recall, probes=1": ("recall", {"probes": 1}),
+    "recall, steps=1": ("recall", {"steps": 1}),
+    "recall, steps=16": ("recall", {"steps": 16}),
     "recall, layers=3": ("recall", {"layers": 3}),
     "recall, blocks of 128": ("recall", {"block": 128}),
     "quest": ("quest", {}),

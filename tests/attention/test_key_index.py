@@ -30,18 +30,18 @@ def keys_of(count, seed=0):
 
 
 def asked_of(seed=1):
-    return torch.randn(HEADS, SIZE, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(3, HEADS, SIZE, generator=torch.Generator().manual_seed(seed))
 
 
 def true_products(keys, row, asked, begin=0, stop=None):
-    return torch.einsum("hnd,hd->n", keys[row, :, begin:stop].double(), asked.double())
+    return torch.einsum("hnd,chd->nc", keys[row, :, begin:stop].double(), asked.double())
 
 
 def most_off(keys, asked):
     """How far products of rounded numbers can be off, where channels have their own scales."""
     spread = (keys - keys.mean(2, keepdim=True)).abs().amax((0, 2))
     scaled = (asked * spread).abs()
-    return float(scaled.sum() / 127 / 2 + scaled.amax() / 127 / 2 * HEADS * SIZE) * 1.01
+    return float((scaled.sum((1, 2)) / 127 / 2).max() + scaled.amax() / 127 / 2 * HEADS * SIZE) * 1.01
 
 
 @pytest.mark.parametrize("is_exact", [True, False])
@@ -53,7 +53,7 @@ def test_products_are_those_of_the_keys(is_exact):
     for row in range(ROWS):
         for begin, stop in ((0, keys.shape[2]), (3, 5), (BLOCK, 3 * BLOCK), (4 * BLOCK, 4 * BLOCK + 9)):
             off = index.products(row, asked, begin, stop) - true_products(keys, row, asked, begin, stop)
-            assert off.shape == (stop - begin,)
+            assert off.shape == (stop - begin, 3)
             assert off.abs().max() < (1e-4 if is_exact else most_off(keys, asked))
 
 
@@ -75,9 +75,9 @@ def test_what_keys_have_in_common_costs_no_precision():
 def test_bytes_are_multiplied_exactly():
     draws = torch.Generator().manual_seed(0)
     codes = torch.randint(-127, 128, (70, 1024), dtype=torch.int8, generator=draws)
-    asked = torch.randint(-127, 128, (1024,), dtype=torch.int8, generator=draws)
-    asked[:500] = codes[3, :500] = 127
-    true = (codes.long() * asked.long()).sum(1)
+    asked = torch.randint(-127, 128, (1024, 5), dtype=torch.int8, generator=draws)
+    asked[:500, 2] = codes[3, :500] = 127
+    true = codes.long() @ asked.long()
     assert torch.equal(key_index._whole_products(codes, asked).long(), true)
 
 
@@ -103,7 +103,7 @@ def test_single_keys_are_what_products_are_of():
     keys, index, asked = keys_of(4 * BLOCK + 3), KeyIndex(), asked_of()
     index.append(keys)
     tokens = torch.arange(keys.shape[2]).expand(HEADS, -1)
-    found = (index.keys_at(0, tokens) @ asked[..., None]).sum((0, 2))
+    found = torch.einsum("hnd,chd->nc", index.keys_at(0, tokens), asked)
     assert (found - index.products(0, asked, 0, keys.shape[2])).abs().max() < 2 * most_off(keys, asked)
 
 

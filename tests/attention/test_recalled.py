@@ -20,12 +20,14 @@ from everlong.attention import (
     Recall,
     Tier,
     attach,
+    forward,
     key_index,
     layer_memory,
     tiers,
 )
 from everlong.attention.positions import Rotation
 from everlong.attention.ready import ReadyTokens
+from everlong.attention.standing_step import StandingStep
 from everlong.attention.view import LayerCall, LayerView
 from everlong.errors import ConfigurationError, UnsupportedUseError
 from tests.attention.test_exactness import MODELS, model_of
@@ -47,9 +49,13 @@ POLICIES = {
     "inf-llm": InfLLM(window=16, sinks=2, recalled=6, block=3, representatives=2, group=8),
     "inf-llm, one block": InfLLM(window=12, sinks=0, recalled=4, block=4, representatives=9, group=5),
     "inf-llm, small groups": InfLLM(window=14, sinks=1, recalled=6, block=2, representatives=1, group=1),
-    "recall": Recall(window=16, sinks=2, recalled=6, block=3, group=8, layers=2, steps=3),
-    "recall, single keys": Recall(window=12, sinks=0, recalled=3, block=1, group=5, layers=1, steps=1),
-    "recall, many steps": Recall(window=12, sinks=1, recalled=4, block=2, group=5, layers=3, steps=7),
+    "recall": Recall(window=16, sinks=2, recalled=6, block=3, group=8, probes=3, layers=2, steps=3),
+    "recall, single keys": Recall(
+        window=12, sinks=0, recalled=3, block=1, group=5, probes=1, layers=1, steps=1
+    ),
+    "recall, many steps": Recall(
+        window=12, sinks=1, recalled=4, block=2, group=5, probes=9, layers=3, steps=7
+    ),
     "re-attention": ReAttention(window=16, sinks=2, recalled=6, votes=2, radius=1, group=8),
     "re-attention, single keys": ReAttention(window=12, sinks=0, recalled=3, votes=1, radius=0, group=5),
     "re-attention, wide": ReAttention(window=20, sinks=1, recalled=10, votes=3, radius=2, group=7),
@@ -253,6 +259,7 @@ def mutants(policy):
         "radius",
         "layers",
         "steps",
+        "probes",
     ):
         value = getattr(policy, field, None)
         if value is None:
@@ -272,14 +279,15 @@ def test_the_comparison_notices_other_constants(policy):
     seen = set()
     for field, mutant in mutants(right):
         with attach(model, mutant, tier=EXACT) as handle:
-            ours = read(model, handle.new_cache(), ids_of(2)[:1], CHUNKS["token by token"])
-        edges = groups(right, CHUNKS["token by token"])
+            chunks = CHUNKS["one call" if field == "probes" else "token by token"]  # a group is to differ
+            ours = read(model, handle.new_cache(), ids_of(2)[:1], chunks)
+        edges = groups(right, chunks)
         if off(ours, reference("grouped heads", policy, edges)) > 1e-4:
             seen.add(field)
     own = {
         "inf-llm": {"block", "representatives"},
         "re-attention": {"votes", "radius"},
-        "recall": {"block", "layers", "steps"},
+        "recall": {"block", "layers", "steps", "probes"},
         "quest": {"block", "recalled"},
         "infinite-hip": {"block", "recalled"},
     }
@@ -343,7 +351,7 @@ def test_copies_and_saved_states_go_on_bit_by_bit(policy, monkeypatch):
         assert off(picked, theirs[[1, 1, 0]]) < 1e-5
 
 
-@pytest.mark.parametrize("policy", ["inf-llm", "quest", "infinite-hip"])
+@pytest.mark.parametrize("policy", ["inf-llm", "quest", "infinite-hip", "recall, single keys"])
 def test_accounts_count_what_is_known_of_blocks_and_what_was_made_ready(policy):
     model = model_of("grouped heads")
     with attach(model, POLICIES[policy]) as handle:
@@ -352,10 +360,11 @@ def test_accounts_count_what_is_known_of_blocks_and_what_was_made_ready(policy):
         memory = next(iter(cache.memories.values()))
         held = [memory.keys, memory.values, memory.raw, memory.sink_keys, memory.sink_values]
         ready = memory.ready
-        assert ready._held[1].data_ptr() > ready._placed[1].data_ptr(), "values are held once"
-        held += [*memory.index.values(), ready._held[0], *ready._placed[:2]]
+        made = {x.untyped_storage().data_ptr(): x for x in (*ready._held, *ready._placed[:2])}
+        assert len(made) <= 3, "values are held once"
+        held += [*memory.index.values(), *made.values()]
         held += itertools.chain(*ready._left.values())
-        assert memory.nbytes()["window"] == sum(x.nbytes for x in held)
+        assert memory.nbytes()["window"] == sum(x.nbytes for x in held if x is not None)
         assert (cache.forgotten, cache.recallable) == (0, LENGTH - 1 - POLICIES[policy].window)
 
 
@@ -394,6 +403,31 @@ def test_of_tokens_written_one_by_one_each_eighth_asks(monkeypatch):
         read(model, cache, ids_of(), (0, 26, *range(27, 37), 39, *range(40, LENGTH + 1)))
     assert sorted(set(asked)) == [24, 26, 34, 36, 39], "at 16 all blocks are shown"
     assert len(asked) == len(set(asked)) * len(cache.memories), "each layer for itself"
+
+
+@pytest.mark.parametrize("precision", ["exact", "int8"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+def test_between_askings_written_tokens_take_the_shortest_way_and_see_the_same(
+    family, precision, monkeypatch
+):
+    """Padded rows, and blocks of the tier that become whole in between, included."""
+    monkeypatch.setattr(tiers, "BLOCK", 4)
+    model, ids = tiny.build(family), tiny.random_ids(2, 60)
+    policy = Recall(window=16, sinks=2, recalled=6, block=3, group=8, steps=4)
+    mask = torch.ones_like(ids)
+    mask[1, :PAD] = 0
+    taken: list[int] = []
+    with attach(model, policy, tier=Tier(precision=precision)) as handle:
+        original = StandingStep.attend
+        monkeypatch.setattr(
+            StandingStep, "attend", lambda *given, **rest: taken.append(1) or original(*given, **rest)
+        )
+        ours = read(model, handle.new_cache(), ids, (0, 28, *range(29, 61)), mask)
+        recalling = sum(memory.tier is not None for memory in handle.new_cache().memories.values())
+        assert len(taken) == recalling * (32 - 8 - 8), "each fourth asks, and before it a block becomes whole"
+        monkeypatch.setattr(forward, "standing_step", lambda *given: None)
+        theirs = read(model, handle.new_cache(), ids, (0, 28, *range(29, 61)), mask)
+    assert torch.equal(ours, theirs)
 
 
 def test_heads_that_choose_for_themselves_have_their_own_ready_and_read_it_once():
@@ -493,6 +527,7 @@ def test_tokens_cannot_be_taken_back_where_notes_are_taken(policy, name):
         (lambda: Recall(window=200, recalled=100).resolve(None), "use 96 or 128"),
         (lambda: Recall(block=0), "Recall: block must be a whole number"),
         (lambda: Recall(steps=0), "Recall: steps must be a whole number of at least 1"),
+        (lambda: Recall(probes=0), "Recall: probes must be a whole number of at least 1"),
         (lambda: Recall(window=40).resolve(None), "cannot hold 16 sinks, 0 recalled tokens"),
         (lambda: Quest(window=200, recalled=100).resolve(None), "use 96 or 112"),
         (lambda: Quest(block=1), "Quest: block must be a whole number of at least 2"),

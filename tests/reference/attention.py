@@ -56,6 +56,9 @@ class ReferenceSpec:
         For ReAttention: r, how far from a chosen key its neighbours are recalled.
     layers
         For Recall: layers, one after another, of which the first asks what all of them recall.
+    probes
+        For Recall: of a group's asking queries, the last so many less one ask each by itself, and the mean of
+        the others.
     steps
         For Recall: queries that come one by one, of which the first asks what all of them recall.
     coarse, medium
@@ -97,6 +100,7 @@ class ReferenceSpec:
     radius: int = 0
     layers: int = 1
     steps: int = 1
+    probes: int = 1
     coarse: int = 0
     medium: int = 0
     coarse_steps: int = 0
@@ -124,6 +128,7 @@ class ReferenceSpec:
         )
         meaningful = meaningful and (self.representatives > 0) == (self.kind == "inf-llm")
         meaningful = meaningful and self.layers >= 1 and (self.layers == 1 or self.kind == "recall")
+        meaningful = meaningful and self.probes >= 1 and (self.probes == 1 or self.kind == "recall")
         meaningful = meaningful and self.steps >= 1 and (self.steps == 1 or self.kind == "recall")
         meaningful = meaningful and self.block >= 0 and self.representatives >= 0
         staged = (self.coarse, self.medium, self.coarse_steps, self.medium_steps, self.block_steps)
@@ -318,7 +323,7 @@ def attend(
     query, key, value = query.double(), key.double(), value.double()
     recalled: dict[int, list[list[int]]] = {}
     if spec.recalls and sliding is None:
-        recalled = recalled_keys(query, key, rotation, spec, edges, offset, layer, before)
+        recalled = recalled_keys(query, key, rotation, spec, edges, offset, layer, before, scale)
     key, value = key.repeat_interleave(group, dim=0), value.repeat_interleave(group, dim=0)
     output = torch.zeros(heads, length, value.shape[2], dtype=torch.float64)
 

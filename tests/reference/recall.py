@@ -8,6 +8,7 @@ anyway. Under Recall, queries that come one by one see what the first of some of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -30,6 +31,7 @@ def recalled_keys(
     offset: int = 0,
     layer: int = 0,
     before: dict[int, tuple[int, list[list[int]]]] | None = None,
+    scaling: float = 1.0,
 ) -> dict[int, list[list[int]]]:
     """The keys that each asking query recalls, in the order of the row.
 
@@ -73,7 +75,7 @@ def recalled_keys(
         asked, recalled = (before or {}).get(asking[0], (layer - spec.layers, []))
         if layer >= asked + spec.layers:
             if spec.kind in ("inf-llm", "recall"):
-                recalled = [_best_blocks(query, key, rotation, spec, asking, offset)]
+                recalled = [_best_blocks(query, key, rotation, spec, asking, offset, scaling)]
             elif spec.kind == "quest":
                 heads_each = len(query) // len(key)
                 recalled = [
@@ -128,19 +130,28 @@ def block_tokens(spec: ReferenceSpec, block: int) -> list[int]:
 
 
 def _best_blocks(
-    query: Tensor, key: Tensor, rotation: Rotation, spec: ReferenceSpec, asking: list[int], offset: int = 0
+    query: Tensor,
+    key: Tensor,
+    rotation: Rotation,
+    spec: ReferenceSpec,
+    asking: list[int],
+    offset: int = 0,
+    scaling: float = 1.0,
 ) -> list[int]:
     within = recallable(spec, asking)
     candidates: list[int] = []
+    given: dict[int, float] = {}
     while all(j in within for j in block_tokens(spec, len(candidates))):
         candidates.append(len(candidates))
     best = candidates
     count = spec.recalled // spec.block
     if len(candidates) > count:
         worth = {}
+        if spec.kind == "recall":
+            given = given_to_blocks(query, key, asking, spec, candidates, scaling)
         for block in candidates:
             if spec.kind == "recall":
-                worth[block] = best_key(query, key, asking, block_tokens(spec, block))
+                worth[block] = given[block]
                 continue
             if spec.kind == "quest":
                 worth[block] = bound(query, key[0], rotation, spec, asking, block_tokens(spec, block))
@@ -189,16 +200,32 @@ def block_worth(
     return sum(float(mean[head] @ representatives[head // heads_each]) for head in range(len(query)))
 
 
-# Recall: whole blocks too, by the product of their best key with the mean query, neither rotated.
+# Recall: whole blocks too, by the softmax over blocks of the logit of the best key, of each head that asks.
 
 
-def best_key(query: Tensor, key: Tensor, asking: list[int], tokens: list[int]) -> float:
-    """The largest product of one of these keys, over all query heads, with the mean of the asking queries."""
-    mean = query[:, asking].mean(dim=1)
+def given_to_blocks(
+    query: Tensor, key: Tensor, asking: list[int], spec: ReferenceSpec, blocks: list[int], scaling: float
+) -> dict[int, float]:
+    """What all heads of the last asking queries, and of the mean of those before, give each block."""
+    alone = asking[max(0, len(asking) - spec.probes + 1) :]
+    rest = [i for i in asking if i not in alone]
+    if len(rest) == 1:
+        alone, rest = asking, []
+    asked = [query[:, i] for i in alone] + ([query[:, rest].mean(dim=1)] if rest else [])
     heads_each = len(query) // len(key)
-    return max(
-        sum(float(mean[head] @ key[head // heads_each, p]) for head in range(len(query))) for p in tokens
-    )
+    given = dict.fromkeys(blocks, 0.0)
+    for one in asked:
+        for head in range(len(query)):
+            best = {
+                block: max(
+                    scaling * float(one[head] @ key[head // heads_each, p]) for p in block_tokens(spec, block)
+                )
+                for block in blocks
+            }
+            total = sum(math.exp(logit) for logit in best.values())
+            for block in blocks:
+                given[block] += math.exp(best[block]) / total
+    return given
 
 
 # Quest: whole blocks, for each key-value head by the least and the largest its keys are in each channel.

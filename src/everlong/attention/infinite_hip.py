@@ -61,7 +61,7 @@ class InfiniteHiP(RecallPolicy):
         Tokens of a chunk in the first stage, of one in the second, and of what is recalled together: powers
         of two, none larger than the one before.
     group : int
-        Queries that ask together in prefill; each alone while writing.
+        Queries that ask together in prefill; while writing, each that asks does so alone.
     coarse_steps, medium_steps, block_steps : int
         Tokens written until each stage asks again.
     """

@@ -113,19 +113,24 @@ class KeyIndex:
     # --- looking -------------------------------------------------------------------------------------
 
     def products(self, row: int, asked: Tensor, begin: int, stop: int) -> Tensor:
-        """Return the products of `asked` with the keys of a row's tokens [begin, stop), added up over heads.
+        """Return the products of each of `asked` with a row's keys of tokens [begin, stop).
 
         Parameters
         ----------
         row : int
             Which.
         asked : Tensor
-            Shape (key-value heads, d).
+            Shape (c, key-value heads, d).
         begin, stop : int
             Tokens that are here.
+
+        Returns
+        -------
+        Tensor
+            Shape (stop - begin, c), added up over heads.
         """
         assert self._open is not None
-        asked = asked.to(self._open.device, working_dtype(self._open)).flatten()
+        asked = asked.to(self._open.device, working_dtype(self._open)).flatten(1).T
         found, first = [], self._begin
         wanted: list[int] = []
         for number, keys in enumerate(self._segments):
@@ -141,20 +146,22 @@ class KeyIndex:
         return every[begin - at : stop - at]
 
     def _of_segments(self, row: int, asked: Tensor, numbers: list[int]) -> Tensor:
-        """Return the products with the keys of segments that follow one another."""
+        """Return the products of keys of segments that follow one another with `asked`, (channels, c)."""
         if self._is_exact:
             return torch.cat([self._segments[number][row].to(asked.dtype) @ asked for number in numbers])
         assert self._scales is not None and self._centers is not None
         which = slice(numbers[0], numbers[-1] + 1)
         asked = asked.float()
-        scaled = asked * self._scales[row, which]
+        scaled = asked * self._scales[row, which, :, None]  # (segments, channels, c)
         steps = (scaled.abs().amax(1) / 127).clamp(min=_LEAST)
         codes = (scaled / steps[:, None]).round().to(torch.int8)
-        segments = [self._segments[number][row] for number in numbers]
-        whole = torch.cat([_whole_products(*each) for each in zip(segments, codes, strict=True)]).float()
-        counts = torch.tensor([len(each) for each in segments], device=asked.device)
         shift = self._centers[row, which] @ asked
-        return whole.mul_(steps.repeat_interleave(counts)).add_(shift.repeat_interleave(counts))
+        segments = [self._segments[number][row] for number in numbers]
+        found = asked.new_empty(sum(map(len, segments)), asked.shape[1])
+        parts = torch.split(found, [len(segment) for segment in segments])
+        for segment, code, step, more, part in zip(segments, codes, steps, shift, parts, strict=True):
+            torch.addcmul(more, _whole_products(segment, code).float(), step, out=part)
+        return found
 
     def keys_at(self, row: int, tokens: Tensor) -> Tensor:
         """Return single keys of a row: of what is in bytes, ``center + scale * code``.
@@ -237,7 +244,7 @@ def keys_of_two(
 
 
 def _whole_products(codes: Tensor, asked: Tensor) -> Tensor:
-    """Return the products of bytes (n, channels) and (channels,), exact up to a thousand channels."""
+    """Return the products of bytes (n, channels) and (channels, c), exact up to a thousand channels."""
     if codes.device.type == "cpu" and hasattr(torch, "_int_mm"):
-        return torch._int_mm(codes, asked[:, None])[:, 0]
+        return torch._int_mm(codes, asked)
     return codes.float() @ asked.float()

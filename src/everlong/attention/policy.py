@@ -145,8 +145,9 @@ class Policy(ABC):
         Returns
         -------
         int or None
-            L: it sees its latest L tokens, and L - 1 before itself the sinks and what was recalled. None:
-            what it sees is a matter of :meth:`parts`, as for :meth:`in_place`.
+            L: it sees its latest L tokens, and L - 1 before itself the sinks and what was recalled, and no
+            note is to be taken of it. None: what it sees is a matter of :meth:`parts`, as for
+            :meth:`in_place`.
         """
         return None
 

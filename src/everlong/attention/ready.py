@@ -52,7 +52,8 @@ class ReadyTokens:
         if self._placed is not None and self._held is not None:
             keys, values, _ = self._placed
             sinks = values.shape[2] - self._held[1].shape[2]
-            kept.append((keys, values[:, :, :sinks]))  # the others are those that are held
+            own = keys if keys is not self._held[0] else keys[:, :, :0]  # the same where nothing is rotated
+            kept.append((own, values[:, :, :sinks]))  # the other values are those that are held
         return sum(keys.nbytes + values.nbytes for keys, values in kept)
 
     def placed(

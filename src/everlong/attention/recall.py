@@ -11,7 +11,7 @@ from everlong.attention.layer_memory import LayerMemory
 from everlong.attention.policy import POLICIES, require_count
 from everlong.attention.positions import working_dtype
 from everlong.attention.ready import Choice
-from everlong.attention.recalled import Asking, BlockRecallPolicy, by_key_head, held_keys, products_with
+from everlong.attention.recalled import Asking, BlockRecallPolicy, held_keys, products_with
 from everlong.attention.view import LayerView, Queries
 
 _NEVER = -1
@@ -26,10 +26,12 @@ class Recall(BlockRecallPolicy):
     tokens, the blocks that its group recalled, and the latest ones. At which positions: the latest at their
     true distance, L - 1 at most; sinks and blocks all at L - 1. What is forgotten: nothing.
 
-    A block is worth as much as its best key: the product with the mean query of the group, neither rotated,
-    summed over heads. So every key is looked at once a group, not once a query and head; keys that are in a
-    tier in bytes (:class:`~everlong.attention.key_index.KeyIndex`). What each choice is worth:
-    benchmarks/results/passkey_library.md; the size of blocks, most.
+    Of a group, the last queries ask each by itself, and those before them with their mean; neither they nor
+    keys are rotated. Each head of each gives a block the softmax, over all blocks, of the logit of its best
+    key, and a block is worth the sum of these: so a head that knows what it looks for has as much to say as
+    many that do not. Every key is looked at, but not by each query; keys that are in a tier in bytes
+    (:class:`~everlong.attention.key_index.KeyIndex`). What each choice is worth:
+    benchmarks/results/passkey_library.md.
 
     Parameters
     ----------
@@ -42,7 +44,9 @@ class Recall(BlockRecallPolicy):
     block : int
         Tokens of a block.
     group : int
-        Queries that ask together in prefill, with what they have in common; each alone while writing.
+        Queries that ask together in prefill.
+    probes : int
+        That many of a group ask: the last ones and, as one, those before.
     layers : int
         Layers, one after another, that recall the same: the first of them asks. Those with windows of their
         own count, too.
@@ -56,13 +60,14 @@ class Recall(BlockRecallPolicy):
     recalled: int | None = None
     block: int = 32
     group: int = 512
+    probes: int = 4
     layers: int = 1
     steps: int = 4
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_count("Recall", "layers", self.layers, least=1)
-        require_count("Recall", "steps", self.steps, least=1)
+        for field in ("probes", "layers", "steps"):
+            require_count("Recall", field, self._field(field), least=1)
 
     def choose(self, asking: Asking, queries: Queries, view: LayerView) -> Choice:
         """Return what still stands, what a layer shortly before chose, or the blocks that are worth most."""
@@ -83,7 +88,12 @@ class Recall(BlockRecallPolicy):
         return chosen
 
     def standing(self, memory: LayerMemory, layer: int, pads: tuple[int, ...] | None) -> int | None:
-        """Return L where each row, its window full, sees what a token shortly before it chose."""
+        """Return L where each row, its window full, sees what a token shortly before it chose.
+
+        Not for subclasses that take notes of their own: they are to see every token.
+        """
+        if type(self).observe is not BlockRecallPolicy.observe:
+            return None
         notes = memory.index.get(_name(layer))
         if notes is None or memory.tier is None or memory.seen - max(pads or (0,)) < self._window:
             return None
@@ -109,7 +119,11 @@ class Recall(BlockRecallPolicy):
     def _note(self, row: int, asked: int, chosen: Choice, view: LayerView) -> None:
         """Note which query of a row asked, and which blocks it chose; these in order, behind them -1."""
         index, name = view.memory.index, _name(view.call.layer)
+        if len(chosen) > 1:  # a subclass whose heads choose for themselves
+            asked = _NEVER
         if name not in index:
+            if asked == _NEVER:
+                return
             with torch.inference_mode(False):  # later forwards, in whatever mode, write into it
                 room = 1 + self.shape()[1] // self.block
                 index[name] = torch.full((len(held_keys(view)), room), _NEVER)
@@ -118,14 +132,32 @@ class Recall(BlockRecallPolicy):
         index[name][row] = torch.tensor(notes + [_NEVER] * (index[name].shape[1] - len(notes)))
 
     def worth(self, blocks: range, asking: Asking, queries: Queries, view: LayerView) -> Tensor:
-        """Return the products of the mean query with the best key of each block, summed over heads."""
-        asked = queries.raw[asking.number, :, asking.queries].detach()
-        mean = by_key_head(asked.to(working_dtype(asked)).mean(1), held_keys(view).shape[1])
+        """Return the logarithm of what all heads of all that ask give each block."""
+        asked = self._asked(queries.raw[asking.number, :, asking.queries].detach())
+        columns = _by_key_head(asked * view.call.scaling, held_keys(view).shape[1])
         begin, stop = self.block_span(blocks.start)[0], self.block_span(blocks.stop - 1)[1]
-        products = products_with(mean, asking.number, begin, stop, view)
-        return products.reshape(-1, self.block).amax(1)
+        logits = products_with(columns, asking.number, begin, stop, view)
+        best = logits.reshape(len(blocks), self.block, -1).amax(1)
+        return best.log_softmax(0).logsumexp(1)
+
+    def _asked(self, queries: Tensor) -> Tensor:
+        """Return those of a group's queries, (heads, n, d), that ask: the last, before them a mean."""
+        queries = queries.to(working_dtype(queries))
+        before = queries.shape[1] - self.probes + 1
+        if before <= 1:
+            return queries
+        return torch.cat((queries[:, :before].mean(1, keepdim=True), queries[:, before:]), 1)
 
 
 def _name(layer: int) -> str:
     """Return what a layer calls its notes: some layers share a memory."""
     return f"{layer}.recalled"
+
+
+def _by_key_head(asked: Tensor, heads: int) -> Tensor:
+    """Return each query of (query heads, n, d) beside zeros for the other key-value heads: (c, heads, d)."""
+    each = asked.reshape(heads, -1, asked.shape[-1])
+    columns = each.new_zeros(heads, each.shape[1], heads, each.shape[2])
+    for head in range(heads):
+        columns[head, :, head] = each[head]
+    return columns.flatten(0, 1)

@@ -53,7 +53,8 @@ class RecallPolicy(Policy):
 
     Up to W tokens a query sees all of them, at their true distances. From then on it sees its own latest L,
     and tokens that its group recalled from what had left that before the group's first query. So tokens that
-    leave within a group are not seen until the next; while writing there are none.
+    leave within a group are not seen until the next; nor, where written tokens see what one before them asked
+    for, those that leave until the next asks.
 
     Subclasses are dataclasses with the fields ``sinks``, ``window``, ``recalled`` and ``group``.
     """
@@ -270,7 +271,7 @@ def held_keys(view: LayerView) -> Tensor:
 
 
 def products_with(asked: Tensor, row: int, begin: int, stop: int, view: LayerView) -> Tensor:
-    """Return the products of `asked`, (key-value heads, d), with raw keys, added up over heads, shape (n,).
+    """Return the products of `asked`, (c, key-value heads, d), with raw keys, added up over heads: (n, c).
 
     Parameters
     ----------
@@ -291,7 +292,7 @@ def products_with(asked: Tensor, row: int, begin: int, stop: int, view: LayerVie
         found.append(tier.products(row, asked, begin - sinks, min(stop, in_tier) - sinks))
     if stop > in_tier:
         keys = view.raw(max(begin, in_tier), stop)[row].detach().to(asked.dtype)
-        found.append((keys @ asked[..., None]).sum((0, 2)))
+        found.append(torch.einsum("hnd,chd->nc", keys, asked))
     return found[0] if len(found) == 1 else torch.cat(found)
 
 

@@ -221,7 +221,7 @@ class BlockStore:
         return torch.cat([keys for keys, _ in pieces], 2), torch.cat([values for _, values in pieces], 2)
 
     def products(self, row: int, asked: Tensor, begin: int, stop: int) -> Tensor:
-        """Return the products of `asked`, (key-value heads, d), with a row's raw keys, added up over heads.
+        """Return the products of `asked`, (c, key-value heads, d), with a row's raw keys, shape (n, c).
 
         The keys of tokens [begin, stop), which are still here, are looked at where they are at hand in bytes,
         except where the tier is exact: they are read for that once, at the first call.
@@ -237,7 +237,7 @@ class BlockStore:
             found.append(index.products(row, asked, begin, min(stop, self.whole)).to(asked.device))
         if stop > self.whole:
             keys = self._open[0][row, :, max(begin - self.whole, 0) : stop - self.whole]
-            found.append((keys.to(asked.dtype) @ asked[..., None]).sum((0, 2)))
+            found.append(torch.einsum("hnd,chd->nc", keys.to(asked.dtype), asked))
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def keys_at(self, row: int, tokens: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator
 from dataclasses import replace
 from functools import partial
@@ -78,6 +79,7 @@ def ask(
         made = _method(reading, method, memory, questions)
         _ask_about(questions, made, model, writing, output_options, arguments, system, weights)
         return
+    _refuse_files(questions)
     console = notes(quiet=output_options.quiet)
     shown = []
     with open_llm(model, method, weights=weights, quiet=output_options.quiet) as llm:
@@ -98,6 +100,17 @@ def ask(
             )
         if output_options.as_json:
             print_json({"answers": shown, "stats": account(session.stats)})
+
+
+def _refuse_files(questions: list[str]) -> None:
+    """Raise where a question is the name of a file: its text would not be read."""
+    for question in questions:
+        if os.path.isfile(question):
+            raise ConfigurationError(
+                f"{question} is a file, and ask reads none without --method: use everlong read {question} "
+                f"--ask QUESTION, which reads it once for any question, or everlong ask QUESTION {question} "
+                "--method infini-retri"
+            )
 
 
 def _method(name: str, method: MethodOptions, memory: list[str] | None, words: list[str]) -> ReadingMethod:
