@@ -5,7 +5,7 @@ import torch
 
 from everlong.attention import token_step
 from everlong.attention.positions import Rotation
-from everlong.attention.token_step import TokenStep
+from everlong.attention.token_step import turned
 from everlong.models.rotary import Frequencies
 
 ROWS, HEADS, KV_HEADS, SIZE = 3, 4, 2, 8
@@ -25,13 +25,13 @@ def test_as_one_or_apart_gives_the_same(rows, rotated, scaling, layout, monkeypa
     frequencies = Frequencies(0.5 ** torch.arange(rotated // 2).double(), scaling) if rotated else None
     rotation = Rotation(frequencies, layout)
     query, key, value = _heads(torch.randn(rows, (HEADS + 2 * KV_HEADS) * SIZE))
-    step = TokenStep(rotation, 0, 0, 1, rotation.angles(7, query), {}, None)
-    turned = []
-    monkeypatch.setattr(Rotation, "turned", _noting(Rotation.turned, turned))
-    together = step._turned(query, key)
-    assert len(turned) == 1
-    apart = step._turned(query.clone(), key.clone())
-    assert len(turned) == 3
+    angles = rotation.angles(7, query)
+    calls = []
+    monkeypatch.setattr(Rotation, "turned", _noting(Rotation.turned, calls))
+    together = turned(query, key, rotation, angles)
+    assert len(calls) == 1
+    apart = turned(query.clone(), key.clone(), rotation, angles)
+    assert len(calls) == 3
     for ours, theirs in zip(together, apart, strict=True):
         assert torch.equal(ours, theirs)
 
