@@ -25,6 +25,7 @@ from real_text import excess_of, number  # noqa: E402
 from weights import cells  # noqa: E402
 
 from everlong.evaluation.finding import shares  # noqa: E402
+from everlong.models.files import human_bytes  # noqa: E402
 
 SHOWN = {
     "stock": "stock",
@@ -54,6 +55,8 @@ def with_results(readme: str) -> str:
             *passkeys(),
             "",
             *speed(),
+            "",
+            *recalling(),
             "",
             *writing(),
             "",
@@ -160,6 +163,31 @@ def speed() -> list[str]:
     ]
 
 
+def recalling() -> list[str]:
+    """What it takes to recall, beside forgetting."""
+    saved = load("reading_rate")
+    setting, rows = saved["setting"], saved["rows"]
+    base = next(iter(rows.values()))["rates"][-1]
+    shown = [
+        [
+            name,
+            f"{row['rates'][-1]:.0f} ({row['rates'][-1] / base:.0%})",
+            f"{row['single_ms']:.0f} ms",
+            human_bytes(row["bytes"]["window"]),
+            human_bytes(row["bytes"].get("ram", 0)) if row["bytes"].get("ram") else "",
+        ]
+        for name, row in rows.items()
+    ]
+    return [
+        f"**What recalling takes.** {setting['model']}, a window of {setting['window']:,} tokens, after "
+        f"{max(setting['lengths']):,}, float weights, by the processor's time:",
+        "",
+        *table(["", "tokens/s, reading", "a token that comes alone", "window", "tier and its keys"], shown),
+        "",
+        source("reading_rate", saved),
+    ]
+
+
 def writing() -> list[str]:
     """Packed weights."""
     saved, cost = load("writing"), load("weights")
@@ -175,7 +203,8 @@ def writing() -> list[str]:
     return [
         "**Writing.** With weights packed for it (the default on CPUs, where it pays; reading uses the float "
         "ones),",
-        f"a token at a full window of {saved['setting']['window']:,}, threads as the command line sets them:",
+        f"a token under LM-Infinite, at a full window of {saved['setting']['window']:,}, threads as the "
+        "command line sets them:",
         "",
         *table(["", "a token", "tokens/s", "perplexity"], shown),
         "",
@@ -190,7 +219,8 @@ def goals() -> list[str]:
     start = next(number for number, line in enumerate(page) if line.startswith("|"))
     shown = page[start : page.index("", start)]
     return [
-        "**Goals of speed**, in 4 bits and a window of 2,048, threads as the command line sets them:",
+        "**Goals of speed**, LM-Infinite in 4 bits and a window of 2,048, threads as the command line sets "
+        "them:",
         "",
         *(line.replace("](bounded.md)", "](benchmarks/results/bounded.md)") for line in shown),
         "",
@@ -207,8 +237,8 @@ def bounded() -> list[str]:
     growth = row["resident"][1] / row["resident"][0] - 1
     slower = row["milliseconds"][1] / row["milliseconds"][0] - 1
     return [
-        f"**Bounded.** Reading {setting['tokens']:,} tokens with a tiny model, resident memory grew by "
-        f"{growth:.2%} after the first {setting['settled']:,},",
+        f"**Bounded.** Reading {setting['tokens']:,} tokens under LM-Infinite, with a tiny model, resident "
+        f"memory grew by {growth:.2%} after the first {setting['settled']:,},",
         f"and the last chunks took {abs(slower):.1%} {'more' if slower > 0 else 'less'} time than the first.",
         source("bounded", saved),
     ]

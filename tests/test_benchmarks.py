@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The scripts can be imported, for this test only."""
     names = ("common", "speed", "bounded", "real_text", "weights", "writing", "goals", "llama", "start_up")
-    names += ("speculation", "profile_step", "memories", "naive", "passkey", "needle")
+    names += ("speculation", "profile_step", "memories", "naive", "passkey", "needle", "reading_rate")
     memories = ("facts", "skills", "grounded", "sequence", "cost", "routing", "passing")
     names += tuple(f"memory_{name}" for name in memories)
     assert not set(names) & set(sys.modules)
@@ -332,16 +332,44 @@ def test_a_needle_is_looked_for_and_reading_is_noted_on_the_way(
     options = ["--model", str(folder / "tiny"), "--tokens", "1300", "--window", "400"]
     script = Script("needle", monkeypatch, tmp_path / "needle.json", *options)
     monkeypatch.setattr(script.module, "PIECE", 100)
-    monkeypatch.setattr(script.module, "MARKS", (300, 50_000))
+    monkeypatch.setattr(script.module, "MARKS", (100, 300, 50_000))
     script.run()
     assert measured(capsys) == ["1300 tokens, depth 0.1, tier disk"]
     (row,) = script.saved["rows"].values()
-    first, last = row["notes"]
-    assert (first["tokens"], row["is_found"]) == (300, False) and 1200 < last["tokens"] < 1300
+    early, first, last = row["notes"]
+    assert early["tokens"] == 100 and "told" not in early, "what was hidden was not read yet"
+    assert (first["tokens"], first["is_found"], last["is_found"]) == (300, False, False)
+    assert 1200 < last["tokens"] < 1300, "asking a copy does not lengthen what is read"
     assert first["disk"] == 0 < last["disk"] and first["window"] <= last["window"]
-    assert [line[0] for line in script.table(0)] == ["300", f"{last['tokens']:,}"]
+    found = ["-", "no", "no"]
+    assert [(line[0], line[8]) for line in script.table(0)] == [
+        *zip(["100", "300", f"{last['tokens']:,}"], found, strict=True)
+    ]
     assert script.table(0)[0][3] == "1.00"
     monkeypatch.setattr(script.module, "look_for_one", None)
+    script.run()
+    assert measured(capsys) == []
+
+
+@pytest.mark.usefixtures("scripts")
+def test_reading_rates_are_told_at_each_length_beside_the_first_method(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--model", str(folder / "tiny"), "--window", "300", "--lengths", "700", "400"]
+    ways = ["lm-infinite", "recall"]
+    script = Script("reading_rate", monkeypatch, tmp_path / "rate.json", *options, "--ways", *ways)
+    monkeypatch.setattr(script.module, "PIECE", 100)
+    script.run()
+    assert measured(capsys) == ways
+    rows = script.saved["rows"]
+    assert all(len(rows[way]["rates"]) == 2 and min(rows[way]["rates"]) > 0 for way in ways)
+    assert rows["lm-infinite"]["bytes"]["ram"] == 0 < rows["recall"]["bytes"]["ram"]
+    lines = script.table(0)
+    assert [line[0] for line in lines] == ways and all("(100%)" in cell for cell in lines[0][1:3])
+    assert [line[3] for line in lines] == [f"{rows[way]['single_ms']:.0f}" for way in ways]
+    share = rows["recall"]["rates"][1] / rows["lm-infinite"]["rates"][1]
+    assert f"({share:.0%})" in lines[1][2]
+    monkeypatch.setattr(script.module, "read", None)
     script.run()
     assert measured(capsys) == []
 

@@ -7,20 +7,25 @@ from pathlib import Path
 import pytest
 import torch
 
-from everlong.attention import FullAttention, LMInfinite, StreamingLLM
+from everlong.attention import FullAttention, LMInfinite, Recall, StreamingLLM
 from everlong.errors import ConfigurationError, UnknownNameError, UnsupportedUseError
 from everlong.llm import load
 from tests.tiny import byte_llama, random_ids
 
 
-def test_by_default_a_model_follows_lm_infinite_at_its_training_length() -> None:
+def test_by_default_a_model_recalls_beyond_its_training_length() -> None:
     model, tokenizer = byte_llama()
     with load(model, tokenizer=tokenizer) as llm:
-        assert llm.attention == LMInfinite(window=64, ceiling=63, top_k_distance=32)
+        assert llm.attention == Recall(window=64, recalled=16, block=16, distance=31)
         assert llm.handle.training_length == 64
         assert llm.model is model and llm.tokenizer is tokenizer
         assert llm.session().policy == llm.attention
-        assert "LMInfinite" in repr(llm) and "LMInfinite" in repr(llm.session())
+        assert "Recall" in repr(llm) and "Recall" in repr(llm.session())
+        ids = random_ids(1, 64)
+        with torch.inference_mode():
+            followed = model(input_ids=ids).logits
+    with torch.inference_mode():
+        torch.testing.assert_close(followed, model(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
 
 
 def test_a_policy_may_be_given_by_name() -> None:

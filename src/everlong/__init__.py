@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from everlong.memory.record import MemoryRecord
     from everlong.memory.store import MemoryStore
     from everlong.models.catalogue import CATALOGUE
-    from everlong.reading import InfiniRetri, ParallelWindows, Sampling, Session
+    from everlong.reading import Homer, InfiniRetri, ParallelWindows, Sampling, Session
 
 _HOMES = {
     "everlong.attention": (
@@ -59,7 +59,7 @@ _HOMES = {
     "everlong.memory.record": ("MemoryRecord",),
     "everlong.memory.store": ("MemoryStore",),
     "everlong.models.catalogue": ("CATALOGUE",),
-    "everlong.reading": ("InfiniRetri", "ParallelWindows", "Sampling", "Session"),
+    "everlong.reading": ("Homer", "InfiniRetri", "ParallelWindows", "Sampling", "Session"),
 }
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -71,6 +71,7 @@ __all__ = [
     "Attachment",
     "DualChunk",
     "FullAttention",
+    "Homer",
     "InfLLM",
     "InfiniRetri",
     "InfiniPot",

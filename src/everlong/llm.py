@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from everlong.attention import Attachment, LMInfinite, Policy, Tier, attach, make_policy
+from everlong.attention import Attachment, Policy, Recall, Tier, attach, make_policy
 from everlong.errors import ConfigurationError
 from everlong.models.collector import old_objects_left_out
 from everlong.models.loading import load_model
@@ -353,8 +353,9 @@ def load(
     source : str, Path or PreTrainedModel
         A catalogue name, a folder, a ``.gguf`` file, a hub id, or a loaded model.
     attention : Policy or str, optional
-        A policy or its registered name; ``LMInfinite()`` by default, which (with ``weights="float"``) equals
-        the stock model up to its training length.
+        A policy or its registered name; ``Recall()`` by default, which (with ``weights="float"``) equals the
+        stock model up to its training length, and then brings back what is asked for. ``"lm-infinite"``
+        forgets it instead: writing is faster, and what a stream holds does not grow.
     tokenizer : PreTrainedTokenizerBase, optional
         Needed with a loaded model.
     device, dtype, revision, **loading
@@ -370,7 +371,7 @@ def load(
     EverlongError
         See :func:`~everlong.models.loading.load_model` and :func:`~everlong.attention.attach`.
     """
-    policy = LMInfinite() if attention is None else _policy(attention)
+    policy = Recall() if attention is None else _policy(attention)
     tier = Tier.of(tier)
     with old_objects_left_out():
         loaded = load_model(
@@ -385,6 +386,6 @@ def _policy(attention: Policy | str) -> Policy:
     if isinstance(attention, str):
         return make_policy(attention)
     raise ConfigurationError(
-        f"attention={attention!r} is neither a policy, such as LMInfinite(window=2048), nor the name of one; "
+        f"attention={attention!r} is neither a policy, such as Recall(window=2048), nor the name of one; "
         "a reading method is for llm.ask(source, question, method)"
     )

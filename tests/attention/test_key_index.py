@@ -9,6 +9,7 @@ import torch
 
 import everlong.attention.key_index as key_index
 from everlong.attention import Tier
+from everlong.attention.block_maxima import BlockMaxima
 from everlong.attention.key_index import KeyIndex
 from everlong.attention.tiers import BLOCK, BlockStore
 
@@ -30,18 +31,25 @@ def keys_of(count, seed=0):
 
 
 def asked_of(seed=1):
-    return torch.randn(3, HEADS, SIZE, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(HEADS, 5, SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+def looked_up(held, row, asked, begin, stop, block=1):
+    """Return the best of what is asked of an index or a tier, shape (heads, blocks, c)."""
+    best = BlockMaxima(asked, begin, stop, block)
+    held.look(row, best)
+    return best.found
 
 
 def true_products(keys, row, asked, begin=0, stop=None):
-    return torch.einsum("hnd,chd->nc", keys[row, :, begin:stop].double(), asked.double())
+    return torch.einsum("hnd,hcd->hnc", keys[row, :, begin:stop].double(), asked.double())
 
 
 def most_off(keys, asked):
     """How far products of rounded numbers can be off, where channels have their own scales."""
     spread = (keys - keys.mean(2, keepdim=True)).abs().amax((0, 2))
-    scaled = (asked * spread).abs()
-    return float((scaled.sum((1, 2)) / 127 / 2).max() + scaled.amax() / 127 / 2 * HEADS * SIZE) * 1.01
+    scaled = (asked * spread[:, None]).abs()
+    return float((scaled.sum(2) / 127 / 2).max() + scaled.amax() / 127 / 2 * SIZE) * 1.01
 
 
 @pytest.mark.parametrize("is_exact", [True, False])
@@ -52,8 +60,8 @@ def test_products_are_those_of_the_keys(is_exact):
         index.append(keys[:, :, begin:stop])
     for row in range(ROWS):
         for begin, stop in ((0, keys.shape[2]), (3, 5), (BLOCK, 3 * BLOCK), (4 * BLOCK, 4 * BLOCK + 9)):
-            off = index.products(row, asked, begin, stop) - true_products(keys, row, asked, begin, stop)
-            assert off.shape == (stop - begin, 3)
+            off = looked_up(index, row, asked, begin, stop) - true_products(keys, row, asked, begin, stop)
+            assert off.shape == (HEADS, stop - begin, 5)
             assert off.abs().max() < (1e-4 if is_exact else most_off(keys, asked))
 
 
@@ -61,23 +69,23 @@ def test_the_latest_keys_are_as_they_came():
     keys, asked = keys_of(3 * BLOCK), asked_of()
     index = KeyIndex()
     index.append(keys)
-    off = index.products(1, asked, 2 * BLOCK, 3 * BLOCK) - true_products(keys, 1, asked, 2 * BLOCK)
+    off = looked_up(index, 1, asked, 2 * BLOCK, 3 * BLOCK) - true_products(keys, 1, asked, 2 * BLOCK)
     assert off.abs().max() < 1e-4
 
 
 def test_what_keys_have_in_common_costs_no_precision():
     keys, asked, index = keys_of(2 * BLOCK) + 1000, asked_of(), KeyIndex()
     index.append(keys)
-    off = index.products(0, asked, 0, 2 * BLOCK) - true_products(keys, 0, asked)
+    off = looked_up(index, 0, asked, 0, 2 * BLOCK) - true_products(keys, 0, asked)
     assert off.abs().max() < most_off(keys, asked) + 0.02  # float32 of some thousands
 
 
 def test_bytes_are_multiplied_exactly():
     draws = torch.Generator().manual_seed(0)
-    codes = torch.randint(-127, 128, (70, 1024), dtype=torch.int8, generator=draws)
-    asked = torch.randint(-127, 128, (1024, 5), dtype=torch.int8, generator=draws)
-    asked[:500, 2] = codes[3, :500] = 127
-    true = codes.long() @ asked.long()
+    codes = torch.randint(-127, 128, (2, 70, 1024), dtype=torch.int8, generator=draws)
+    asked = torch.randint(-127, 128, (2, 5, 1024), dtype=torch.int8, generator=draws)
+    asked[1, 2, :500] = codes[1, 3, :500] = 127
+    true = codes.long() @ asked.long().mT
     assert torch.equal(key_index._whole_products(codes, asked).long(), true)
 
 
@@ -103,8 +111,8 @@ def test_single_keys_are_what_products_are_of():
     keys, index, asked = keys_of(4 * BLOCK + 3), KeyIndex(), asked_of()
     index.append(keys)
     tokens = torch.arange(keys.shape[2]).expand(HEADS, -1)
-    found = torch.einsum("hnd,chd->nc", index.keys_at(0, tokens), asked)
-    assert (found - index.products(0, asked, 0, keys.shape[2])).abs().max() < 2 * most_off(keys, asked)
+    found = torch.einsum("hnd,hcd->hnc", index.keys_at(0, tokens), asked)
+    assert (found - looked_up(index, 0, asked, 0, keys.shape[2])).abs().max() < 2 * most_off(keys, asked)
 
 
 def test_a_copy_goes_its_own_way():
@@ -114,11 +122,11 @@ def test_a_copy_goes_its_own_way():
     index.append(keys_of(3 * BLOCK, seed=5))
     twin.append(keys_of(3 * BLOCK, seed=6))
     asked = asked_of()
-    first, second = (each.products(0, asked, 3 * BLOCK, 6 * BLOCK) for each in (index, twin))
+    first, second = (looked_up(each, 0, asked, 3 * BLOCK, 6 * BLOCK) for each in (index, twin))
     for found, seed in ((first, 5), (second, 6)):
         keys = keys_of(3 * BLOCK, seed)
         assert (found - true_products(keys, 0, asked)).abs().max() < 2 * most_off(keys, asked)
-    assert torch.equal(index.products(0, asked, 0, 2 * BLOCK), twin.products(0, asked, 0, 2 * BLOCK))
+    assert torch.equal(looked_up(index, 0, asked, 0, 2 * BLOCK), looked_up(twin, 0, asked, 0, 2 * BLOCK))
     assert index._segments[0] is twin._segments[0], "what does not change is shared"
 
 
@@ -130,21 +138,21 @@ def test_a_tier_tells_products_of_all_its_keys_asked_early_or_late(precision, as
     store.use(Tier(precision=precision), Tier().shelf())
     store.append(keys[:, :, :BLOCK], values[:, :, :BLOCK])
     if asked_first:
-        store.products(0, asked, 0, BLOCK)
+        looked_up(store, 0, asked, 0, BLOCK)
     twin = copy.deepcopy(store)
     for each in (store, twin):
         each.append(keys[:, :, BLOCK:], values[:, :, BLOCK:])
     held = store.read(0, len(store))[0]
     for row in range(ROWS):
-        found = store.products(row, asked, 5, len(store))
+        found = looked_up(store, row, asked, 5, len(store))
         off = (found - true_products(held, row, asked, 5)).abs()
-        assert off[-7:].max() < 1e-4
+        assert off[:, -7:].max() < 1e-4
         assert off.max() < (1e-4 if precision == "exact" else most_off(held, asked))
-        assert torch.equal(twin.products(row, asked, 5, len(store)), found)
+        assert torch.equal(looked_up(twin, row, asked, 5, len(store)), found)
     store.pick_rows(torch.tensor([1, 1, 0]))
     for row, was in enumerate((1, 1, 0)):
         assert torch.equal(
-            store.products(row, asked, 5, len(store)), twin.products(was, asked, 5, len(store))
+            looked_up(store, row, asked, 5, len(store)), looked_up(twin, was, asked, 5, len(store))
         )
 
 
@@ -169,13 +177,13 @@ def test_what_a_tier_gives_up_is_let_go_of():
     store, free = BlockStore(), BlockStore()
     free.use(Tier(), Tier().shelf())
     size = 2 * ROWS * HEADS * BLOCK * SIZE * 2  # a block of keys and values, two bytes each
-    store.use(Tier(limit=3 * size), Tier().shelf())
+    store.use(Tier(), Tier().shelf(), 3 * size)
     for each in (store, free):
         each.append(keys[:, :, :BLOCK], keys[:, :, :BLOCK])
-        each.products(0, asked, 0, BLOCK)
+        looked_up(each, 0, asked, 0, BLOCK)
         each.append(keys[:, :, BLOCK:], keys[:, :, BLOCK:])
     assert store.first == 6 * BLOCK
-    mine, all_of_it = (each.products(1, asked, 6 * BLOCK, 9 * BLOCK) for each in (store, free))
+    mine, all_of_it = (looked_up(each, 1, asked, 6 * BLOCK, 9 * BLOCK) for each in (store, free))
     assert torch.equal(mine, all_of_it)
     per_token = ROWS * HEADS * SIZE
     freed = 3 * 2 * BLOCK * per_token + 3 * ROWS * HEADS * SIZE * 8  # three segments, and their scales
@@ -184,9 +192,9 @@ def test_what_a_tier_gives_up_is_let_go_of():
 
 def test_a_limit_below_a_block_lets_nothing_grow():
     keys, asked, store = keys_of(9 * BLOCK), asked_of(), BlockStore()
-    store.use(Tier(limit=10), Tier().shelf())
+    store.use(Tier(), Tier().shelf(), 10)
     store.append(keys[:, :, : BLOCK + 1], keys[:, :, : BLOCK + 1])
-    store.products(0, asked, BLOCK, BLOCK + 1)
+    looked_up(store, 0, asked, BLOCK, BLOCK + 1)
     store.append(keys, keys)
     assert store.first == store.whole and not store._index._segments
 
@@ -197,5 +205,5 @@ def test_bytes_held_count_it():
     store.use(Tier(), Tier().shelf())
     store.append(keys, keys)
     before = store.nbytes()["ram"]
-    store.products(0, asked, 0, BLOCK)
+    looked_up(store, 0, asked, 0, BLOCK)
     assert store.nbytes()["ram"] - before == store._index.nbytes() > ROWS * HEADS * SIZE * 4 * BLOCK

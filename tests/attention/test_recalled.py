@@ -24,6 +24,7 @@ from everlong.attention import (
     key_index,
     layer_memory,
     tiers,
+    with_sinks,
 )
 from everlong.attention.positions import Rotation
 from everlong.attention.ready import ReadyTokens
@@ -51,10 +52,10 @@ POLICIES = {
     "inf-llm, small groups": InfLLM(window=14, sinks=1, recalled=6, block=2, representatives=1, group=1),
     "recall": Recall(window=16, sinks=2, recalled=6, block=3, group=8, probes=3, layers=2, steps=3),
     "recall, single keys": Recall(
-        window=12, sinks=0, recalled=3, block=1, group=5, probes=1, layers=1, steps=1
+        window=12, sinks=0, recalled=3, block=1, group=5, probes=1, layers=1, steps=1, distance=2
     ),
     "recall, many steps": Recall(
-        window=12, sinks=1, recalled=4, block=2, group=5, probes=9, layers=3, steps=7
+        window=12, sinks=1, recalled=4, block=2, group=5, probes=9, layers=3, steps=7, distance=0
     ),
     "re-attention": ReAttention(window=16, sinks=2, recalled=6, votes=2, radius=1, group=8),
     "re-attention, single keys": ReAttention(window=12, sinks=0, recalled=3, votes=1, radius=0, group=5),
@@ -528,7 +529,8 @@ def test_tokens_cannot_be_taken_back_where_notes_are_taken(policy, name):
         (lambda: Recall(block=0), "Recall: block must be a whole number"),
         (lambda: Recall(steps=0), "Recall: steps must be a whole number of at least 1"),
         (lambda: Recall(probes=0), "Recall: probes must be a whole number of at least 1"),
-        (lambda: Recall(window=40).resolve(None), "cannot hold 16 sinks, 0 recalled tokens"),
+        (lambda: Recall(distance=-1), "Recall: distance must be a whole number of at least 0"),
+        (lambda: Recall(window=18).resolve(None), "cannot hold 16 sinks, 0 recalled tokens"),
         (lambda: Quest(window=200, recalled=100).resolve(None), "use 96 or 112"),
         (lambda: Quest(block=1), "Quest: block must be a whole number of at least 2"),
         (lambda: InfiniteHiP(window=200, recalled=100).resolve(None), "use 96 or 104"),
@@ -546,6 +548,32 @@ def test_tokens_cannot_be_taken_back_where_notes_are_taken(policy, name):
 def test_budgets_that_cannot_work_are_refused(make, said):
     with pytest.raises(ConfigurationError, match=said):
         make()
+
+
+@pytest.mark.parametrize(
+    ("window", "expected"),
+    [
+        (8192, (32, 2720, 256)),
+        (2048, (32, 672, 256)),
+        (200, (32, 32, 151)),
+        (64, (16, 16, 31)),
+        (20, (1, 1, 2)),
+    ],
+)
+def test_small_windows_have_smaller_blocks(window, expected):
+    resolved = Recall().resolve(window)
+    assert (resolved.block, resolved.recalled, resolved.distance) == expected
+    assert resolved.resolve(None) == resolved
+    assert Recall(recalled=8, window=64).resolve(None).block == 8
+
+
+def test_more_sinks_leave_as_much_for_what_is_recalled_as_for_the_latest():
+    few = Recall(window=528, recalled=256).resolve(None)
+    many = with_sinks(few, 272)
+    assert (many.sinks, many.recalled, many.shape()[2]) == (272, 128, 128)
+    assert with_sinks(few, 10) == few
+    with pytest.raises(ConfigurationError, match="cannot hold 500 sinks, 32 recalled"):
+        with_sinks(few, 500)
 
 
 def test_the_defaults_are_the_papers_shares():

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,7 +30,8 @@ SHAPE = (2, 3, 8)  # rows, heads, channels
 
 def store_of(tier: Tier, layers: int = 1) -> BlockStore:
     store = BlockStore()
-    store.use(tier, tier.shelf(), layers)
+    most = tier.bytes_at_most()
+    store.use(tier, tier.shelf(), None if most is None else most // layers)
     return store
 
 
@@ -152,6 +154,26 @@ def test_a_limit_is_obeyed_and_the_oldest_go(place):
     assert torch.equal(found[:, :, : 4 * BLOCK], keys[:, :, store.first : 12 * BLOCK].half().float())
 
 
+@pytest.mark.parametrize(
+    ("place", "available", "free", "expected"),
+    [
+        ("ram", 4000, 10, 1000),
+        ("ram", None, 10, None),
+        ("disk", 4000, 600, 300),
+        ("disk", 4000, 60_000, 4000),
+        ("disk", None, 600, 300),
+    ],
+)
+def test_without_a_limit_of_ones_own_a_share_of_what_is_free_is_used(
+    place, available, free, expected, monkeypatch
+):
+    monkeypatch.setattr(tiers, "available_bytes", lambda device: available)
+    monkeypatch.setattr(tiers.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+    assert Tier(place).bytes_at_most() == expected
+    assert Tier(place, limit=None).bytes_at_most() is None
+    assert Tier(place, limit=7).bytes_at_most() == 7
+
+
 def test_a_limit_below_a_block_keeps_the_open_one_alone():
     keys, values = tokens(2 * BLOCK + 3)
     store = store_of(Tier(limit=10))
@@ -164,7 +186,7 @@ def test_a_limit_below_a_block_keeps_the_open_one_alone():
     ("wrong", "message"),
     [
         ({"precision": "float8"}, "precision='float8'.*float16"),
-        ({"limit": 0}, "limit must be None or a number of bytes"),
+        ({"limit": 0}, "limit must be 'auto', None or a number of bytes"),
         ({"limit": True}, "limit must be"),
         ({"limit": 1.5}, "limit must be"),
         ({"place": ""}, "place must be 'ram', 'disk' or a folder"),
@@ -467,6 +489,17 @@ def test_what_a_limit_gives_up_is_forgotten_and_counted(model, ids):
         assert (cache.kept, cache.recallable, cache.forgotten) == (W, left, LENGTH - W - left)
         restored = handle.restore_cache(*cache.state())
         assert (restored.recallable, restored.forgotten) == (cache.recallable, cache.forgotten)
+
+
+def test_a_stream_obeys_what_was_free_when_it_began(model, ids, monkeypatch):
+    monkeypatch.setattr(tiers, "available_bytes", lambda device: 4)
+    with attach(model, POLICY) as handle:
+        small = handle.new_cache()
+        monkeypatch.setattr(tiers, "available_bytes", lambda device: 10**9)
+        large = handle.new_cache()
+        for cache in (small, large):
+            logits(model, handle, cache, ids, EDGES)
+        assert small.forgotten > large.forgotten == 0
 
 
 def test_a_stream_survives_a_tier_that_fails(model, ids, tmp_path):

@@ -8,13 +8,14 @@ import re
 import pytest
 
 from everlong.llm import load
-from everlong.reading import InfiniRetri, ParallelWindows
+from everlong.reading import Homer, InfiniRetri, ParallelWindows
 from tests.cli.conftest import TEXT
 from tests.tiny import byte_llama
 
 METHODS = {
     "infini-retri": (InfiniRetri(chunk=200, top=20, longest=100), ("chunk=200", "top=20", "longest=100")),
     "parallel-windows": (ParallelWindows(window=300), ("window=300",)),
+    "homer": (Homer(window=600, neighbours=1), ("window=600", "neighbours=1")),
 }
 
 
@@ -22,7 +23,7 @@ METHODS = {
 def folder(tmp_path_factory):
     """A model that reads and writes bytes, trained to 1,024 of them."""
     path = tmp_path_factory.mktemp("models") / "longer"
-    model, tokenizer = byte_llama(max_position_embeddings=1024)
+    model, tokenizer = byte_llama(max_position_embeddings=1024, num_hidden_layers=6)
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from everlong.attention import LMInfinite
+from everlong.attention import Recall
 from everlong.cli import chat_command
 from everlong.llm import load
 
@@ -11,7 +11,7 @@ OPTIONS = ("--set", "window=60", "--max-new-tokens", 6)
 
 @pytest.fixture
 def session(folder):
-    with load(folder, LMInfinite(window=60), device="cpu") as llm:
+    with load(folder, Recall(window=60), device="cpu") as llm:
         yield llm.session()
 
 

@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from everlong.attention import FullAttention, LMInfinite
+from everlong.attention import FullAttention, LMInfinite, Recall
 from everlong.cli.reading_bars import ReadingBars
 from everlong.llm import load
 from tests.cli.conftest import TEXT
@@ -16,11 +16,11 @@ def test_stock_and_the_default_method_side_by_side(everlong, novel, folder):
     result = everlong("compare", novel, *OPTIONS, "--json")
     comparison = json.loads(result.out)
     assert result.code == 0 and "--tokens reads more" in result.err
-    assert [method["name"] for method in comparison["results"]] == ["stock", "lm-infinite"]
+    assert [method["name"] for method in comparison["results"]] == ["stock", "recall"]
     stock, ours = comparison["results"]
-    assert ours["options"]["window"] == 40 and (ours["kept"], ours["forgotten"]) == (40, 360)
+    assert ours["options"]["window"] == 40 and (ours["kept"], ours["forgotten"]) == (400, 0)
     assert (stock["kept"], stock["forgotten"]) == (400, 0)
-    with load(folder, LMInfinite(window=40), device="cpu") as llm:
+    with load(folder, Recall(window=40), device="cpu") as llm:
         session = llm.session()
         score = session.score(TEXT[:400])
     nll = sum(b["tokens"] * math.log(b["perplexity"]) for b in ours["buckets"])
@@ -29,7 +29,8 @@ def test_stock_and_the_default_method_side_by_side(everlong, novel, folder):
 
 
 def test_a_system_text_is_pinned_before_the_text_and_read_raw(everlong, novel, folder):
-    result = everlong("compare", novel, *OPTIONS, "--system", "Be terse.", "--json")
+    methods = ("--methods", "stock,lm-infinite")
+    result = everlong("compare", novel, *OPTIONS, *methods, "--system", "Be terse.", "--json")
     comparison = json.loads(result.out)
     pinned = list(b"Be terse.\n\n")
     assert (comparison["pinned"], comparison["tokens"]) == (len(pinned), 400)
@@ -113,7 +114,7 @@ def test_the_demo_compares_and_writes_on(everlong, tmp_path, monkeypatch):
         "demo", "--tokens", 300, "--bucket", 60, "--set", "window=40", "--output", tmp_path / "out"
     )
     assert result.code == 0
-    assert "stock" in result.out and "lm-infinite" in result.out and "has forgotten 260 of 300" in result.out
+    assert "stock" in result.out and "recall" in result.out and "has forgotten" not in result.out
     assert "goes on writing" in result.err and "300 tokens of" in result.err
     assert (tmp_path / "out" / "demo.png").read_bytes().startswith(PNG)
     saved = json.loads((tmp_path / "out" / "demo.json").read_text())
@@ -122,6 +123,7 @@ def test_the_demo_compares_and_writes_on(everlong, tmp_path, monkeypatch):
 
 def test_the_demo_pins_a_system_text(everlong, tmp_path):
     words = ("--tokens", 300, "--bucket", 60, "--set", "window=40", "--output", tmp_path)
+    words = (*words, "--attention", "lm-infinite")
     result = everlong("demo", *words, "--system", "Be terse.")
     saved = json.loads((tmp_path / "demo.json").read_text())
     assert saved["pinned"] == saved["results"][1]["options"]["sinks"] == len("Be terse.\n\n")

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from everlong.attention import LMInfinite, StreamingLLM, YaRN
+from everlong.attention import Recall, StreamingLLM, YaRN
 from everlong.llm import load
 from everlong.reading.session import Session
 from tests.cli.conftest import TEXT
@@ -13,7 +13,7 @@ WINDOW = ("--set", "window=40")
 @pytest.fixture
 def session(folder):
     """What the command should do, by the library."""
-    with load(folder, LMInfinite(window=40), device="cpu") as llm:
+    with load(folder, Recall(window=40), device="cpu") as llm:
         yield llm.session()
 
 
@@ -23,7 +23,7 @@ def test_it_reads_a_file_and_answers_as_a_session_does(everlong, novel, session)
     expected = [session.ask(question, max_new_tokens=9).text for question in ("Who?", "Why?")]
     assert result.code == 0
     assert result.out == "".join(f"{answer}\n" for answer in expected)
-    assert "Who?" in result.err and f"{session.stats.forgotten:,} forgotten" in result.err
+    assert "Who?" in result.err and f"{session.stats.recallable:,} recallable" in result.err
 
 
 def test_several_files_and_standard_input_are_one_stream(everlong, novel, session):
@@ -31,7 +31,7 @@ def test_several_files_and_standard_input_are_one_stream(everlong, novel, sessio
     session.read(TEXT + "And then it rained." + TEXT)
     stats = json.loads(result.out)["stats"]
     assert result.code == 0
-    for name in ("tokens_read", "kept", "forgotten", "bytes"):
+    for name in ("tokens_read", "kept", "recallable", "forgotten"):
         assert stats[name] == getattr(session.stats, name)
 
 
@@ -62,7 +62,8 @@ def test_a_state_file_is_begun_then_gone_on_with(everlong, novel, tmp_path, fold
     for text in (TEXT, "More of it."):
         novel.write_text(text)
         assert everlong("read", novel, "--state", state, *(WINDOW if text == TEXT else ())).code == 0
-    session.read(TEXT + "More of it.")
+    session.read(TEXT)
+    session.read("More of it.")
     with load(folder, device="cpu") as llm:
         restored = llm.restore(state)
         assert restored.policy == session.policy
@@ -117,12 +118,12 @@ def test_a_bad_place_in_a_later_file_keeps_what_was_read_before_it(everlong, nov
 
 def test_a_system_text_is_pinned(everlong, novel, folder):
     result = everlong("read", novel, "--system", "Be terse.", "--json", *WINDOW)
-    with load(folder, LMInfinite(window=40), device="cpu") as llm:
+    with load(folder, Recall(window=40), device="cpu") as llm:
         session = llm.session()
         session.pin("Be terse.")
         session.read(novel)
     assert json.loads(result.out)["stats"]["bytes"] == session.stats.bytes
-    assert session.policy.sinks > 10
+    assert session.policy.sinks > 16
 
 
 def test_perplexity_is_reported_when_asked_for(everlong, novel, folder):
@@ -130,7 +131,7 @@ def test_perplexity_is_reported_when_asked_for(everlong, novel, folder):
         json.loads(everlong("read", novel, "--json", *WINDOW, *option).out)["stats"]["perplexity"]
         for option in (["--surprisal"], [])
     )
-    with load(folder, LMInfinite(window=40), device="cpu") as llm:
+    with load(folder, Recall(window=40), device="cpu") as llm:
         session = llm.session(surprisal=True)
         session.read(novel)
     assert not_asked is None and asked == pytest.approx(session.stats.perplexity, rel=1e-5)
@@ -144,7 +145,7 @@ def test_other_methods_by_name(everlong, novel, folder):
         assert result.out == f"{session.ask('Who?', max_new_tokens=512).text}\n"
 
 
-RECALLS = (*WINDOW, "--set", "top_k=5", "--set", "top_k_layers=0")
+RECALLS = (*WINDOW, "--attention", "lm-infinite", "--set", "top_k=5", "--set", "top_k_layers=0")
 
 
 def test_what_leaves_the_window_lies_where_the_tier_says(everlong, novel, tmp_path):
@@ -172,9 +173,15 @@ def test_beyond_the_limit_of_a_tier_the_oldest_is_forgotten(everlong, novel, tmp
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--tier", "disk"], "LMInfinite keeps nothing of what leaves its window: --tier"),
+        (
+            ["--tier", "disk", "--attention", "lm-infinite"],
+            "LMInfinite keeps nothing of what leaves its window: --tier",
+        ),
         (["--tier", "disk", "--attention", "full"], "FullAttention keeps nothing of what leaves"),
-        (["--tier", "disk", "--dry-run"], "LMInfinite keeps nothing of what leaves its window: --tier"),
+        (
+            ["--tier", "disk", "--dry-run", "--attention", "lm-infinite"],
+            "LMInfinite keeps nothing of what leaves its window: --tier",
+        ),
         ([*RECALLS, "--tier", "no/such/folder"], "a tier cannot lie in no/such/folder"),
         ([*RECALLS, "--tier-precision", "int7"], "precision='int7' is not known"),
         ([*RECALLS, "--tier-limit", "much"], "'much' is no number of bytes: write 4GB"),
@@ -195,8 +202,12 @@ def test_a_dry_run_counts_and_reads_nothing(everlong, novel, tmp_path):
     )
     assert cost["seconds"] > 0 and cost["last_tokens_per_second"] > 0
     assert not state.exists()
-    really = json.loads(everlong("read", novel, "--json", *WINDOW).out)["stats"]["bytes"]
-    assert cost["bytes"] == really
+    really = json.loads(everlong("read", novel, novel, "--json", *WINDOW).out)["stats"]["bytes"]
+    for place in ("window", "ram", "disk"):
+        assert really[place] * 0.8 <= cost["bytes"][place] <= really[place] * 1.2
+    forgets = ("--attention", "lm-infinite", "--json", *WINDOW)
+    cost = json.loads(everlong("read", novel, "--dry-run", *forgets).out)
+    assert cost["bytes"] == json.loads(everlong("read", novel, *forgets).out)["stats"]["bytes"]
     words = everlong("read", novel, "--dry-run", *WINDOW).out
     assert f"{len(TEXT):,} tokens" in words and "seconds" in words and "held at the end" in words
 
@@ -210,8 +221,8 @@ def test_a_dry_run_counts_and_reads_nothing(everlong, novel, tmp_path):
         (["-"], "is empty: there is nothing to read"),
         (["-", "--state", "nowhere/a.state"], "there is no folder nowhere"),
         (["-", "--attention", "lm-infinit"], "did you mean 'lm-infinite'"),
-        (["-", "--set", "windw=3"], "unknown option of lm-infinite 'windw'; did you mean 'window'?"),
-        (["-", "--set", "window=10"], "a window of 10 cannot hold 10 sinks and a local token"),
+        (["-", "--set", "windw=3"], "unknown option of recall 'windw'; did you mean 'window'?"),
+        (["-", "--set", "window=10"], "Recall: a window of 10 cannot hold 16 sinks"),
         (["-", "--set", "window=many"], "window must be a whole number"),
         (["-", "--ask", ""], "the question is empty"),
         (["-", "--top-p", "0.5"], "temperature=0 draws nothing"),

@@ -20,11 +20,12 @@ from everlong.errors import (
     UnsupportedUseError,
 )
 from everlong.llm import LLM, load
-from everlong.reading import READING_METHODS, InfiniRetri, ParallelWindows, Sampling
+from everlong.reading import READING_METHODS, Homer, InfiniRetri, ParallelWindows, Sampling
 from everlong.reading.outside import Errand, Task, make_reading_method
 from everlong.reading.sentences import SentenceCutter
 from tests.reading.conftest import TEXT, make_llm
 from tests.reading.small_tokenizers import trained
+from tests.reference.homer import Homer as HomerReference
 from tests.reference.outside import carried_to_the_end, parallel_logits, picked_sentences
 from tests.tiny import BYTE_VOCAB, build, byte_tokenizer
 
@@ -36,7 +37,9 @@ FAMILIES = ("llama", "qwen3", "gpt_neox", "smollm3")
 METHODS = {
     "infini-retri": InfiniRetri(chunk=150, top=20, carried=120, longest=60),
     "parallel-windows": ParallelWindows(window=150),
+    "homer": Homer(window=560, warmup=0, calibration=4),
 }
+DEEP = {"num_hidden_layers": 6}  # so that chunks can merge several times
 
 
 @pytest.fixture(params=METHODS)
@@ -46,7 +49,7 @@ def method(request):
 
 @pytest.fixture
 def llm():
-    with make_llm(LMInfinite(window=200), max_position_embeddings=1024) as made:
+    with make_llm(LMInfinite(window=200), max_position_embeddings=1024, **DEEP) as made:
         yield made
 
 
@@ -120,6 +123,51 @@ def test_parallel_windows_answer_what_one_stock_forward_does(family):
     assert answer.text == tokenizer.decode(expected, skip_special_tokens=True)
 
 
+def homer_by_definition(model, opening, text, question, method, borders):
+    """What HOMER reads of a text of which four chunks are made, and two merges."""
+    sinks = max(0, 4 - len(opening))
+    prefix, rest = [*opening, *text[:sinks]], text[sinks:]
+    room = method.window // 2 - len(prefix) - len(question)
+    assert 2 * room < len(rest) <= 4 * room
+    chunks = [rest[len(rest) * at // 4 : len(rest) * (at + 1) // 4] for at in range(4)]
+    given = model, prefix, chunks, question, room, borders, range(method.calibration), 32
+    return HomerReference(*given, neighbours=method.neighbours)
+
+
+@pytest.mark.parametrize(
+    ("method", "borders"),
+    [(METHODS["homer"], (2, 4)), (Homer(window=560, warmup=1, calibration=0, neighbours=2), (4, 5))],
+    ids=["calibrated", "with neighbours"],
+)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
+def test_homer_answers_what_the_definition_does(family, method, borders):
+    local = {"layer_types": ["sliding_attention", "full_attention"] * 3, "sliding_window": 8}
+    model, tokenizer = in_bytes(family, **DEEP, **(local if family == "gemma3_text" else {}))
+    model.double()
+    if family == "gemma3_text":  # chunks merge behind layers with full attention
+        borders = (2, 4)
+    opening, question, after = around(tokenizer)
+    text = tokenizer(STORY)["input_ids"]
+    definition = homer_by_definition(model, opening, text, [*question, *after], method, borders)
+    expected = written(lambda ids: definition.logits(ids)[-1], 3)
+    with LLM(model, tokenizer, "tiny", FullAttention()) as llm:
+        answer = llm.ask(STORY, QUESTION, method, max_new_tokens=3)
+    assert answer.text == tokenizer.decode(expected, skip_special_tokens=True)
+    assert answer.stats.kept + answer.stats.waiting == 280 + 3 and answer.stats.forgotten > 200
+
+
+def test_homer_begins_every_chunk_with_first_tokens_of_the_text_where_there_are_no_others():
+    model, tokenizer = in_bytes("llama", **DEEP)
+    tokenizer.chat_template = None
+    model.double()
+    text, question = (tokenizer(part)["input_ids"] for part in (STORY, f"\n\nQuestion: {QUESTION}\nAnswer:"))
+    definition = homer_by_definition(model, [], text, question, METHODS["homer"], (2, 4))
+    expected = written(lambda ids: definition.logits(ids)[-1], 3)
+    with LLM(model, tokenizer, "tiny", FullAttention()) as llm:
+        answer = llm.ask(STORY, QUESTION, METHODS["homer"], max_new_tokens=3)
+    assert answer.text == tokenizer.decode(expected, skip_special_tokens=True)
+
+
 @pytest.mark.parametrize("smoothing", [1, 2, 3, 8])
 def test_what_is_picked_is_what_the_definition_picks(smoothing):
     draws = random.Random(smoothing)
@@ -138,7 +186,7 @@ def test_what_is_picked_is_what_the_definition_picks(smoothing):
 @pytest.mark.parametrize("chat", [True, False], ids=["chat", "plain"])
 @pytest.mark.parametrize("add_bos", [True, False])
 def test_a_text_that_fits_is_answered_as_by_full_attention(chat, add_bos):
-    methods = InfiniRetri(chunk=600), ParallelWindows(window=600)
+    methods = InfiniRetri(chunk=600), ParallelWindows(window=600), Homer(window=1024)
     with make_llm(FullAttention(), chat=chat, add_bos=add_bos, max_position_embeddings=1024) as llm:
         session = llm.session(system="Be brief.")
         session.read(TEXT)
@@ -207,6 +255,16 @@ def test_infini_retri_holds_no_more_of_a_longer_text(llm):
     assert held[12].bytes == held[1].bytes
 
 
+def test_homer_keeps_half_the_window_of_a_text_of_any_length(llm):
+    held = {
+        count: llm.ask((STORY for _ in range(count)), QUESTION, METHODS["homer"], max_new_tokens=1).stats
+        for count in (1, 9)
+    }
+    assert held[9].tokens_read > 4000
+    assert [stats.kept + stats.waiting for stats in held.values()] == [281, 281]
+    assert held[9].bytes == held[1].bytes
+
+
 def test_the_answer_comes_in_pieces_and_reading_tells_how_far_it_is(llm, method):
     seen = []
     pieces = llm.stream_answer(STORY, QUESTION, method, max_new_tokens=12, progress=seen.append)
@@ -245,7 +303,8 @@ def test_sessions_of_the_model_are_not_disturbed(llm, method):
 def test_by_name_with_options():
     assert make_reading_method("infini-retri", {"chunk": "512", "top": 30}) == InfiniRetri(chunk=512, top=30)
     assert make_reading_method("parallel-windows") == ParallelWindows()
-    assert {READING_METHODS[name] for name in READING_METHODS} == {InfiniRetri, ParallelWindows}
+    assert make_reading_method("homer", {"window": "512", "neighbours": 3}) == Homer(window=512, neighbours=3)
+    assert {READING_METHODS[name] for name in READING_METHODS} == {InfiniRetri, ParallelWindows, Homer}
     assert all(getattr(everlong, READING_METHODS[name].__name__) for name in READING_METHODS)
 
 
@@ -292,6 +351,11 @@ def test_without_a_question_they_are_refused_with_the_remedy(llm, name):
         (lambda: InfiniRetri(chunk=100), "cannot hold a sentence of 128.*longest=100"),
         (lambda: InfiniRetri(carried=100), "carried=100 tokens cannot hold a sentence of 128"),
         (lambda: ParallelWindows(window=0), "window must be a whole number"),
+        (lambda: Homer(window=1), "window must be a whole number of at least 2"),
+        (lambda: Homer(warmup=-1), "warmup must be a whole number"),
+        (lambda: Homer(sinks=0.5), "sinks must be a whole number"),
+        (lambda: Homer(calibration=-1), "calibration must be a whole number"),
+        (lambda: Homer(neighbours=-1), "neighbours must be a whole number"),
         (lambda: make_reading_method("infini-retri", {"chunks": 5}), "did you mean 'chunk'"),
         (lambda: make_reading_method("infini-retry"), "did you mean 'infini-retri'"),
         (lambda: make_reading_method("lm-infinite"), "is an attention policy.*llm.session"),
@@ -308,6 +372,8 @@ def test_options_that_cannot_work_are_refused_where_they_are_given(make, message
         (InfiniRetri(), "trained on 1024 tokens.*fewer than a chunk of 1024 and 128 that are carried"),
         (InfiniRetri(chunk=500, carried=400), "fewer than a chunk of 500 and 400 that are carried"),
         (ParallelWindows(window=800), "trained on 1024 tokens.*fewer than a window of 800"),
+        (Homer(window=2000), r"trained on 1024 tokens.*fewer than the \d+ that a chunk has room for"),
+        (Homer(window=100), "half the window of 100 tokens.*no room is left for the text"),
     ],
 )
 def test_what_the_model_was_not_trained_for_is_refused_before_reading(llm, method, message):
@@ -321,13 +387,17 @@ def test_what_the_model_was_not_trained_for_is_refused_before_reading(llm, metho
 
 @pytest.mark.parametrize(
     ("method", "message"),
-    [(InfiniRetri(), r"InfiniRetri\(carried="), (ParallelWindows(), r"ParallelWindows\(window=")],
+    [
+        (InfiniRetri(), r"InfiniRetri\(carried="),
+        (ParallelWindows(), r"ParallelWindows\(window="),
+        (Homer(), r"Homer\(window="),
+    ],
 )
 def test_where_the_training_length_is_not_known_it_is_asked_for(llm, method, message, monkeypatch):
     monkeypatch.setattr(llm.handle, "training_length", None)
     with pytest.raises(ConfigurationError, match=message):
         llm.ask(STORY, QUESTION, method)
-    told = InfiniRetri(carried=200) if isinstance(method, InfiniRetri) else ParallelWindows(window=500)
+    told = type(method)(**({"carried": 200} if isinstance(method, InfiniRetri) else {"window": 500}))
     assert llm.ask(STORY, QUESTION, told, max_new_tokens=3).tokens == 3
 
 
@@ -351,6 +421,21 @@ def test_models_that_cannot_be_driven_so_are_refused():
         pytest.raises(UnsupportedUseError, match="rotation depends on the length"),
     ):
         llm.ask(STORY, QUESTION, ParallelWindows())
+    with (
+        LLM(model, tokenizer, "tiny", FullAttention()) as llm,
+        pytest.raises(UnsupportedUseError, match="rotation depends on the length"),
+    ):
+        llm.ask(STORY, QUESTION, Homer())
+
+
+def test_homer_needs_a_layer_for_every_time_that_chunks_merge():
+    with (
+        make_llm(FullAttention(), max_position_embeddings=1024) as llm,
+        pytest.raises(
+            UnsupportedModelError, match="are 4 chunks, which merge behind 2 layers.* 2 layers are 1:"
+        ),
+    ):
+        llm.ask(STORY, QUESTION, METHODS["homer"])
 
 
 def test_bad_sources_and_bad_calls_are_refused(llm, method, tmp_path):

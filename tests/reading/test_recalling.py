@@ -82,5 +82,8 @@ def test_what_is_pinned_is_among_the_sinks(policy):
         session.read(TEXT)
         assert session._tape.driver.cache.policy.sinks > 4
         assert session.stats.forgotten == 0
-        with pytest.raises(ConfigurationError, match="cannot hold 4. sinks"):
-            llm.session().pin("Be brief. " * 3)
+        longer = llm.session()
+        longer.pin("Be brief. " * 3)
+        assert longer._tape.driver.cache.policy.recalled < session._tape.driver.cache.policy.recalled
+        with pytest.raises(ConfigurationError, match="the pinned text has .* tokens"):
+            llm.session().pin("Be brief. " * 8)

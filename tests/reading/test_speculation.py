@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from everlong.attention import DualChunk, FullAttention, NTKScaling, Policy, ReAttention, YaRN
+from everlong.attention import DualChunk, FullAttention, NTKScaling, Policy, YaRN, make_policy
 from everlong.errors import NumericalError, UnknownNameError, UnsupportedUseError
 from everlong.reading import Session, writing
 from everlong.reading.sampling import Sampler
@@ -224,8 +224,25 @@ def test_a_table_that_follows_the_stream_takes_no_guesses_and_chunks_none_that_b
         begun(DualChunk()).generate(3, speculate="lookahead")
 
 
+@pytest.mark.parametrize("name", ["recall", "re-attention"])
 @pytest.mark.parametrize("speculate", ["prompt-lookup", "lookahead"])
-def test_policies_that_recall_for_groups_take_no_guesses(speculate):
-    session = begun(ReAttention(window=150))
-    with pytest.raises(UnsupportedUseError, match="ReAttention recalls for queries in groups"):
-        session.generate(3, speculate=speculate)
+@pytest.mark.parametrize("before", [20, 3, -40])
+def test_policies_that_recall_for_groups_take_guesses_until_something_left_the_window(
+    name, speculate, before, monkeypatch
+):
+    """Begin so many tokens before the window is full; what is written goes on beyond."""
+    read = begun(FullAttention()).stats.tokens_read
+    more = {"block": 8} if name == "recall" else {"radius": 2}
+    policy = make_policy(name, {"window": read + before, "sinks": 4, **more})
+    plain = begun(policy).generate(60)
+    session, together = begun(policy), []
+    run = session._tape.driver.run_tentatively
+
+    def noted(ids, *others):
+        together.append(len(ids))
+        return run(ids, *others)
+
+    monkeypatch.setattr(session._tape.driver, "run_tentatively", noted)
+    guessed = session.generate(60, speculate=speculate)
+    assert guessed.text == plain.text and guessed.tokens == plain.tokens
+    assert before == 3 or bool(together) == (before == 20)

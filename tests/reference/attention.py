@@ -54,6 +54,8 @@ class ReferenceSpec:
         For ReAttention: v, the keys that each query and query head votes for.
     radius
         For ReAttention: r, how far from a chosen key its neighbours are recalled.
+    distance
+        For Recall: how far before a query sinks and recalled keys stand; L - 1 by default.
     layers
         For Recall: layers, one after another, of which the first asks what all of them recall.
     probes
@@ -98,6 +100,7 @@ class ReferenceSpec:
     representatives: int = 0
     votes: int = 0
     radius: int = 0
+    distance: int | None = None
     layers: int = 1
     steps: int = 1
     probes: int = 1
@@ -127,6 +130,7 @@ class ReferenceSpec:
             self.kind in ("inf-llm", "recall", "quest", "infinite-hip")
         )
         meaningful = meaningful and (self.representatives > 0) == (self.kind == "inf-llm")
+        meaningful = meaningful and (self.distance is None or self.kind == "recall")
         meaningful = meaningful and self.layers >= 1 and (self.layers == 1 or self.kind == "recall")
         meaningful = meaningful and self.probes >= 1 and (self.probes == 1 or self.kind == "recall")
         meaningful = meaningful and self.steps >= 1 and (self.steps == 1 or self.kind == "recall")
@@ -251,7 +255,7 @@ def _place_beside_recalled(
         return None
     if spec.kind in ("re-attention", "infinite-hip"):
         return (cache.index(i), cache.index(j))
-    return true if j in latest else (spec.local - 1, 0)
+    return true if j in latest else (spec.local - 1 if spec.distance is None else spec.distance, 0)
 
 
 def _place_in_chunk(spec: ReferenceSpec, i: int, j: int) -> Places:

@@ -21,6 +21,7 @@ from everlong.attention.cache_interface import PolicyCache
 from everlong.attention.forward import Forward, Layers, Underway
 from everlong.attention.generation import refuse_generation, refuse_untold
 from everlong.attention.inputs import Inputs, clamped_positions, read_padding, refuse_foreign_cache
+from everlong.attention.merging import Merging
 from everlong.attention.policy import Policy, make_policy
 from everlong.attention.prefix import Prefix, begun_with
 from everlong.attention.recording import StepRecorder, recorder_for
@@ -297,7 +298,7 @@ class Attachment:
         spans = cache.adapters(inputs.rows, inputs.tokens) if len(self.adapters) else []
         self.adapters.refuse_mixture(spans)
         is_kept = given is not None or bool(use_cache)
-        if isinstance(cache, (PackedSequences, StaticStep)):
+        if isinstance(cache, (PackedSequences, StaticStep, Merging)):
             positions = cache.positions(inputs.device)
             _forward.set(cache.begin(inputs, self._layers, self._end_forward()))
         else:

@@ -88,9 +88,9 @@ class StreamCache(PolicyCache):
         }
         below = [memory.tier for memory in self.memories.values() if memory.tier is not None]
         if below:
-            shelf = self.tier.shelf()
+            shelf, most = self.tier.shelf(), self.tier.bytes_at_most()
             for store in below:
-                store.use(self.tier, shelf, len(below))
+                store.use(self.tier, shelf, None if most is None else most // len(below))
         self._kept_layers = dict(layers)
         self.branches: Branches | None = None
         self._is_provisional = False
@@ -135,7 +135,11 @@ class StreamCache(PolicyCache):
         """Bytes it will hold when `tokens` were seen, by tier; once some were. Spare room is not counted."""
         if self.rows is None:
             raise StateError("what a cache will hold is known once it was read into: read a token first")
-        return _summed(memory.nbytes_at(tokens) for memory in self.memories.values())
+        return _summed(
+            held
+            for number, memory in self.memories.items()
+            for held in (memory.nbytes_at(tokens), self.policy.nbytes_beside(number, tokens, memory))
+        )
 
     # --- taking back -------------------------------------------------------------------------------
 
@@ -165,8 +169,8 @@ class StreamCache(PolicyCache):
 
     def takes_branches(self, height: int) -> bool:
         """Whether the stream stands where branches of `height` tokens may follow: its sinks are filled."""
-        longest = max(self.pads or (0,))
-        return all(
+        longest, until = max(self.pads or (0,)), self.policy.guessed_until()
+        return (until is None or self.seen + height <= until) and all(
             self.seen >= memory.sinks + longest and memory.takes_branches(height)
             for memory in self.memories.values()
         )

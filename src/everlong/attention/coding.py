@@ -33,6 +33,15 @@ def coded(keys: Tensor, values: Tensor, precision: Precision) -> list[Tensor]:
     return coded
 
 
+def coded_bytes(keys: Tensor, values: Tensor, tokens: int, precision: Precision) -> int:
+    """Return the bytes of what :func:`coded` returns of so many tokens like these."""
+    channels = [x.shape[:2].numel() * x.shape[3] for x in (keys, values)]
+    if precision == "int8":
+        return sum(channels) * (tokens + 4)  # a scale each
+    sizes = (2, 2) if precision == "float16" else (keys.element_size(), values.element_size())
+    return tokens * sum(count * size for count, size in zip(channels, sizes, strict=True))
+
+
 def plain(block: Sequence[Tensor], precision: Precision, dtype: torch.dtype) -> list[Tensor]:
     """Return keys and values of what :func:`coded` returned, whatever dimensions stand before."""
     if precision == "int8":

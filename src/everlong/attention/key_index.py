@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from everlong.attention.block_maxima import BlockMaxima
 from everlong.attention.positions import working_dtype
 
 SEGMENT = 1024
@@ -16,6 +19,7 @@ SEGMENT = 1024
 
 _FIRST_CAPACITY = 64  # tokens
 _LEAST = torch.finfo(torch.float32).tiny
+_COLUMNS = 16  # whole-number products of that many are quicker than of 9 or 12
 
 
 class KeyIndex:
@@ -35,11 +39,11 @@ class KeyIndex:
 
     def __init__(self, first: int = 0, *, is_exact: bool = False) -> None:
         self._is_exact = is_exact
-        self._segments: list[Tensor] = []  # keys or codes, (batch, n, channels of all heads)
-        self._scales: Tensor | None = None  # (batch, segments, channels)
+        self._segments: list[Tensor] = []  # keys or codes, (batch, key-value heads, n, d)
+        self._scales: Tensor | None = None  # (batch, segments, key-value heads, d)
         self._centers: Tensor | None = None
         self._begin = self._open_begin = self._next = first  # of the segments; of what is open; of what comes
-        self._open: Tensor | None = None  # (batch, room, channels)
+        self._open: Tensor | None = None  # (batch, key-value heads, room, d)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         twin = copy.copy(self)
@@ -51,31 +55,31 @@ class KeyIndex:
 
     def append(self, keys: Tensor) -> None:
         """Take in raw keys of the next tokens, shape (batch, key-value heads, n, d)."""
-        keys = keys.detach().transpose(1, 2).flatten(2)
-        while keys.shape[1]:
+        keys = keys.detach()
+        while keys.shape[2]:
             room = SEGMENT - self._next % SEGMENT
-            self._hold(keys[:, :room])
+            self._hold(keys[:, :, :room])
             if self._next % SEGMENT == 0:
                 self._close()
-            keys = keys[:, room:]
+            keys = keys[:, :, room:]
 
     def _hold(self, keys: Tensor) -> None:
-        at = self._next - self._open_begin
-        have = 0 if self._open is None else self._open.shape[1]
-        if have < at + keys.shape[1]:
-            room = min(max(at + keys.shape[1], 2 * have, _FIRST_CAPACITY), SEGMENT)
+        at, count = self._next - self._open_begin, keys.shape[2]
+        have = 0 if self._open is None else self._open.shape[2]
+        if have < at + count:
+            room = min(max(at + count, 2 * have, _FIRST_CAPACITY), SEGMENT)
             with torch.inference_mode(False):  # later forwards, in whatever mode, write into it
-                grown = keys.new_empty(len(keys), room, keys.shape[2])
+                grown = keys.new_empty(*keys.shape[:2], room, keys.shape[3])
             if self._open is not None:
-                grown[:, :at] = self._open[:, :at]
+                grown[:, :, :at] = self._open[:, :, :at]
             self._open = grown
         assert self._open is not None
-        self._open[:, at : at + keys.shape[1]] = keys
-        self._next += keys.shape[1]
+        self._open[:, :, at : at + count] = keys
+        self._next += count
 
     def _held(self) -> Tensor:
         assert self._open is not None
-        return self._open[:, : self._next - self._open_begin]
+        return self._open[:, :, : self._next - self._open_begin]
 
     def _close(self) -> None:
         keys = self._held()
@@ -84,18 +88,19 @@ class KeyIndex:
             self._segments.append(keys.clone())
             return
         keys = keys.float()
-        center = keys.mean(1, keepdim=True)
+        center = keys.mean(2, keepdim=True)
         keys = keys - center
-        scale = (keys.abs().amax(1, keepdim=True) / 127).clamp(min=_LEAST)
+        scale = (keys.abs().amax(2, keepdim=True) / 127).clamp(min=_LEAST)
         self._segments.append((keys / scale).round().to(torch.int8))
+        scale, center = scale.transpose(1, 2), center.transpose(1, 2)
         self._scales = scale if self._scales is None else torch.cat((self._scales, scale), 1)
         self._centers = center if self._centers is None else torch.cat((self._centers, center), 1)
 
     def forget(self, first: int) -> None:
         """Let go of segments all of whose tokens come before `first`."""
         gone = 0
-        while gone < len(self._segments) and self._begin + self._segments[gone].shape[1] <= first:
-            self._begin += self._segments[gone].shape[1]
+        while gone < len(self._segments) and self._begin + self._segments[gone].shape[2] <= first:
+            self._begin += self._segments[gone].shape[2]
             gone += 1
         if gone:
             self._segments = self._segments[gone:]
@@ -112,56 +117,33 @@ class KeyIndex:
 
     # --- looking -------------------------------------------------------------------------------------
 
-    def products(self, row: int, asked: Tensor, begin: int, stop: int) -> Tensor:
-        """Return the products of each of `asked` with a row's keys of tokens [begin, stop).
-
-        Parameters
-        ----------
-        row : int
-            Which.
-        asked : Tensor
-            Shape (c, key-value heads, d).
-        begin, stop : int
-            Tokens that are here.
-
-        Returns
-        -------
-        Tensor
-            Shape (stop - begin, c), added up over heads.
-        """
-        assert self._open is not None
-        asked = asked.to(self._open.device, working_dtype(self._open)).flatten(1).T
-        found, first = [], self._begin
-        wanted: list[int] = []
+    def look(self, row: int, best: BlockMaxima) -> None:
+        """Look at those of a row's keys that are here, for blocks of tokens that all are."""
+        held, wanted, first = self._held(), list[tuple[int, int]](), self._begin
         for number, keys in enumerate(self._segments):
-            if begin < first + keys.shape[1] and first < stop:
-                wanted.append(number)
-            first += keys.shape[1]
-        at = self._begin + sum(keys.shape[1] for keys in self._segments[: wanted[0] if wanted else None])
-        if wanted:
-            found.append(self._of_segments(row, asked, wanted))
-        if stop > self._open_begin:
-            found.append(self._held()[row].to(asked.dtype) @ asked)
-        every = found[0] if len(found) == 1 else torch.cat(found)
-        return every[begin - at : stop - at]
-
-    def _of_segments(self, row: int, asked: Tensor, numbers: list[int]) -> Tensor:
-        """Return the products of keys of segments that follow one another with `asked`, (channels, c)."""
+            if best.begin < first + keys.shape[2] and first < best.stop:
+                wanted.append((number, first))
+            first += keys.shape[2]
         if self._is_exact:
-            return torch.cat([self._segments[number][row].to(asked.dtype) @ asked for number in numbers])
+            for number, first in wanted:
+                best.look(first, self._segments[number][row])
+        elif wanted:
+            self._look_at_codes(row, wanted, best)
+        if best.stop > self._open_begin:
+            best.look(self._open_begin, held[row])
+
+    def _look_at_codes(self, row: int, wanted: list[tuple[int, int]], best: BlockMaxima) -> None:
+        """Look at segments that follow one another, each a number and its first token."""
         assert self._scales is not None and self._centers is not None
-        which = slice(numbers[0], numbers[-1] + 1)
-        asked = asked.float()
-        scaled = asked * self._scales[row, which, :, None]  # (segments, channels, c)
-        steps = (scaled.abs().amax(1) / 127).clamp(min=_LEAST)
-        codes = (scaled / steps[:, None]).round().to(torch.int8)
-        shift = self._centers[row, which] @ asked
-        segments = [self._segments[number][row] for number in numbers]
-        found = asked.new_empty(sum(map(len, segments)), asked.shape[1])
-        parts = torch.split(found, [len(segment) for segment in segments])
-        for segment, code, step, more, part in zip(segments, codes, steps, shift, parts, strict=True):
-            torch.addcmul(more, _whole_products(segment, code).float(), step, out=part)
-        return found
+        asked, which = best.asked.to(self._scales), slice(wanted[0][0], wanted[-1][0] + 1)
+        scaled = asked * self._scales[row, which, :, None]  # (segments, key-value heads, c, d)
+        steps = (scaled.abs().amax(3, keepdim=True) / 127).clamp(min=_LEAST)
+        count = asked.shape[1]
+        codes = pad(scaled.div_(steps).round_(), (0, 0, 0, -count % _COLUMNS)).to(torch.int8)
+        shifts = (asked @ self._centers[row, which, ..., None]).mT  # (segments, key-value heads, 1, c)
+        for (number, first), code, step, shift in zip(wanted, codes, steps.mT, shifts, strict=True):
+            found = _whole_products(self._segments[number][row], code)
+            best.take(first, found, partial(_scaled, step, shift))
 
     def keys_at(self, row: int, tokens: Tensor) -> Tensor:
         """Return single keys of a row: of what is in bytes, ``center + scale * code``.
@@ -187,22 +169,29 @@ class KeyIndex:
         for number, count in enumerate(segments.bincount().tolist()):
             if count:
                 here = order[begin : begin + count]
-                pieces.append(self._single(row, number, heads[here], wanted[here], len(tokens)))
+                pieces.append(self._single(row, number, heads[here], wanted[here]))
                 begin += count
         return torch.cat(pieces)[order.argsort()].view(*tokens.shape, -1)
 
-    def _single(self, row: int, number: int, heads: Tensor, tokens: Tensor, of: int) -> Tensor:
+    def _single(self, row: int, number: int, heads: Tensor, tokens: Tensor) -> Tensor:
         """Return keys of one segment, or of what is open."""
         is_open = number == len(self._segments)
         first = self._open_begin if is_open else max(self._begin, (self._begin // SEGMENT + number) * SEGMENT)
         segment = self._held() if is_open else self._segments[number]
-        keys: Tensor = segment[row].view(segment.shape[1], of, -1)[tokens - first, heads]
+        keys: Tensor = segment[row][heads, tokens - first]
         keys = keys.to(working_dtype(self._held()))
         if is_open or self._is_exact:
             return keys
         assert self._scales is not None and self._centers is not None
-        scale, center = (x[row, number].view(of, -1)[heads] for x in (self._scales, self._centers))
+        scale, center = (x[row, number][heads] for x in (self._scales, self._centers))
         return keys.mul_(scale).add_(center)
+
+    @staticmethod
+    def bytes_of(tokens: int, keys: Tensor) -> int:
+        """Return about the bytes of so many tokens whose keys are like these, not kept exact."""
+        channels, whole = keys.shape[:2].numel() * keys.shape[3], tokens - tokens % SEGMENT
+        scales = 8 * (whole // SEGMENT)
+        return channels * (whole + scales + (tokens - whole) * keys.element_size())
 
     def nbytes(self) -> int:
         """Bytes held."""
@@ -243,8 +232,16 @@ def keys_of_two(
     return torch.where(is_early.to(keys.device)[..., None], known, found.to(known.dtype))
 
 
+def _scaled(step: Tensor, shift: Tensor, products: Tensor) -> Tensor:
+    """Return what products of whole numbers stand for."""
+    return torch.addcmul(shift, products[..., : step.shape[-1]].float(), step)
+
+
 def _whole_products(codes: Tensor, asked: Tensor) -> Tensor:
-    """Return the products of bytes (n, channels) and (channels, c), exact up to a thousand channels."""
-    if codes.device.type == "cpu" and hasattr(torch, "_int_mm"):
-        return torch._int_mm(codes, asked)
-    return codes.float() @ asked.float()
+    """Return the products of bytes (heads, n, d) and (heads, c, d), exact up to a thousand channels."""
+    if codes.device.type != "cpu" or not hasattr(torch, "_int_mm"):
+        return codes.float() @ asked.float().mT
+    found = codes.new_empty(*codes.shape[:2], asked.shape[1], dtype=torch.int32)
+    for keys, some, part in zip(codes, asked, found, strict=True):
+        torch._int_mm(keys, some.T, out=part)
+    return found

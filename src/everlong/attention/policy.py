@@ -86,6 +86,31 @@ class Policy(ABC):
     def parts(self, queries: Queries, view: LayerView) -> list[Part | Partial]:
         """Return what a group of queries sees, each key in one part only."""
 
+    def nbytes_beside(self, layer: int, tokens: int, memory: LayerMemory) -> dict[str, int]:
+        """Return about what a layer holds beside window and tier when `tokens` were seen: bytes, by tier.
+
+        Parameters
+        ----------
+        layer : int
+            The layer's number.
+        tokens : int
+            For each row.
+        memory : LayerMemory
+            The layer's, once some were.
+        """
+        return {}
+
+    def pinned(self, sinks: int) -> Self:
+        """Return a policy like this one, which has ``sinks``, with that many; see :func:`with_sinks`."""
+        return dataclasses.replace(self, **{"sinks": sinks})
+
+    def guessed_until(self) -> int | None:
+        """Index before which tokens may be run together that may be taken back; None: all may.
+
+        Queries that look something up together find other things than one by one.
+        """
+        return None if self.lookup_group() is None else self.plain_until()
+
     def breaks(self) -> tuple[int, ...]:
         """Return indices where a group of queries should end, because :meth:`parts` changes its form."""
         return ()
@@ -130,7 +155,9 @@ class Policy(ABC):
         """
         return None
 
-    def standing(self, memory: LayerMemory, layer: int, pads: tuple[int, ...] | None) -> int | None:
+    def standing(
+        self, memory: LayerMemory, layer: int, pads: tuple[int, ...] | None
+    ) -> tuple[int, int] | None:
         """Say whether the next token of each row sees what the one before it saw recalled.
 
         Parameters
@@ -144,10 +171,10 @@ class Policy(ABC):
 
         Returns
         -------
-        int or None
-            L: it sees its latest L tokens, and L - 1 before itself the sinks and what was recalled, and no
-            note is to be taken of it. None: what it sees is a matter of :meth:`parts`, as for
-            :meth:`in_place`.
+        tuple of int and int, or None
+            L and a distance: it sees its latest L tokens, and so far before itself the sinks and what was
+            recalled, and no note is to be taken of it. None: what it sees is a matter of :meth:`parts`, as
+            for :meth:`in_place`.
         """
         return None
 
@@ -222,7 +249,7 @@ def with_sinks(policy: Policy, pinned: int) -> Policy:
             f"pin less, or use {name}(window=...) well above {pinned}"
         )
     sinks: int = getattr(policy, "sinks")  # noqa: B009
-    return dataclasses.replace(policy, **{"sinks": max(sinks, pinned)}).resolve(None)
+    return policy.pinned(max(sinks, pinned)).resolve(None)
 
 
 def require_count(owner: str, name: str, value: object, *, least: int, optional: bool = False) -> None:

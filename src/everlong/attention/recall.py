@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
+from everlong.attention.key_index import KeyIndex
 from everlong.attention.layer_memory import LayerMemory
-from everlong.attention.policy import POLICIES, require_count
+from everlong.attention.policy import POLICIES, Policy, require_count
 from everlong.attention.positions import working_dtype
 from everlong.attention.ready import Choice
-from everlong.attention.recalled import Asking, BlockRecallPolicy, held_keys, products_with
+from everlong.attention.recalled import Asking, BlockRecallPolicy, best_products, held_keys
 from everlong.attention.view import LayerView, Queries
 
 _NEVER = -1
+_BLOCK = 32  # tokens, where the window has room for it
+_DISTANCE = 256  # tokens, where the latest are more
 
 
 @POLICIES.register("recall")
@@ -23,8 +27,9 @@ class Recall(BlockRecallPolicy):
     """Everlong's own: the blocks of InfLLM, smaller, found by looking at every key as ReAttention does.
 
     What is kept: all tokens, what left the window in a tier below, in blocks. What a query sees: `sinks`
-    tokens, the blocks that its group recalled, and the latest ones. At which positions: the latest at their
-    true distance, L - 1 at most; sinks and blocks all at L - 1. What is forgotten: nothing.
+    tokens, the blocks that its group recalled, and the latest ones, L. At which positions: the latest at
+    their true distance; sinks and blocks all at `distance`, among them: the farther away something is shown,
+    the less it has to say beside the latest. What is forgotten: nothing.
 
     Of a group, the last queries ask each by itself, and those before them with their mean; neither they nor
     keys are rotated. Each head of each gives a block the softmax, over all blocks, of the logit of its best
@@ -41,8 +46,8 @@ class Recall(BlockRecallPolicy):
         W, all keys a query sees: sinks, recalled and latest ones; the model's training length by default.
     recalled : int, optional
         Tokens recalled, a multiple of `block`; by default about a third of ``window - sinks``.
-    block : int
-        Tokens of a block.
+    block : int, optional
+        Tokens of a block; 32 by default, less where a third of ``window - sinks`` is.
     group : int
         Queries that ask together in prefill.
     probes : int
@@ -53,21 +58,52 @@ class Recall(BlockRecallPolicy):
     steps : int
         Queries, one after another, that recall the same where each comes alone, as in writing: the first of
         them asks.
+    distance : int, optional
+        How far before a query sinks and blocks are shown; 256 by default, or L - 1 where that is less.
     """
+
+    may_leave_block: ClassVar[bool] = True
 
     sinks: int = 16
     window: int | None = None
     recalled: int | None = None
-    block: int = 32
+    block: int | None = None
     group: int = 512
     probes: int = 4
     layers: int = 1
     steps: int = 4
+    distance: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for field in ("probes", "layers", "steps"):
             require_count("Recall", field, self._field(field), least=1)
+        require_count("Recall", "distance", self.distance, least=0, optional=True)
+
+    def resolve(self, training_length: int | None) -> Self:
+        """Fill in the window, and with it a block, the number of recalled tokens and where they stand."""
+        window = training_length if self.window is None else self.window
+        if self.block is None and window is not None:
+            room, block = self.recalled or self.default_recalled(window - self.sinks), _BLOCK
+            while block > max(1, room):
+                block //= 2
+            return replace(self, block=block).resolve(training_length)
+        resolved = super().resolve(training_length)
+        if self.distance is not None:
+            return resolved
+        return replace(resolved, distance=min(_DISTANCE, resolved.shape()[2] - 1))
+
+    def nbytes_beside(self, layer: int, tokens: int, memory: LayerMemory) -> dict[str, int]:
+        """Return the bytes of what is ready to be shown, and of the keys that are looked at."""
+        keys, values = memory.keys, memory.values
+        if tokens <= self._window or memory.tier is None or keys is None or values is None:
+            return {}
+        sinks, recalled, _ = self.shape()
+        one, other = (x[:, :, :1].nbytes for x in (keys, values))
+        left = recalled * (one + other)  # lately wanted, as many again
+        ready = recalled * one + (sinks + recalled) * (one + other) + left
+        asks = layer % self.layers == 0
+        return {"window": ready, "ram": KeyIndex.bytes_of(tokens - self._window, keys) if asks else 0}
 
     def choose(self, asking: Asking, queries: Queries, view: LayerView) -> Choice:
         """Return what still stands, what a layer shortly before chose, or the blocks that are worth most."""
@@ -87,12 +123,18 @@ class Recall(BlockRecallPolicy):
             self._note(asking.number, queries.first if is_alone else _NEVER, chosen, view)
         return chosen
 
-    def standing(self, memory: LayerMemory, layer: int, pads: tuple[int, ...] | None) -> int | None:
-        """Return L where each row, its window full, sees what a token shortly before it chose.
+    def far_distance(self) -> int:
+        """Return where sinks and recalled tokens stand."""
+        return self._field("distance")
+
+    def standing(
+        self, memory: LayerMemory, layer: int, pads: tuple[int, ...] | None
+    ) -> tuple[int, int] | None:
+        """Return L and the distance where each row, its window full, sees what one shortly before it chose.
 
         Not for subclasses that take notes of their own: they are to see every token.
         """
-        if type(self).observe is not BlockRecallPolicy.observe:
+        if type(self).observe is not Policy.observe:
             return None
         notes = memory.index.get(_name(layer))
         if notes is None or memory.tier is None or memory.seen - max(pads or (0,)) < self._window:
@@ -105,7 +147,7 @@ class Recall(BlockRecallPolicy):
             and self.block_span(blocks[0])[0] >= least
             for asked, *blocks in rows
         )
-        return self.shape()[2] if stands else None
+        return (self.shape()[2], self.far_distance()) if stands else None
 
     def _standing(self, asking: Asking, first: int, view: LayerView) -> Choice | None:
         """Return what a query shortly before chose, if it came alone and all of it is still here."""
@@ -125,20 +167,19 @@ class Recall(BlockRecallPolicy):
             if asked == _NEVER:
                 return
             with torch.inference_mode(False):  # later forwards, in whatever mode, write into it
-                room = 1 + self.shape()[1] // self.block
+                room = 1 + self.shape()[1] // self.unit()
                 index[name] = torch.full((len(held_keys(view)), room), _NEVER)
-        blocks = [(begin - self.sinks) // self.block for begin, _ in chosen[0]]
+        blocks = [(begin - self.sinks) // self.unit() for begin, _ in chosen[0]]
         notes = [asked, *blocks]
         index[name][row] = torch.tensor(notes + [_NEVER] * (index[name].shape[1] - len(notes)))
 
     def worth(self, blocks: range, asking: Asking, queries: Queries, view: LayerView) -> Tensor:
         """Return the logarithm of what all heads of all that ask give each block."""
         asked = self._asked(queries.raw[asking.number, :, asking.queries].detach())
-        columns = _by_key_head(asked * view.call.scaling, held_keys(view).shape[1])
+        asked = asked.reshape(held_keys(view).shape[1], -1, asked.shape[-1]) * view.call.scaling
         begin, stop = self.block_span(blocks.start)[0], self.block_span(blocks.stop - 1)[1]
-        logits = products_with(columns, asking.number, begin, stop, view)
-        best = logits.reshape(len(blocks), self.block, -1).amax(1)
-        return best.log_softmax(0).logsumexp(1)
+        best = best_products(asked, asking.number, begin, stop, self.unit(), view)
+        return best.log_softmax(1).logsumexp((0, 2))
 
     def _asked(self, queries: Tensor) -> Tensor:
         """Return those of a group's queries, (heads, n, d), that ask: the last, before them a mean."""
@@ -152,12 +193,3 @@ class Recall(BlockRecallPolicy):
 def _name(layer: int) -> str:
     """Return what a layer calls its notes: some layers share a memory."""
     return f"{layer}.recalled"
-
-
-def _by_key_head(asked: Tensor, heads: int) -> Tensor:
-    """Return each query of (query heads, n, d) beside zeros for the other key-value heads: (c, heads, d)."""
-    each = asked.reshape(heads, -1, asked.shape[-1])
-    columns = each.new_zeros(heads, each.shape[1], heads, each.shape[2])
-    for head in range(heads):
-        columns[head, :, head] = each[head]
-    return columns.flatten(0, 1)

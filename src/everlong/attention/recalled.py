@@ -15,6 +15,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from everlong.attention.block_maxima import BlockMaxima
 from everlong.attention.key_index import keys_of_two
 from everlong.attention.layer_memory import LayerMemory
 from everlong.attention.parts import Part, Partial
@@ -63,7 +64,7 @@ class RecallPolicy(Policy):
     looks_ahead: ClassVar[bool] = True
     are_in_cache: ClassVar[bool] = False
     """Whether sinks, recalled and latest tokens stand one behind the other; otherwise sinks and recalled
-    tokens all stand L - 1 before the query."""
+    tokens all stand at one place, L - 1 before the query."""
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -118,6 +119,10 @@ class RecallPolicy(Policy):
         sinks, recalled = self._field("sinks"), self._field("recalled")
         return sinks, recalled, self._window - sinks - recalled
 
+    def far_distance(self) -> int:
+        """Return how far before a query the nearest of its sinks and recalled tokens stands."""
+        return self.shape()[2] - 1
+
     def memory(self, layer: int, start: int) -> LayerMemory:
         """Return an empty memory for `layer`: a window with a tier below."""
         sinks = self._field("sinks")
@@ -131,9 +136,21 @@ class RecallPolicy(Policy):
         """Return W: before, queries see all there is."""
         return self._window
 
+    takes_branches: ClassVar[bool] = True
+
+    def in_place(self, row_index: int, index: int) -> Sequence[int] | None:
+        """All slots, before anything has left the window; not where each token is taken note of."""
+        return () if index < self._window and type(self).observe is Policy.observe else None
+
     def lookup_group(self) -> int | None:
         """Return how many queries ask together what to recall."""
         return self._field("group")
+
+    def pinned(self, sinks: int) -> Self:
+        """Keep more first tokens; what is left is shared by recalled and latest ones as before."""
+        room, left = self._window - self._field("sinks"), self._window - sinks
+        recalled = max(self._field("recalled") * left // room // self.unit(), 1) * self.unit()
+        return replace(self, **{"sinks": sinks, "recalled": recalled})
 
     @abstractmethod
     def choose(self, asking: Asking, queries: Queries, view: LayerView) -> Choice:
@@ -170,7 +187,7 @@ class RecallPolicy(Policy):
 
     def far_queries(self, queries: Queries) -> Tensor:
         """Return the queries where the tokens before their latest L stand at or before 0."""
-        return queries.at(self.shape()[2] - 1)
+        return queries.at(self.far_distance())
 
     def _near_sinks(self, queries: Queries, view: LayerView, is_full: Tensor | None) -> list[Part]:
         sinks = self._field("sinks")
@@ -220,9 +237,13 @@ class BlockRecallPolicy(RecallPolicy):
     Subclasses have a field ``block``, too.
     """
 
+    may_leave_block: ClassVar[bool] = False
+    """Whether it may be None, for :meth:`resolve` to fill in."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_count(type(self).__name__, "block", self._field("block"), least=1)
+        name, block = type(self).__name__, self._field("block")
+        require_count(name, "block", block, least=1, optional=self.may_leave_block)
 
     def unit(self) -> int:
         """Return the tokens of a block."""
@@ -270,30 +291,37 @@ def held_keys(view: LayerView) -> Tensor:
     return keys
 
 
-def products_with(asked: Tensor, row: int, begin: int, stop: int, view: LayerView) -> Tensor:
-    """Return the products of `asked`, (c, key-value heads, d), with raw keys, added up over heads: (n, c).
+def best_products(asked: Tensor, row: int, begin: int, stop: int, block: int, view: LayerView) -> Tensor:
+    """Return for each block of raw keys the largest product of each of `asked` with one of them.
 
     Parameters
     ----------
     asked : Tensor
-        In the type to add up in.
+        Of each key-value head its own, shape (key-value heads, c, d), in the type to add up in.
     row : int
         Whose keys.
     begin, stop : int
-        Of which tokens, counted in the row; some or all may have left the window.
+        Of which tokens, counted in the row, in blocks; some or all may have left the window.
+    block : int
+        Tokens of a block.
     view : LayerView
         Where they are.
+
+    Returns
+    -------
+    Tensor
+        Shape (key-value heads, blocks, c).
     """
     pad, tier, sinks = view.pads[row] if view.pads else 0, view.memory.tier, view.memory.sinks
     assert tier is not None
-    begin, stop, in_tier = begin + pad, stop + pad, sinks + len(tier)
-    found = []
-    if begin < in_tier:
-        found.append(tier.products(row, asked, begin - sinks, min(stop, in_tier) - sinks))
-    if stop > in_tier:
-        keys = view.raw(max(begin, in_tier), stop)[row].detach().to(asked.dtype)
-        found.append(torch.einsum("hnd,chd->nc", keys, asked))
-    return found[0] if len(found) == 1 else torch.cat(found)
+    best = BlockMaxima(asked, begin + pad - sinks, stop + pad - sinks, block)
+    count = len(tier)
+    if best.begin < count:
+        tier.look(row, best)
+    if best.stop > count:
+        first = max(best.begin, count)
+        best.look(first, view.raw(first + sinks, stop + pad)[row].detach())
+    return best.found
 
 
 def keys_at(tokens: Tensor, row: int, view: LayerView) -> Tensor:

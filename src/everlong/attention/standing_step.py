@@ -32,8 +32,8 @@ class StandingStep:
         The layers'.
     seen, origin : int
         Where their memories stand: tokens before this one, and the frame's origin.
-    latest : int
-        Tokens that are seen beside what stands, this one included.
+    latest, distance : int
+        Tokens that are seen beside what stands, this one included; and how far before it that stands.
     here : Angles
         What rotates this token's query and key.
     far : Angles
@@ -47,6 +47,7 @@ class StandingStep:
     seen: int
     origin: int
     latest: int
+    distance: int
     here: Angles
     far: Angles
     pads: tuple[int, ...] | None
@@ -57,7 +58,7 @@ class StandingStep:
             memory.seen == self.seen
             and memory.origin == self.origin
             and memory.pending is None
-            and self.policy.standing(memory, layer, self.pads) == self.latest
+            and self.policy.standing(memory, layer, self.pads) == (self.latest, self.distance)
             and memory.ready.stays(memory, self.rotation)
         )
 
@@ -100,8 +101,8 @@ def standing_step(
     if torch.is_grad_enabled():
         return None
     layer, memory = memories[0]
-    latest = policy.standing(memory, layer, pads)
-    if latest is None:
+    stands = policy.standing(memory, layer, pads)
+    if stands is None:
         return None
-    here, far = (rotation.angles(at, like) for at in (memory.frame(memory.seen), latest - 1))
-    return StandingStep(policy, rotation, memory.seen, memory.origin, latest, here, far, pads)
+    here, far = (rotation.angles(at, like) for at in (memory.frame(memory.seen), stands[1]))
+    return StandingStep(policy, rotation, memory.seen, memory.origin, *stands, here, far, pads)

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor
 
-from everlong.attention.coding import Precision, coded, in_a_row, plain
+from everlong.attention.block_maxima import BlockMaxima
+from everlong.attention.coding import Precision, coded, coded_bytes, in_a_row, plain
 from everlong.attention.key_index import KeyIndex, keys_of_two
 from everlong.attention.shelves import Block, DiskShelf, RamShelf, Shelf, is_in_ram
 from everlong.errors import ConfigurationError, StateError
+from everlong.models.placement import available_bytes
 
 BLOCK = 64
 """Tokens that are kept together."""
@@ -41,24 +44,27 @@ class Tier:
     precision : {"float16", "int8", "exact"}
         Half precision; bytes, with a scale for each block of 64 tokens, head and channel; or as the model
         computes.
-    limit : int or None
-        Bytes of whole blocks that all layers hold at most: the oldest go, and count as forgotten. None: no
-        limit.
+    limit : int, "auto" or None
+        Bytes of whole blocks that all layers of a stream hold at most: the oldest go, and count as forgotten.
+        "auto": in RAM a quarter of what is available when the stream begins; on disk half of what is free,
+        and no more than RAM is available, as policies that look at all keys have a quarter of them there, too
+        (on top of the limit). None: no limit.
     """
 
     place: str | Path = "ram"
     precision: Precision = "float16"
-    limit: int | None = None
+    limit: int | Literal["auto"] | None = "auto"
 
     def __post_init__(self) -> None:
         if self.precision not in get_args(Precision):
             raise ConfigurationError(
                 f"Tier: precision={self.precision!r} is not known: use {', '.join(get_args(Precision))}"
             )
-        is_count = isinstance(self.limit, int) and not isinstance(self.limit, bool)
-        if self.limit is not None and not (is_count and self.limit > 0):
+        limit = self.limit
+        is_bytes = isinstance(limit, int) and not isinstance(limit, bool) and limit > 0
+        if limit not in (None, "auto") and not is_bytes:
             raise ConfigurationError(
-                f"Tier: limit must be None or a number of bytes above 0, not {self.limit!r}"
+                f"Tier: limit must be 'auto', None or a number of bytes above 0, not {self.limit!r}"
             )
         if not isinstance(self.place, (str, Path)) or not str(self.place):
             raise ConfigurationError(f"Tier: place must be 'ram', 'disk' or a folder, not {self.place!r}")
@@ -78,14 +84,27 @@ class Tier:
         """
         if self.place == "ram":
             return RamShelf()
-        folder = Path(tempfile.gettempdir()) if self.place == "disk" else Path(self.place).expanduser()
         try:
-            return DiskShelf(folder)
+            return DiskShelf(self._folder)
         except OSError as error:
             raise ConfigurationError(
-                f"a tier cannot lie in {folder}: {error.strerror or error}; name a folder that is there and "
-                "can be written to, or use the tier 'ram'"
+                f"a tier cannot lie in {self._folder}: {error.strerror or error}; name a folder that is "
+                "there and can be written to, or use the tier 'ram'"
             ) from error
+
+    def bytes_at_most(self) -> int | None:
+        """Return the limit of a stream that begins now; None: there is none, or no memory is known."""
+        if self.limit != "auto":
+            return self.limit
+        available = available_bytes(torch.device("cpu"))
+        if self.place == "ram":
+            return None if available is None else available // 4
+        free = shutil.disk_usage(self._folder).free // 2
+        return free if available is None else min(free, available)
+
+    @property
+    def _folder(self) -> Path:
+        return Path(tempfile.gettempdir()) if self.place == "disk" else Path(self.place).expanduser()
 
 
 class BlockStore:
@@ -99,17 +118,17 @@ class BlockStore:
         self.length = 0
         self._tier = Tier()
         self._shelf: Shelf = RamShelf()
-        self._share = 1  # layers that have a part of the limit
+        self._most: int | None = None  # bytes of blocks
         self._blocks: list[Block] = []
         self._gone = 0  # blocks given up, before those
         self._open: tuple[Tensor, Tensor] | None = None  # of BLOCK tokens each, not all filled
         self._like: tuple[torch.dtype, torch.device] | None = None
         self._index: KeyIndex | None = None
 
-    def use(self, tier: Tier, shelf: Shelf, layers: int = 1) -> None:
-        """Keep blocks on a shelf as `tier` says, up to one of `layers` shares of its limit. Asked first."""
+    def use(self, tier: Tier, shelf: Shelf, most: int | None = None) -> None:
+        """Keep blocks on a shelf as `tier` says, up to so many bytes. Asked first."""
         assert not self.length
-        self._tier, self._shelf, self._share = tier, shelf, layers
+        self._tier, self._shelf, self._most = tier, shelf, most
 
     def __len__(self) -> int:
         return self.length
@@ -172,10 +191,8 @@ class BlockStore:
 
     def _fits(self, blocks: int) -> bool:
         assert self._open is not None
-        limit = self._tier.limit
-        return (
-            limit is None or blocks * _block_bytes(self._open, self._tier.precision) <= limit // self._share
-        )
+        size = coded_bytes(*self._open, BLOCK, self._tier.precision)
+        return self._most is None or blocks * size <= self._most
 
     def _trim(self, more: int) -> None:
         """Give up the oldest blocks until there is room for some more."""
@@ -220,11 +237,11 @@ class BlockStore:
             return pieces[0]
         return torch.cat([keys for keys, _ in pieces], 2), torch.cat([values for _, values in pieces], 2)
 
-    def products(self, row: int, asked: Tensor, begin: int, stop: int) -> Tensor:
-        """Return the products of `asked`, (c, key-value heads, d), with a row's raw keys, shape (n, c).
+    def look(self, row: int, best: BlockMaxima) -> None:
+        """Look at a row's raw keys, for blocks of tokens that are all still here.
 
-        The keys of tokens [begin, stop), which are still here, are looked at where they are at hand in bytes,
-        except where the tier is exact: they are read for that once, at the first call.
+        They are looked at where they are at hand in bytes, except where the tier is exact: they are read for
+        that once, at the first call.
 
         Raises
         ------
@@ -232,18 +249,16 @@ class BlockStore:
             They cannot be read; :attr:`first` is further on from now on.
         """
         assert self._open is not None
-        index, found = self._indexed(), []
-        if begin < self.whole:
-            found.append(index.products(row, asked, begin, min(stop, self.whole)).to(asked.device))
-        if stop > self.whole:
-            keys = self._open[0][row, :, max(begin - self.whole, 0) : stop - self.whole]
-            found.append(torch.einsum("hnd,chd->nc", keys.to(asked.dtype), asked))
-        return found[0] if len(found) == 1 else torch.cat(found)
+        index = self._indexed()
+        if best.begin < self.whole:
+            index.look(row, best)
+        if best.stop > self.whole:
+            best.look(self.whole, self._open[0][row, :, : self.length - self.whole])
 
     def keys_at(self, row: int, tokens: Tensor) -> Tensor:
         """Return raw keys of a row's `tokens`, (key-value heads, n) on the CPU, each head its own.
 
-        They are found, and lost, as for :meth:`products`; shape (key-value heads, n, d).
+        They are found, and lost, as for :meth:`look`; shape (key-value heads, n, d).
         """
         early = partial(self._indexed().keys_at, row)
         return keys_of_two(tokens, self.whole, early, partial(self._latest_keys, row))
@@ -306,7 +321,8 @@ class BlockStore:
         """Bytes held, by tier; those of blocks that a copy shares are counted in both."""
         if self._open is None:
             return {"ram": 0, "disk": 0}
-        size, in_ram = _block_bytes(self._open, self._tier.precision), sum(map(is_in_ram, self._blocks))
+        size = coded_bytes(*self._open, BLOCK, self._tier.precision)
+        in_ram = sum(map(is_in_ram, self._blocks))
         return {
             "ram": sum(x.nbytes for x in self._open) + in_ram * size + self._index_bytes,
             "disk": (len(self._blocks) - in_ram) * size,
@@ -318,9 +334,9 @@ class BlockStore:
 
     def nbytes_at(self, tokens: int, like: tuple[Tensor, Tensor]) -> dict[str, int]:
         """Bytes held once `tokens` came, spare room aside; keys and values are `like` these."""
-        blocks, size = tokens // BLOCK, _block_bytes(like, self._tier.precision)
-        if self._tier.limit is not None:
-            blocks = min(blocks, self._tier.limit // self._share // size)
+        blocks, size = tokens // BLOCK, coded_bytes(*like, BLOCK, self._tier.precision)
+        if self._most is not None:
+            blocks = min(blocks, self._most // size)
         held = {"ram": tokens % BLOCK * sum(x[:, :, :1].nbytes for x in like), "disk": 0}
         held[self._shelf.kind] += blocks * size
         return held
@@ -376,9 +392,3 @@ def _room(like: Tensor) -> Tensor:
     """Return room for a block of what is `like` this."""
     with torch.inference_mode(False):  # later forwards, in whatever mode, write into it
         return like.new_empty(*like.shape[:2], BLOCK, like.shape[3])
-
-
-def _block_bytes(like: tuple[Tensor, Tensor], precision: Precision) -> int:
-    """Return the bytes of a block of keys and values that are `like` these."""
-    keys, values = (x.new_empty(*x.shape[:2], BLOCK, x.shape[3], device="meta") for x in like)
-    return sum(x.nbytes for x in coded(keys, values, precision))

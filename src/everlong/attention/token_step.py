@@ -74,7 +74,13 @@ class TokenStep:
 
     def fits(self, memory: LayerMemory, layer: int) -> bool:
         """Whether the memory of a layer stands where the step was made for."""
-        return takes_tokens(memory) and memory.seen == self.seen and memory.origin == self.origin
+        is_whole = memory.tier is None or (memory.window is not None and memory.seen < memory.window)
+        return (
+            type(memory) is LayerMemory
+            and is_whole  # or else there is more to see than the slots
+            and memory.seen == self.seen
+            and memory.origin == self.origin
+        )
 
     def attend(
         self, memory: LayerMemory, query: Tensor, key: Tensor, value: Tensor, **logits: Unpack[Logits]

@@ -61,7 +61,7 @@ def ask(
         typer.Option(
             "--method",
             metavar="METHOD",
-            help="Read files for the question: infini-retri, parallel-windows; --set gives its options.",
+            help="Read files for the question: homer, infini-retri, parallel-windows; --set: its options.",
         ),
     ] = None,
     memory: MemoryOption = None,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from everlong.models.pulling import OnProgress
     from everlong.reading.sampling import Sampling
 
-ATTENTION_DEFAULT = "lm-infinite"
+ATTENTION_DEFAULT = "recall"
 """The method where none is named."""
 
 _MODEL, _METHOD, _WRITING, _OUTPUT = "Model", "Attention", "Writing", "Output"
@@ -181,7 +181,8 @@ class TierOptions:
         typer.Option(
             "--tier-limit",
             metavar="SIZE",
-            help="Such as 4GB: beyond, the oldest is forgotten.",
+            help="Such as 4GB: beyond, the oldest is forgotten (default: a quarter of the RAM that is "
+            "available, or half of the disk that is free).",
             rich_help_panel=_METHOD,
         ),
     ] = None

@@ -1,5 +1,6 @@
 """Driving an attached model over a stream of text: sessions, and methods that read for one question."""
 
+from everlong.reading.homer import Homer
 from everlong.reading.infini_retri import InfiniRetri
 from everlong.reading.lookahead import Lookahead
 from everlong.reading.outside import READING_METHODS, ReadingMethod
@@ -11,6 +12,7 @@ from everlong.reading.session import Session
 __all__ = [
     "READING_METHODS",
     "Generation",
+    "Homer",
     "InfiniRetri",
     "Lookahead",
     "ParallelWindows",

@@ -11,9 +11,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 from everlong.attention import POLICIES, FullAttention, StreamCache
+from everlong.attention.merging import Merging
 from everlong.errors import ConfigurationError, InputError
 from everlong.reading.attached import AttachedModel
 from everlong.reading.detokenize import checked_stop
@@ -181,6 +183,10 @@ class Errand:
             yield from cutter.feed(ids)
         yield from cutter.finish()
 
+    def text(self) -> list[int]:
+        """Return the token ids of the sources, all at once; see :meth:`ran_of`."""
+        return list(chain.from_iterable(self._ids()))
+
     def _ids(self) -> Iterator[list[int]]:
         """Yield the ids of the sources as of one text."""
         model, count = self.task.model, len(self.task.sources)
@@ -209,7 +215,7 @@ class Errand:
         tape.driver.cache = cache
         return tape
 
-    def ran(self, seconds: float, cache: StreamCache) -> None:
+    def ran(self, seconds: float, cache: StreamCache | Merging) -> None:
         """Note how long the model took for some tokens, and tell of it."""
         self.seconds += seconds
         if self.task.progress is None:
@@ -217,6 +223,11 @@ class Errand:
         since = time.perf_counter() - self.task.started
         total = None if not self._fraction else max(self.taken, round(self.taken / self._fraction))
         self.task.progress(Progress(self.taken, total, since, self.taken / since, None, cache.bytes()))
+
+    def ran_of(self, done: int, whole: int, seconds: float, cache: Merging) -> None:
+        """Note, as of :meth:`ran`, that `done` of the `whole` tokens of :meth:`text` were run."""
+        self.taken, self._fraction = done, done / whole if whole else 1.0
+        self.ran(seconds, cache)
 
     # --- writing -----------------------------------------------------------------------------------
 

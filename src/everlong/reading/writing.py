@@ -48,15 +48,10 @@ def checked_speculation(speculate: str | None, tape: Tape) -> type[Speculator] |
             "asks for: leave speculate out, or begin a session without surprisal=True"
         )
     policy = tape.driver.cache.policy
-    if speculator_of is not None and policy.forgets and type(policy).observe is not Policy.observe:
+    if speculator_of is not None and type(policy).observe is not Policy.observe:
         raise UnsupportedUseError(
-            f"{type(policy).__name__} weighs tokens against each other as they are read, so that none can be "
-            "taken back: leave speculate out"
-        )
-    if speculator_of is not None and policy.lookup_group() is not None:
-        raise UnsupportedUseError(
-            f"{type(policy).__name__} recalls for queries in groups, so guesses that are checked together "
-            "would not be what it writes one by one: leave speculate out"
+            f"{type(policy).__name__} takes note of tokens as they are read, so that none can be taken back: "
+            "leave speculate out"
         )
     is_growing = policy.span is None or tape.driver.cache.seen < policy.span
     if speculator_of is not None and is_growing and tape.driver.attachment.tables_change(policy):
@@ -192,7 +187,9 @@ class Page:
 def _drafted(tape: Tape, draft: Draft, room: int) -> tuple[list[int], Branches | None]:
     """Return the waiting token and what may follow it, as far as there is room for it and it can be run."""
     if draft.parents is None:
-        return [*tape.queue, *draft.tokens[: room - 1]], None
+        until = tape.driver.cache.policy.guessed_until()
+        room = room if until is None else min(room, until - tape.driver.cache.seen)
+        return [*tape.queue, *draft.tokens[: max(room - 1, 0)]], None
     branches = Branches([-1, *draft.parents])
     if not tape.driver.cache.takes_branches(branches.height):
         return tape.queue, None

@@ -1,0 +1,57 @@
+"""The largest products of what asks with the keys of each block, wherever these keys are held."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+class BlockMaxima:
+    """For each block of tokens and each of those that ask, the largest product with one of its keys.
+
+    Keys are looked at in pieces, which may begin and end anywhere. Tokens are counted as who holds them does.
+
+    Parameters
+    ----------
+    asked : Tensor
+        Of each key-value head its own, shape (key-value heads, c, d), in the type to add up in.
+    begin, stop : int
+        The tokens; blocks follow one another from `begin` on, and the last may be short.
+    block : int
+        Tokens of a block.
+
+    Attributes
+    ----------
+    found : Tensor
+        Shape (key-value heads, blocks, c); minus infinity where no key was looked at.
+    """
+
+    def __init__(self, asked: Tensor, begin: int, stop: int, block: int) -> None:
+        self.asked, self.begin, self.stop, self._block = asked, begin, stop, block
+        heads, count, _ = asked.shape
+        self.found = asked.new_full((heads, -(-(stop - begin) // block), count), -torch.inf)
+
+    def look(self, first: int, keys: Tensor) -> None:
+        """Look at the raw keys of tokens from `first` on, shape (key-value heads, n, d)."""
+        asked = self.asked.to(keys.device)
+        self.take(first, keys.to(asked.dtype) @ asked.mT)
+
+    def take(self, first: int, products: Tensor, scale: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Take in the products of tokens from `first` on, shape (key-value heads, n, c).
+
+        Those of tokens that do not count are passed over. `scale`, if given, makes the numbers meant of them;
+        it keeps their order, and is applied to the largest ones.
+        """
+        low = max(self.begin - first, 0)
+        products, at = products[:, low : max(self.stop - first, 0)], first + low - self.begin
+        while count := products.shape[1]:
+            to_end = self._block - at % self._block  # of the block that the first of them is in
+            length = min(to_end, count)
+            taken = count - count % self._block if to_end == self._block <= count else length
+            some = products[:, :taken]
+            best = some.view(len(some), -1, length, some.shape[2]).amax(2)
+            into = self.found[:, at // self._block :][:, : best.shape[1]]
+            torch.maximum(into, (best if scale is None else scale(best)).to(into), out=into)
+            products, at = products[:, taken:], at + taken
