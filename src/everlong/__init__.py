@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         H2O,
         POLICIES,
         Attachment,
+        Bytes,
         DualChunk,
         FullAttention,
         InfiniPot,
@@ -48,9 +49,9 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "everlong.attention": (
-        *("POLICIES", "Attachment", "DualChunk", "FullAttention", "InfLLM", "LMInfinite", "LinearScaling"),
-        *("NTKScaling", "Policy", "ReAttention", "Recall", "SelfExtend", "StreamCache", "StreamingLLM"),
-        *("Tier", "YaRN", "attach", "make_policy"),
+        *("POLICIES", "Attachment", "Bytes", "DualChunk", "FullAttention", "InfLLM", "LMInfinite"),
+        *("LinearScaling", "NTKScaling", "Policy", "ReAttention", "Recall", "SelfExtend", "StreamCache"),
+        *("StreamingLLM", "Tier", "YaRN", "attach", "make_policy"),
         *("H2O", "InfiniPot", "InfiniteHiP", "PyramidKV", "Quest", "SirLLM", "SnapKV"),
     ),
     "everlong.llm": ("LLM", "load"),
@@ -69,6 +70,7 @@ __all__ = [
     "LLM",
     "POLICIES",
     "Attachment",
+    "Bytes",
     "DualChunk",
     "FullAttention",
     "Homer",

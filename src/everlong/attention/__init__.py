@@ -9,7 +9,7 @@ from everlong.attention.inf_llm import InfLLM
 from everlong.attention.infini_pot import InfiniPot
 from everlong.attention.infinite_hip import InfiniteHiP
 from everlong.attention.lm_infinite import LMInfinite
-from everlong.attention.policy import POLICIES, Policy, make_policy, policy_options, with_sinks
+from everlong.attention.policy import POLICIES, Bytes, Policy, make_policy, policy_options, with_sinks
 from everlong.attention.pyramid_kv import PyramidKV
 from everlong.attention.quest import Quest
 from everlong.attention.re_attention import ReAttention
@@ -25,6 +25,7 @@ __all__ = [
     "H2O",
     "POLICIES",
     "Attachment",
+    "Bytes",
     "DualChunk",
     "FullAttention",
     "InfLLM",

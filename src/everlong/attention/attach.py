@@ -16,6 +16,7 @@ import transformers
 from torch import Tensor, nn
 
 from everlong.attention.batch import StreamBatch, why_apart
+from everlong.attention.budget import resolved
 from everlong.attention.cache import StreamCache
 from everlong.attention.cache_interface import PolicyCache
 from everlong.attention.forward import Forward, Layers, Underway
@@ -88,19 +89,21 @@ class Attachment:
         self.decoder = decoder
         self.training_length = anatomy.training_length
         self.cache_argument = cache_argument(decoder)
-        self.policy = policy.resolve(anatomy.training_length)
         self.tier = Tier.of(tier)
         self.owner = uuid.uuid4().hex
         self._generator = inner
         self.adapters = Adapters(inner)
         self._with_adapter: set[int] = set()  # forwards that hold its lock
         self._layers = Layers(anatomy.layers)
-        self._layers.check(self.policy)
         self._closing = self._open([layer.module for layer in anatomy.layers if anatomy.can_skip_rotation])
         self.is_attached = True
         device: torch.device = inner.get_input_embeddings().weight.device
         watch = partial(ModelWatch, model, is_own=lambda hook: getattr(hook, "__self__", None) is self)
         self.steps = StepRecorder(recorder_for(device), watch, self._layers, self.owner)
+        with ExitStack() as refused:
+            refused.callback(self.detach)
+            self.policy = resolved(policy, self)
+            refused.pop_all()
 
     # --- opening and closing -----------------------------------------------------------------------
 
@@ -161,11 +164,10 @@ class Attachment:
         prefix : Prefix, optional
             Keys and values to begin with (:func:`~everlong.attention.prefix.begun_with`), at position 0.
         """
-        resolved = self.policy if policy is None else policy.resolve(self.training_length)
-        self._layers.check(resolved)
+        followed = self.policy if policy is None else resolved(policy, self)
         if prefix is not None:
-            return begun_with(prefix, resolved, self._layers, self.owner, self.tier)
-        return StreamCache(resolved, self._layers.kept, self.owner, offset, self.tier)
+            return begun_with(prefix, followed, self._layers, self.owner, self.tier)
+        return StreamCache(followed, self._layers.kept, self.owner, offset, self.tier)
 
     @property
     def layers(self) -> Layers:

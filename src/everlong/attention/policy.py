@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,11 +15,38 @@ from everlong.attention.layer_memory import LayerMemory
 from everlong.attention.parts import Part, Partial
 from everlong.attention.view import LayerView, Queries
 from everlong.errors import ConfigurationError, UnsupportedUseError
+from everlong.models.files import parse_bytes
 from everlong.models.rotary import Rotary
 from everlong.registry import Registry, make
 
 if TYPE_CHECKING:
     from everlong.attention.cache import StreamCache
+
+
+class Bytes(int):
+    """A number of bytes, where a policy takes a number of tokens: ``Recall(window=Bytes("200MB"))``.
+
+    Of a ``window``: as many tokens as let a stream hold no more at hand, in all layers, once that is full;
+    tiers below, and room to grow, come on top. Of a ``budget``: as many as take no more once they were
+    chosen. Settled for each model when it is attached.
+
+    Parameters
+    ----------
+    size : int or str
+        Such as ``200_000_000`` or ``"200MB"``.
+
+    Raises
+    ------
+    ConfigurationError
+        It is no number of bytes.
+    """
+
+    def __new__(cls, size: int | str) -> Self:
+        """Read a size."""
+        return super().__new__(cls, parse_bytes(size) if isinstance(size, str) else size)
+
+    def __repr__(self) -> str:
+        return f"Bytes({int(self)})"
 
 
 @dataclass(frozen=True)
@@ -55,6 +83,12 @@ class Policy(ABC):
             Tokens the model was trained on; None where the model does not say.
         """
         fields = {field.name for field in dataclasses.fields(self)}
+        for name in fields:
+            if isinstance(getattr(self, name), Bytes):
+                raise ConfigurationError(
+                    f"{type(self).__name__}: {name} is in bytes; that is for a window or a budget, and for "
+                    "attach() and load() to settle: give tokens here"
+                )
         if "window" in fields and getattr(self, "window") is None:  # noqa: B009
             if training_length is None:
                 raise ConfigurationError(
@@ -198,6 +232,8 @@ class Policy(ABC):
         return None
 
 
+_IN_BYTES = re.compile(r"\s*[\d.]+\s*([kmgt]b|bytes)\s*", re.IGNORECASE)
+
 POLICIES: Registry[type[Policy]] = Registry("attention policy")
 
 
@@ -209,7 +245,8 @@ def make_policy(name: str, options: dict[str, Any] | None = None) -> Policy:
     name : str
         For example ``"lm-infinite"``.
     options : dict, optional
-        Values of the policy's fields; strings are read as ``none``, an integer, a number, or a word.
+        Values of the policy's fields; strings are read as ``none``, an integer, a number, a number of bytes
+        (``200MB``), or a word.
 
     Raises
     ------
@@ -218,7 +255,11 @@ def make_policy(name: str, options: dict[str, Any] | None = None) -> Policy:
     ConfigurationError
         A value that cannot work.
     """
-    return make(POLICIES, name, options)
+    given = {
+        key: Bytes(value) if isinstance(value, str) and _IN_BYTES.fullmatch(value) else value
+        for key, value in (options or {}).items()
+    }
+    return make(POLICIES, name, given)
 
 
 def policy_options(policy: Policy) -> tuple[str, dict[str, Any]]:

@@ -95,15 +95,10 @@ class Recall(BlockRecallPolicy):
 
     def nbytes_beside(self, layer: int, tokens: int, memory: LayerMemory) -> dict[str, int]:
         """Return the bytes of what is ready to be shown, and of the keys that are looked at."""
-        keys, values = memory.keys, memory.values
-        if tokens <= self._window or memory.tier is None or keys is None or values is None:
-            return {}
-        sinks, recalled, _ = self.shape()
-        one, other = (x[:, :, :1].nbytes for x in (keys, values))
-        left = recalled * (one + other)  # lately wanted, as many again
-        ready = recalled * one + (sinks + recalled) * (one + other) + left
-        asks = layer % self.layers == 0
-        return {"window": ready, "ram": KeyIndex.bytes_of(tokens - self._window, keys) if asks else 0}
+        ready = super().nbytes_beside(layer, tokens, memory)
+        if not ready or memory.keys is None or layer % self.layers:
+            return ready
+        return {**ready, "ram": KeyIndex.bytes_of(tokens - self._window, memory.keys)}
 
     def choose(self, asking: Asking, queries: Queries, view: LayerView) -> Choice:
         """Return what still stands, what a layer shortly before chose, or the blocks that are worth most."""

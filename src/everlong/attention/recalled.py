@@ -128,6 +128,16 @@ class RecallPolicy(Policy):
         sinks = self._field("sinks")
         return LayerMemory(sinks, self._window - sinks, keep_middle=True, start=start)
 
+    def nbytes_beside(self, layer: int, tokens: int, memory: LayerMemory) -> dict[str, int]:
+        """Return the bytes of what is ready to be shown; what is noted of the tokens is not counted."""
+        keys, values = memory.keys, memory.values
+        if tokens <= self._window or memory.tier is None or keys is None or values is None:
+            return {}
+        sinks, recalled, _ = self.shape()
+        one, other = (x[:, :, :1].nbytes for x in (keys, values))
+        left = recalled * (one + other)  # lately wanted, as many again
+        return {"window": recalled * one + (sinks + recalled) * (one + other) + left}
+
     def breaks(self) -> tuple[int, ...]:
         """End groups where the window fills."""
         return (self._window,)
