@@ -45,7 +45,7 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "recall, steps=1": ("recall", {"steps": 1}),
     "recall, steps=16": ("recall", {"steps": 16}),
     "recall, distance=64": ("recall", {"distance": 64}),
-    "recall, distance=512": ("recall", {"distance": 512}),
+    "recall, distance=256": ("recall", {"distance": 256}),
     "recall, distance=1359": ("recall", {"distance": 1359}),
     "recall, layers=3": ("recall", {"layers": 3}),
     "recall, blocks of 128": ("recall", {"block": 128}),

@@ -40,7 +40,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The scripts can be imported, for this test only."""
     names = ("common", "speed", "bounded", "real_text", "weights", "writing", "goals", "llama", "start_up")
-    names += ("speculation", "profile_step", "memories", "naive", "passkey", "needle", "reading_rate")
+    names += (
+        "speculation",
+        "profile_step",
+        "memories",
+        "naive",
+        "passkey",
+        "needle",
+        "reading_rate",
+        "prefetch",
+    )
     memories = ("facts", "skills", "grounded", "sequence", "cost", "routing", "passing")
     names += tuple(f"memory_{name}" for name in memories)
     assert not set(names) & set(sys.modules)
@@ -444,3 +453,35 @@ def test_start_up_measures_fresh_processes_to_the_end_and_in_parts(
     monkeypatch.setattr(subprocess, "run", None)
     script.run()
     assert measured(capsys) == []
+
+
+@linux
+@pytest.mark.usefixtures("scripts")
+def test_what_waiting_for_the_tier_takes_is_a_share(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--model", str(folder / "tiny"), "--window", "64", "--tokens", "7000"]
+    script = Script("prefetch", monkeypatch, tmp_path / "prefetch.json", *options)
+    script.run()
+    assert measured(capsys) == list(script.module.TIERS)
+    for name, row in script.rows.items():
+        assert all(0 < waited < whole for whole, waited in (row["piece"], row["token"]))
+        assert bool(row["tier"]["disk"]) == (name != "RAM")
+    assert all(cells[3].endswith("%") and cells[6].endswith("%") for cells in script.table(0))
+
+
+@linux
+@pytest.mark.usefixtures("scripts")
+def test_what_choices_cost_is_read_from_one_text(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    novel = tmp_path / "novel.txt"
+    novel.write_text("It is a truth universally acknowledged, that a model must be in want of a text. " * 30)
+    options = [str(novel), "--model", str(folder / "tiny"), "--window", "400", "--tokens", "1200"]
+    script = Script("choices", monkeypatch, tmp_path / "choices.json", *options)
+    script.run()
+    assert measured(capsys) == ["stock", "lm-infinite", *script.module.CHANGES]
+    first = [cells[1] for cells in script.table(0)]
+    assert len(set(first)) == 1  # up to the window they are the same
+    assert script.rows["recall"] != script.rows["recall, distance=64"] != script.rows["lm-infinite"]
+    assert script.rows["recall, distance=L-1"] == script.rows["recall"]  # where L is small

@@ -553,8 +553,8 @@ def test_budgets_that_cannot_work_are_refused(make, said):
 @pytest.mark.parametrize(
     ("window", "expected"),
     [
-        (8192, (32, 2720, 256)),
-        (2048, (32, 672, 256)),
+        (8192, (32, 2720, 512)),
+        (2048, (32, 672, 512)),
         (200, (32, 32, 151)),
         (64, (16, 16, 31)),
         (20, (1, 1, 2)),

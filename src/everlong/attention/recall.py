@@ -18,7 +18,7 @@ from everlong.attention.view import LayerView, Queries
 
 _NEVER = -1
 _BLOCK = 32  # tokens, where the window has room for it
-_DISTANCE = 256  # tokens, where the latest are more
+_DISTANCE = 512  # tokens, where the latest are more
 
 
 @POLICIES.register("recall")
@@ -59,7 +59,7 @@ class Recall(BlockRecallPolicy):
         Queries, one after another, that recall the same where each comes alone, as in writing: the first of
         them asks.
     distance : int, optional
-        How far before a query sinks and blocks are shown; 256 by default, or L - 1 where that is less.
+        How far before a query sinks and blocks are shown; 512 by default, or L - 1 where that is less.
     """
 
     may_leave_block: ClassVar[bool] = True
