@@ -20,6 +20,7 @@ from everlong.attention import (
     Recall,
     Tier,
     attach,
+    coding,
     forward,
     key_index,
     layer_memory,
@@ -350,6 +351,27 @@ def test_copies_and_saved_states_go_on_bit_by_bit(policy, monkeypatch):
             assert torch.equal(read(model, twin, ids, tuple(range(140, 161))), theirs)
         picked = read(model, rows, ids[[1, 1, 0]], tuple(range(140, 161)))
         assert off(picked, theirs[[1, 1, 0]]) < 1e-5
+
+
+@pytest.mark.parametrize("read_first", [600, 700, 812], ids=["open", "closed", "two closed"])
+@pytest.mark.parametrize("precision", ["float16", "int8"])
+@pytest.mark.parametrize("policy", ["recall, single keys", "infinite-hip", "re-attention"])
+def test_a_saved_state_goes_on_bit_by_bit_after_its_tier_forgot(policy, precision, read_first, monkeypatch):
+    """Segments whose first tokens are gone keep their scales; restored, they are saved again."""
+    monkeypatch.setattr(key_index, "SEGMENT", 512)
+    model, ids = model_of("grouped heads"), tiny.random_ids(1, 1400)
+    size = coding.coded_bytes(*[torch.empty(1, 2, tiers.BLOCK, 8)] * 2, tiers.BLOCK, precision)
+    with attach(model, POLICIES[policy], tier=Tier(precision=precision, limit=2 * 3 * size)) as handle:
+        cache = handle.new_cache()
+        steps = tuple(range(0, read_first, 100))
+        read(model, cache, ids, (*steps, read_first))
+        assert cache.forgotten
+        for stop in (read_first + 20, read_first + 300, read_first + 500):
+            twin = handle.restore_cache(*cache.state())
+            chunks = (cache.seen, cache.seen + 5, *range(cache.seen + 6, cache.seen + 12), stop)
+            theirs = read(model, cache, ids, chunks)
+            assert torch.equal(read(model, twin, ids, chunks), theirs)
+            cache = twin
 
 
 @pytest.mark.parametrize("policy", ["inf-llm", "quest", "infinite-hip", "recall, single keys"])

@@ -35,15 +35,24 @@ class KeyIndex:
         The number of the first token that will come.
     is_exact : bool
         Whether all stay as they are.
+    begun : dict of str to Tensor, optional
+        What :meth:`state` told of a segment that began before the first token.
     """
 
-    def __init__(self, first: int = 0, *, is_exact: bool = False) -> None:
+    def __init__(
+        self, first: int = 0, *, is_exact: bool = False, begun: dict[str, Tensor] | None = None
+    ) -> None:
         self._is_exact = is_exact
+        self._begun = None if is_exact else begun
         self._segments: list[Tensor] = []  # keys or codes, (batch, key-value heads, n, d)
         self._scales: Tensor | None = None  # (batch, segments, key-value heads, d)
         self._centers: Tensor | None = None
         self._begin = self._open_begin = self._next = first  # of the segments; of what is open; of what comes
         self._open: Tensor | None = None  # (batch, key-value heads, room, d)
+        if self._begun and "keys" in self._begun:
+            self._begin = self._open_begin = self._next = first - self._begun["keys"].shape[2]
+            self._hold(self._begun["keys"])
+            self._begun = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         twin = copy.copy(self)
@@ -88,9 +97,12 @@ class KeyIndex:
             self._segments.append(keys.clone())
             return
         keys = keys.float()
-        center = keys.mean(2, keepdim=True)
+        if self._begun is None:
+            center = keys.mean(2, keepdim=True)
+            scale = ((keys - center).abs().amax(2, keepdim=True) / 127).clamp(min=_LEAST)
+        else:
+            scale, center, self._begun = self._begun["scale"], self._begun["center"], None
         keys = keys - center
-        scale = (keys.abs().amax(2, keepdim=True) / 127).clamp(min=_LEAST)
         self._segments.append((keys / scale).round().to(torch.int8))
         scale, center = scale.transpose(1, 2), center.transpose(1, 2)
         self._scales = scale if self._scales is None else torch.cat((self._scales, scale), 1)
@@ -114,6 +126,8 @@ class KeyIndex:
             held = getattr(self, name)
             if held is not None:
                 setattr(self, name, held[rows.to(held.device)])
+        if self._begun is not None:
+            self._begun = {name: held[rows.to(held.device)] for name, held in self._begun.items()}
 
     # --- looking -------------------------------------------------------------------------------------
 
@@ -185,6 +199,21 @@ class KeyIndex:
         assert self._scales is not None and self._centers is not None
         scale, center = (x[row, number][heads] for x in (self._scales, self._centers))
         return keys.mul_(scale).add_(center)
+
+    def state(self, first: int) -> dict[str, Tensor]:
+        """Return what the tokens before `first`, which are given up, left in the segment that `first` is in.
+
+        Of one in bytes its scale and center, shape (batch, key-value heads, 1, d); of one that is not whole
+        its keys. Others are found again from the tokens that are still there.
+        """
+        if self._is_exact or first % SEGMENT == 0:
+            return {}
+        if self._begun is not None:
+            return self._begun
+        if self._segments and self._scales is not None and self._centers is not None:
+            found = {"scale": self._scales, "center": self._centers}
+            return {name: x[:, :1].transpose(1, 2).contiguous() for name, x in found.items()}
+        return {"keys": self._held()[:, :, : first - self._open_begin].clone()}
 
     @staticmethod
     def bytes_of(tokens: int, keys: Tensor) -> int:

@@ -26,6 +26,7 @@ BLOCK = 64
 """Tokens that are kept together."""
 
 _READ = 64  # blocks read at a time
+_INDEX = "tier.index."
 
 
 class TierLostError(Exception):
@@ -267,10 +268,10 @@ class BlockStore:
         assert self._open is not None
         return self._open[0][row].cpu()
 
-    def _indexed(self) -> KeyIndex:
+    def _indexed(self, begun: dict[str, Tensor] | None = None) -> KeyIndex:
         """Return the keys of whole blocks, brought together at the first call and kept up from then on."""
         if self._index is None:
-            index = KeyIndex(self.first, is_exact=self._tier.precision == "exact")
+            index = KeyIndex(self.first, is_exact=self._tier.precision == "exact", begun=begun)
             for at in range(0, len(self._blocks), _READ):
                 index.append(self._decoded(self._blocks[at : at + _READ])[0].cpu())
             self._index = index
@@ -354,6 +355,8 @@ class BlockStore:
         except TierLostError:
             found = []
         tensors |= {f"tier.blocks.{number}": x for number, x in enumerate(found)}
+        if self._index is not None:
+            tensors |= {_INDEX + name: x for name, x in self._index.state(self.first).items()}
         return tensors, {"length": self.length, "gone": self._gone, "precision": self._tier.precision}
 
     def load(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
@@ -382,6 +385,9 @@ class BlockStore:
             else:
                 held = plain(block, precision, keys.dtype)
                 self._shelve(coded(held[0], held[1], self._tier.precision))
+        begun = {name.removeprefix(_INDEX): x for name, x in tensors.items() if name.startswith(_INDEX)}
+        if begun and self._gone == gone:
+            self._indexed(begun)
         if keys.shape[2]:
             self.append(keys, values)
         if self.length != numbers["length"]:
