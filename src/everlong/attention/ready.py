@@ -177,6 +177,8 @@ class ReadyTokens:
                 keys, values = view.middle(*_any_of(view))
                 found.append((keys[row, heads, :0], values[row, heads, :0]))
             lists.append((torch.cat([keys for keys, _ in found], 1), torch.cat([x for _, x in found], 1)))
+        if len(lists) == 1:
+            return lists[0]
         return torch.cat([keys for keys, _ in lists]), torch.cat([values for _, values in lists])
 
     def _set_aside(self, wanted: Sequence[Choice], heads: int) -> None:

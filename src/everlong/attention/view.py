@@ -158,9 +158,7 @@ class LayerView:
         if stop > in_tier:
             begin = max(begin, in_tier)
             pieces.append((self.raw(begin, stop), self.values(begin, stop)))
-        if len(pieces) == 1:
-            return pieces[0]
-        return torch.cat([keys for keys, _ in pieces], 2), torch.cat([values for _, values in pieces], 2)
+        return _joined([keys for keys, _ in pieces]), _joined([values for _, values in pieces])
 
     @functools.cached_property
     def first(self) -> int:
@@ -173,13 +171,13 @@ class LayerView:
         return self.new is not None and any(x.requires_grad for x in self.new)
 
     def _slice(self, name: str, which: int, begin: int, stop: int) -> Tensor:
-        if name not in self._lists:
-            buffer = getattr(self.memory, name)
-            pieces = [] if buffer is None or not self.memory.seen else [self.memory.ordered(buffer)]
-            if self.new is not None:
-                pieces.append(self.new[which])
-            self._lists[name] = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
         assert self.first <= begin
+        buffer = getattr(self.memory, name)
+        if self.new is None:
+            return _joined([buffer[:, :, run] for run in self.memory.runs(begin, stop)] or [buffer[:, :, :0]])
+        if name not in self._lists:
+            pieces = [] if buffer is None or not self.memory.seen else [self.memory.ordered(buffer)]
+            self._lists[name] = _joined([*pieces, self.new[which]])
         return self._lists[name][:, :, begin - self.first : stop - self.first]
 
     # --- parts -------------------------------------------------------------------------------------
@@ -382,6 +380,10 @@ class LayerView:
             return self.rotation(keys, positions[0])
         run = range(positions[0], positions[0] + len(positions))
         return self.rotation(keys, run if positions == list(run) else torch.tensor(positions))
+
+
+def _joined(pieces: list[Tensor]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
 
 
 @functools.lru_cache(maxsize=64)
