@@ -16,7 +16,7 @@ from tests.tiny import byte_llama, random_ids
 def test_by_default_a_model_recalls_beyond_its_training_length() -> None:
     model, tokenizer = byte_llama()
     with load(model, tokenizer=tokenizer) as llm:
-        assert llm.attention == Recall(window=64, recalled=16, block=16, distance=31)
+        assert llm.attention == Recall(window=64, recalled=16, block=16, distance=31, lead=4)
         assert llm.handle.training_length == 64
         assert llm.model is model and llm.tokenizer is tokenizer
         assert llm.session().policy == llm.attention

@@ -51,12 +51,12 @@ POLICIES = {
     "inf-llm": InfLLM(window=16, sinks=2, recalled=6, block=3, representatives=2, group=8),
     "inf-llm, one block": InfLLM(window=12, sinks=0, recalled=4, block=4, representatives=9, group=5),
     "inf-llm, small groups": InfLLM(window=14, sinks=1, recalled=6, block=2, representatives=1, group=1),
-    "recall": Recall(window=16, sinks=2, recalled=6, block=3, group=8, probes=3, layers=2, steps=3),
+    "recall": Recall(window=16, sinks=2, recalled=6, block=3, group=8, probes=3, layers=2, steps=3, lead=1),
     "recall, single keys": Recall(
         window=12, sinks=0, recalled=3, block=1, group=5, probes=1, layers=1, steps=1, distance=2
     ),
     "recall, many steps": Recall(
-        window=12, sinks=1, recalled=4, block=2, group=5, probes=9, layers=3, steps=7, distance=0
+        window=12, sinks=1, recalled=4, block=2, group=5, probes=9, layers=3, steps=7, distance=0, lead=2
     ),
     "re-attention": ReAttention(window=16, sinks=2, recalled=6, votes=2, radius=1, group=8),
     "re-attention, single keys": ReAttention(window=12, sinks=0, recalled=3, votes=1, radius=0, group=5),
@@ -262,6 +262,7 @@ def mutants(policy):
         "layers",
         "steps",
         "probes",
+        "lead",
     ):
         value = getattr(policy, field, None)
         if value is None:
@@ -289,7 +290,7 @@ def test_the_comparison_notices_other_constants(policy):
     own = {
         "inf-llm": {"block", "representatives"},
         "re-attention": {"votes", "radius"},
-        "recall": {"block", "layers", "steps", "probes"},
+        "recall": {"block", "layers", "steps", "probes", "lead"},
         "quest": {"block", "recalled"},
         "infinite-hip": {"block", "recalled"},
     }
@@ -550,6 +551,8 @@ def test_tokens_cannot_be_taken_back_where_notes_are_taken(policy, name):
         (lambda: Recall(window=200, recalled=100).resolve(None), "use 96 or 128"),
         (lambda: Recall(block=0), "Recall: block must be a whole number"),
         (lambda: Recall(steps=0), "Recall: steps must be a whole number of at least 1"),
+        (lambda: Recall(lead=-1), "Recall: lead must be a whole number of at least 0"),
+        (lambda: Recall(block=32, lead=5), "lead=5 must divide a block of 32 tokens"),
         (lambda: Recall(probes=0), "Recall: probes must be a whole number of at least 1"),
         (lambda: Recall(distance=-1), "Recall: distance must be a whole number of at least 0"),
         (lambda: Recall(window=18).resolve(None), "cannot hold 16 sinks, 0 recalled tokens"),
@@ -585,6 +588,7 @@ def test_budgets_that_cannot_work_are_refused(make, said):
 def test_small_windows_have_smaller_blocks(window, expected):
     resolved = Recall().resolve(window)
     assert (resolved.block, resolved.recalled, resolved.distance) == expected
+    assert resolved.lead == resolved.block // 4
     assert resolved.resolve(None) == resolved
     assert Recall(recalled=8, window=64).resolve(None).block == 8
 

@@ -61,6 +61,8 @@ class ReferenceSpec:
     probes
         For Recall: of a group's asking queries, the last so many less one ask each by itself, and the mean of
         the others.
+    lead
+        For Recall: keys at the end of a block that count for the next block, too.
     steps
         For Recall: queries that come one by one, of which the first asks what all of them recall.
     coarse, medium
@@ -104,6 +106,7 @@ class ReferenceSpec:
     layers: int = 1
     steps: int = 1
     probes: int = 1
+    lead: int = 0
     coarse: int = 0
     medium: int = 0
     coarse_steps: int = 0
@@ -134,6 +137,7 @@ class ReferenceSpec:
         meaningful = meaningful and self.layers >= 1 and (self.layers == 1 or self.kind == "recall")
         meaningful = meaningful and self.probes >= 1 and (self.probes == 1 or self.kind == "recall")
         meaningful = meaningful and self.steps >= 1 and (self.steps == 1 or self.kind == "recall")
+        meaningful = meaningful and 0 <= self.lead <= self.block and (self.lead == 0 or self.kind == "recall")
         meaningful = meaningful and self.block >= 0 and self.representatives >= 0
         staged = (self.coarse, self.medium, self.coarse_steps, self.medium_steps, self.block_steps)
         if self.kind == "infinite-hip":

@@ -200,7 +200,8 @@ def block_worth(
     return sum(float(mean[head] @ representatives[head // heads_each]) for head in range(len(query)))
 
 
-# Recall: whole blocks too, by the softmax over blocks of the logit of the best key, of each head that asks.
+# Recall: whole blocks too, by the softmax over blocks of the logit of the best key, of each head that asks;
+# the last keys of the block before count, too.
 
 
 def given_to_blocks(
@@ -214,12 +215,14 @@ def given_to_blocks(
     asked = [query[:, i] for i in alone] + ([query[:, rest].mean(dim=1)] if rest else [])
     heads_each = len(query) // len(key)
     given = dict.fromkeys(blocks, 0.0)
+    judged_by = {block: block_tokens(spec, block) for block in blocks}
+    for block in blocks[1:]:
+        start = judged_by[block][0]
+        judged_by[block] = [*range(start - spec.lead, start), *judged_by[block]]
     for one in asked:
         for head in range(len(query)):
             best = {
-                block: max(
-                    scaling * float(one[head] @ key[head // heads_each, p]) for p in block_tokens(spec, block)
-                )
+                block: max(scaling * float(one[head] @ key[head // heads_each, p]) for p in judged_by[block])
                 for block in blocks
             }
             total = sum(math.exp(logit) for logit in best.values())

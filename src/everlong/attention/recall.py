@@ -15,6 +15,7 @@ from everlong.attention.positions import working_dtype
 from everlong.attention.ready import Choice
 from everlong.attention.recalled import Asking, BlockRecallPolicy, best_products, held_keys
 from everlong.attention.view import LayerView, Queries
+from everlong.errors import ConfigurationError
 
 _NEVER = -1
 _BLOCK = 32  # tokens, where the window has room for it
@@ -60,6 +61,9 @@ class Recall(BlockRecallPolicy):
         them asks.
     distance : int, optional
         How far before a query sinks and blocks are shown; 512 by default, or L - 1 where that is less.
+    lead : int, optional
+        Tokens at the end of a block by whose keys the next block is judged, too: who looks there may soon
+        want what follows. It divides a block, or is 0; by default a quarter of one, where that is whole.
     """
 
     may_leave_block: ClassVar[bool] = True
@@ -73,15 +77,21 @@ class Recall(BlockRecallPolicy):
     layers: int = 1
     steps: int = 4
     distance: int | None = None
+    lead: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for field in ("probes", "layers", "steps"):
             require_count("Recall", field, self._field(field), least=1)
-        require_count("Recall", "distance", self.distance, least=0, optional=True)
+        for field in ("distance", "lead"):
+            require_count("Recall", field, getattr(self, field), least=0, optional=True)
+        if self.lead and self.block is not None and self.block % self.lead:
+            raise ConfigurationError(
+                f"Recall: lead={self.lead} must divide a block of {self.block} tokens, or be 0"
+            )
 
     def resolve(self, training_length: int | None) -> Self:
-        """Fill in the window, and with it a block, the number of recalled tokens and where they stand."""
+        """Fill in the window, and with it a block, its lead, the recalled tokens and where they stand."""
         window = training_length if self.window is None else self.window
         if self.block is None and window is not None:
             room, block = self.recalled or self.default_recalled(window - self.sinks), _BLOCK
@@ -89,7 +99,10 @@ class Recall(BlockRecallPolicy):
                 block //= 2
             return replace(self, block=block).resolve(training_length)
         resolved = super().resolve(training_length)
-        if self.distance is not None:
+        if resolved.lead is None:
+            lead, rest = divmod(resolved.unit(), 4)
+            resolved = replace(resolved, lead=0 if rest else lead)
+        if resolved.distance is not None:
             return resolved
         return replace(resolved, distance=min(_DISTANCE, resolved.shape()[2] - 1))
 
@@ -173,7 +186,11 @@ class Recall(BlockRecallPolicy):
         asked = self._asked(queries.raw[asking.number, :, asking.queries].detach())
         asked = asked.reshape(held_keys(view).shape[1], -1, asked.shape[-1]) * view.call.scaling
         begin, stop = self.block_span(blocks.start)[0], self.block_span(blocks.stop - 1)[1]
-        best = best_products(asked, asking.number, begin, stop, self.unit(), view)
+        best = best_products(asked, asking.number, begin, stop, self.lead or self.unit(), view)
+        if self.lead:
+            pieces = best.view(len(best), len(blocks), -1, best.shape[2])
+            best = pieces.amax(2)
+            torch.maximum(best[:, 1:], pieces[:, :-1, -1], out=best[:, 1:])
         return best.log_softmax(1).logsumexp((0, 2))
 
     def _asked(self, queries: Tensor) -> Tensor:
