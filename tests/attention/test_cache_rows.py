@@ -121,6 +121,21 @@ def test_selected_and_repeated_rows_go_on_as_what_they_were(model, handle, batch
     close(continued(model, cache, 6), kept[[2, 2, 2, 1, 1, 1]])
 
 
+def test_rows_that_stay_as_they_are_are_not_touched(model, handle, batch):
+    ids, mask = batch
+    cache = handle.new_cache()
+    feed(model, cache, ids, mask, (0, 30, ids.shape[1]))
+    held = [(memory.keys, memory.ready) for memory in cache.memories.values()]
+    cache.reorder_cache(torch.arange(len(ids)))
+    cache.batch_select_indices(torch.ones(len(ids), dtype=torch.bool))
+    for memory, (keys, ready) in zip(cache.memories.values(), held, strict=True):
+        assert memory.keys is keys and memory.ready is ready
+    cache.reorder_cache(torch.tensor([1, 0, 2, 3]))
+    assert all(
+        memory.keys is not keys for memory, (keys, _) in zip(cache.memories.values(), held, strict=True)
+    )
+
+
 def test_rows_selected_by_a_mask(model, handle, batch):
     ids, mask = batch
     cache = handle.new_cache()

@@ -357,14 +357,13 @@ class StreamCache(PolicyCache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the given rows, in that order."""
-        if self.rows is None:
+        rows = [] if self.rows is None else torch.arange(self.rows)[indices.cpu()].tolist()
+        if rows == [*range(self.rows or 0)]:
             return
-        chosen = torch.arange(self.rows)[indices.cpu()]
         self.recorded = None  # the buffers become others
         with torch.inference_mode(False):  # later forwards, in whatever mode, write into them
             for memory in self.memories.values():
-                memory.pick_rows(chosen)
-        rows = chosen.tolist()
+                memory.pick_rows(torch.tensor(rows, dtype=torch.long))
         self.pads = None if self.pads is None else tuple(self.pads[row] for row in rows)
         if self.row_adapters is not None:
             self.use_adapters([self.row_adapters[row] for row in rows])
