@@ -65,10 +65,9 @@ def _in_tokens(policy: Policy, name: str, limit: int, measure: _Measure) -> Poli
 
     room = limit // measure.a_token
     above = room + 1  # tokens that take more, whatever comes with them
-    if (held(above) or 0) > _FAR:
+    below, fits, least = 0, 0, held(above)
+    if least is not None and least > _FAR:
         raise ConfigurationError(f"{owner} holds all it reads: give its {name} in tokens")
-    fits, least = 0, held(above)
-    below = 0
     while below + 1 < above:
         middle = (below + above) // 2
         found = held(middle)
