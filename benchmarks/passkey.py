@@ -45,6 +45,8 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "recall, steps=1": ("recall", {"steps": 1}),
     "recall, steps=16": ("recall", {"steps": 16}),
     "recall, lead=0": ("recall", {"lead": 0}),
+    "recall, momentum=0": ("recall", {"momentum": 0.0}),
+    "recall, momentum=0, lead=0": ("recall", {"momentum": 0.0, "lead": 0}),
     "recall, distance=64": ("recall", {"distance": 64}),
     "recall, distance=256": ("recall", {"distance": 256}),
     "recall, distance=256, lead=0": ("recall", {"distance": 256, "lead": 0}),

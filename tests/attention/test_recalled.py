@@ -53,10 +53,29 @@ POLICIES = {
     "inf-llm, small groups": InfLLM(window=14, sinks=1, recalled=6, block=2, representatives=1, group=1),
     "recall": Recall(window=16, sinks=2, recalled=6, block=3, group=8, probes=3, layers=2, steps=3, lead=1),
     "recall, single keys": Recall(
-        window=12, sinks=0, recalled=3, block=1, group=5, probes=1, layers=1, steps=1, distance=2
+        window=12,
+        sinks=0,
+        recalled=3,
+        block=1,
+        group=5,
+        probes=1,
+        layers=1,
+        steps=1,
+        distance=2,
+        momentum=0.0,
     ),
     "recall, many steps": Recall(
-        window=12, sinks=1, recalled=4, block=2, group=5, probes=9, layers=3, steps=7, distance=0, lead=2
+        window=12,
+        sinks=1,
+        recalled=4,
+        block=2,
+        group=5,
+        probes=9,
+        layers=3,
+        steps=7,
+        distance=0,
+        lead=2,
+        momentum=0.9,
     ),
     "re-attention": ReAttention(window=16, sinks=2, recalled=6, votes=2, radius=1, group=8),
     "re-attention, single keys": ReAttention(window=12, sinks=0, recalled=3, votes=1, radius=0, group=5),
@@ -263,11 +282,12 @@ def mutants(policy):
         "steps",
         "probes",
         "lead",
+        "momentum",
     ):
         value = getattr(policy, field, None)
         if value is None:
             continue
-        for step in (-1, 1, getattr(policy, "block", 0)):
+        for step in (-0.5, 0.4) if field == "momentum" else (-1, 1, getattr(policy, "block", 0)):
             try:
                 mutant = dataclasses.replace(policy, **{field: value + step}).resolve(None)
             except ConfigurationError:
@@ -290,7 +310,7 @@ def test_the_comparison_notices_other_constants(policy):
     own = {
         "inf-llm": {"block", "representatives"},
         "re-attention": {"votes", "radius"},
-        "recall": {"block", "layers", "steps", "probes", "lead"},
+        "recall": {"block", "layers", "steps", "probes", "lead", "momentum"},
         "quest": {"block", "recalled"},
         "infinite-hip": {"block", "recalled"},
     }
@@ -553,6 +573,8 @@ def test_tokens_cannot_be_taken_back_where_notes_are_taken(policy, name):
         (lambda: Recall(steps=0), "Recall: steps must be a whole number of at least 1"),
         (lambda: Recall(lead=-1), "Recall: lead must be a whole number of at least 0"),
         (lambda: Recall(block=32, lead=5), "lead=5 must divide a block of 32 tokens"),
+        (lambda: Recall(momentum=1.0), "Recall: momentum must be from 0 to below 1, not 1.0"),
+        (lambda: Recall(momentum=-0.5), "Recall: momentum must be from 0 to below 1"),
         (lambda: Recall(probes=0), "Recall: probes must be a whole number of at least 1"),
         (lambda: Recall(distance=-1), "Recall: distance must be a whole number of at least 0"),
         (lambda: Recall(window=18).resolve(None), "cannot hold 16 sinks, 0 recalled tokens"),

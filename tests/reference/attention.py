@@ -65,6 +65,8 @@ class ReferenceSpec:
         For Recall: keys at the end of a block that count for the next block, too.
     steps
         For Recall: queries that come one by one, of which the first asks what all of them recall.
+    momentum
+        For Recall: how much counts, where a query comes alone and asks, what blocks were given before.
     coarse, medium
         For InfiniteHiP: keys in a chunk of the first two stages.
     coarse_steps, medium_steps, block_steps
@@ -107,6 +109,7 @@ class ReferenceSpec:
     steps: int = 1
     probes: int = 1
     lead: int = 0
+    momentum: float = 0.0
     coarse: int = 0
     medium: int = 0
     coarse_steps: int = 0
@@ -138,6 +141,7 @@ class ReferenceSpec:
         meaningful = meaningful and self.probes >= 1 and (self.probes == 1 or self.kind == "recall")
         meaningful = meaningful and self.steps >= 1 and (self.steps == 1 or self.kind == "recall")
         meaningful = meaningful and 0 <= self.lead <= self.block and (self.lead == 0 or self.kind == "recall")
+        meaningful = meaningful and self.momentum >= 0 and (self.momentum == 0 or self.kind == "recall")
         meaningful = meaningful and self.block >= 0 and self.representatives >= 0
         staged = (self.coarse, self.medium, self.coarse_steps, self.medium_steps, self.block_steps)
         if self.kind == "infinite-hip":

@@ -3,7 +3,8 @@
 InfLLM, ReAttention, Recall, Quest and InfiniteHiP, by definition. Queries from the window on ask; the asking
 queries of a group recall the same keys, those of all query heads together (for Quest and InfiniteHiP: of all
 that share a key-value head), once in each layer. What can be recalled is what the first of them does not see
-anyway. Under Recall, queries that come one by one see what the first of some of them recalled.
+anyway. Under Recall, queries that come one by one see what the first of some of them recalled, and for that
+one it counts, too, what blocks were given before.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ def recalled_keys(
     standing: list[list[int]] = []
     written = None  # the query that last asked alone
     stages: list[Stages] = [Stages() for _ in key]
+    earlier: dict[int, float] = {}  # what blocks were given last
     for asking in asking_groups(spec, query.shape[1], edges):
         is_alone = {asking[0], asking[0] + 1} <= {*(edges or ()), query.shape[1]}
         if is_alone and written is not None and asking[0] - written < spec.steps:
@@ -74,8 +76,12 @@ def recalled_keys(
         written = asking[0] if is_alone else None
         asked, recalled = (before or {}).get(asking[0], (layer - spec.layers, []))
         if layer >= asked + spec.layers:
-            if spec.kind in ("inf-llm", "recall"):
-                recalled = [_best_blocks(query, key, rotation, spec, asking, offset, scaling)]
+            if spec.kind == "inf-llm":
+                recalled = [_best_blocks(query, key, rotation, spec, asking, offset)]
+            elif spec.kind == "recall":
+                if not is_alone:
+                    earlier.clear()
+                recalled = [_best_blocks(query, key, rotation, spec, asking, offset, scaling, earlier)]
             elif spec.kind == "quest":
                 heads_each = len(query) // len(key)
                 recalled = [
@@ -137,6 +143,7 @@ def _best_blocks(
     asking: list[int],
     offset: int = 0,
     scaling: float = 1.0,
+    earlier: dict[int, float] | None = None,
 ) -> list[int]:
     within = recallable(spec, asking)
     candidates: list[int] = []
@@ -149,6 +156,10 @@ def _best_blocks(
         worth = {}
         if spec.kind == "recall":
             given = given_to_blocks(query, key, asking, spec, candidates, scaling)
+            for block, before in (earlier or {}).items():
+                given[block] += spec.momentum * before
+            if earlier is not None:
+                earlier.update(given)
         for block in candidates:
             if spec.kind == "recall":
                 worth[block] = given[block]

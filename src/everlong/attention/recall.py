@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from everlong.attention.key_index import KeyIndex
 from everlong.attention.layer_memory import LayerMemory
@@ -36,8 +38,9 @@ class Recall(BlockRecallPolicy):
     keys are rotated. Each head of each gives a block the softmax, over all blocks, of the logit of its best
     key, and a block is worth the sum of these: so a head that knows what it looks for has as much to say as
     many that do not. Every key is looked at, but not by each query; keys that are in a tier in bytes
-    (:class:`~everlong.attention.key_index.KeyIndex`). What each choice is worth:
-    benchmarks/results/passkey_library.md.
+    (:class:`~everlong.attention.key_index.KeyIndex`). Where a query asks alone, as in writing, what was given
+    to those that asked before counts, too, the less the longer ago: a single query may miss what it needs.
+    What each choice is worth: benchmarks/results/passkey_far.md, passkey_library.md and choices.md.
 
     Parameters
     ----------
@@ -64,6 +67,9 @@ class Recall(BlockRecallPolicy):
     lead : int, optional
         Tokens at the end of a block by whose keys the next block is judged, too: who looks there may soon
         want what follows. It divides a block, or is 0; by default a quarter of one, where that is whole.
+    momentum : float
+        What a block was given when it was asked for before counts so many times as much, for queries that
+        come alone; that of the time before, so many times that; from 0 (only what is given now) to below 1.
     """
 
     may_leave_block: ClassVar[bool] = True
@@ -78,6 +84,7 @@ class Recall(BlockRecallPolicy):
     steps: int = 4
     distance: int | None = None
     lead: int | None = None
+    momentum: float = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -88,6 +95,11 @@ class Recall(BlockRecallPolicy):
         if self.lead and self.block is not None and self.block % self.lead:
             raise ConfigurationError(
                 f"Recall: lead={self.lead} must divide a block of {self.block} tokens, or be 0"
+            )
+        if not 0 <= self.momentum < 1:
+            raise ConfigurationError(
+                f"Recall: momentum must be from 0 to below 1, not {self.momentum}: what was given before "
+                "fades, or there would be no end to it"
             )
 
     def resolve(self, training_length: int | None) -> Self:
@@ -191,7 +203,27 @@ class Recall(BlockRecallPolicy):
             pieces = best.view(len(best), len(blocks), -1, best.shape[2])
             best = pieces.amax(2)
             torch.maximum(best[:, 1:], pieces[:, :-1, -1], out=best[:, 1:])
-        return best.log_softmax(1).logsumexp((0, 2))
+        given = best.log_softmax(1).logsumexp((0, 2))
+        if self.momentum:
+            self._add_earlier(given, blocks, asking.number, queries, view)
+        return given
+
+    def _add_earlier(self, given: Tensor, blocks: range, row: int, queries: Queries, view: LayerView) -> None:
+        """Add to what blocks are given what they were given before, if a query asks alone; and note it."""
+        index, name = view.memory.index, f"{_name(view.call.layer)}.given"
+        notes = index.get(name)
+        if notes is not None and queries.stop - queries.first == 1:
+            earlier = notes[row, blocks.start : blocks.stop].to(given)
+            known = given[: len(earlier)]
+            torch.logaddexp(known, earlier + math.log(self.momentum), out=known)
+        if view.memory.pending is None:
+            with torch.inference_mode(False):  # later forwards, in whatever mode, write into it
+                if notes is None:
+                    notes = given.new_empty(len(held_keys(view)), 0)
+                if notes.shape[1] < blocks.stop:
+                    notes = pad(notes, (0, blocks.stop - notes.shape[1]), value=-torch.inf)
+            notes[row, blocks.start : blocks.stop] = given
+            index[name] = notes
 
     def _asked(self, queries: Tensor) -> Tensor:
         """Return those of a group's queries, (heads, n, d), that ask: the last, before them a mean."""
