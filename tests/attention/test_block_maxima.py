@@ -15,14 +15,14 @@ def drawn(seed: int) -> torch.Generator:
 
 
 def brute_force(asked, keys, begin, stop, block):
-    """Return shape (heads, blocks, c), one number at a time."""
+    """Return shape (heads, c, blocks), one number at a time."""
     rows = []
     for head in range(HEADS):
         rows.append([])
         for at in range(begin, stop, block):
             some = range(at, min(at + block, stop))
             rows[-1].append([max(float(keys[head, n] @ asked[head, c]) for n in some) for c in range(ASKED)])
-    return torch.tensor(rows)
+    return torch.tensor(rows).mT
 
 
 @pytest.mark.parametrize("block", [1, 5, 16, 100])
@@ -40,10 +40,10 @@ def test_the_best_of_blocks_whatever_the_pieces(block, begin, stop, seed):
 
 def test_products_that_stand_for_others_are_scaled_once_the_best_are_known():
     asked = torch.randn(HEADS, ASKED, SIZE, generator=drawn(1))
-    products = torch.randint(-50, 50, (HEADS, 24, ASKED), generator=drawn(2), dtype=torch.int32)
+    products = torch.randint(-50, 50, (HEADS, ASKED, 24), generator=drawn(2), dtype=torch.int32)
     best, scaled = BlockMaxima(asked, 4, 20, 8), []
-    best.take(0, products, lambda some: scaled.append(some.shape[1]) or some.float() * 0.5 + 3)
-    assert torch.equal(best.found, products[:, 4:20].unflatten(1, (2, 8)).amax(2) * 0.5 + 3)
+    best.take(0, products, lambda some: scaled.append(some.shape[2]) or some.float() * 0.5 + 3)
+    assert torch.equal(best.found, products[..., 4:20].unflatten(2, (2, 8)).amax(3) * 0.5 + 3)
     assert sum(scaled) == 2
 
 
@@ -51,6 +51,6 @@ def test_where_nothing_was_looked_at_nothing_is_found():
     best = BlockMaxima(torch.zeros(HEADS, ASKED, SIZE), 8, 24, 8)
     best.look(0, torch.ones(HEADS, 8, SIZE))
     best.look(24, torch.ones(HEADS, 8, SIZE))
-    assert torch.equal(best.found, torch.full((HEADS, 2, ASKED), -torch.inf))
+    assert torch.equal(best.found, torch.full((HEADS, ASKED, 2), -torch.inf))
     best.look(15, torch.ones(HEADS, 2, SIZE))
-    assert torch.equal(best.found, torch.zeros(HEADS, 2, ASKED))
+    assert torch.equal(best.found, torch.zeros(HEADS, ASKED, 2))

@@ -35,14 +35,14 @@ def asked_of(seed=1):
 
 
 def looked_up(held, row, asked, begin, stop, block=1):
-    """Return the best of what is asked of an index or a tier, shape (heads, blocks, c)."""
+    """Return the best of what is asked of an index or a tier, shape (heads, c, blocks)."""
     best = BlockMaxima(asked, begin, stop, block)
     held.look(row, best)
     return best.found
 
 
 def true_products(keys, row, asked, begin=0, stop=None):
-    return torch.einsum("hnd,hcd->hnc", keys[row, :, begin:stop].double(), asked.double())
+    return torch.einsum("hnd,hcd->hcn", keys[row, :, begin:stop].double(), asked.double())
 
 
 def most_off(keys, asked):
@@ -61,7 +61,7 @@ def test_products_are_those_of_the_keys(is_exact):
     for row in range(ROWS):
         for begin, stop in ((0, keys.shape[2]), (3, 5), (BLOCK, 3 * BLOCK), (4 * BLOCK, 4 * BLOCK + 9)):
             off = looked_up(index, row, asked, begin, stop) - true_products(keys, row, asked, begin, stop)
-            assert off.shape == (HEADS, stop - begin, 5)
+            assert off.shape == (HEADS, 5, stop - begin)
             assert off.abs().max() < (1e-4 if is_exact else most_off(keys, asked))
 
 
@@ -80,13 +80,14 @@ def test_what_keys_have_in_common_costs_no_precision():
     assert off.abs().max() < most_off(keys, asked) + 0.02  # float32 of some thousands
 
 
-def test_bytes_are_multiplied_exactly():
+@pytest.mark.parametrize("count", [1, 2, 5, 40])
+def test_bytes_are_multiplied_exactly(count):
     draws = torch.Generator().manual_seed(0)
     codes = torch.randint(-127, 128, (2, 70, 1024), dtype=torch.int8, generator=draws)
-    asked = torch.randint(-127, 128, (2, 5, 1024), dtype=torch.int8, generator=draws)
-    asked[1, 2, :500] = codes[1, 3, :500] = 127
-    true = codes.long() @ asked.long().mT
-    assert torch.equal(key_index._whole_products(codes, asked).long(), true)
+    asked = torch.randint(-127, 128, (2, count, 1024), dtype=torch.int8, generator=draws)
+    asked[1, -1, :500] = codes[1, 3, :500] = 127
+    true = asked.long() @ codes.long().mT
+    assert torch.equal(key_index._whole_products(asked, codes).long(), true)
 
 
 @pytest.mark.parametrize("is_exact", [True, False])
@@ -111,7 +112,7 @@ def test_single_keys_are_what_products_are_of():
     keys, index, asked = keys_of(4 * BLOCK + 3), KeyIndex(), asked_of()
     index.append(keys)
     tokens = torch.arange(keys.shape[2]).expand(HEADS, -1)
-    found = torch.einsum("hnd,hcd->hnc", index.keys_at(0, tokens), asked)
+    found = torch.einsum("hnd,hcd->hcn", index.keys_at(0, tokens), asked)
     assert (found - looked_up(index, 0, asked, 0, keys.shape[2])).abs().max() < 2 * most_off(keys, asked)
 
 
@@ -146,7 +147,7 @@ def test_a_tier_tells_products_of_all_its_keys_asked_early_or_late(precision, as
     for row in range(ROWS):
         found = looked_up(store, row, asked, 5, len(store))
         off = (found - true_products(held, row, asked, 5)).abs()
-        assert off[:, -7:].max() < 1e-4
+        assert off[..., -7:].max() < 1e-4
         assert off.max() < (1e-4 if precision == "exact" else most_off(held, asked))
         assert torch.equal(looked_up(twin, row, asked, 5, len(store)), found)
     store.pick_rows(torch.tensor([1, 1, 0]))

@@ -25,33 +25,34 @@ class BlockMaxima:
     Attributes
     ----------
     found : Tensor
-        Shape (key-value heads, blocks, c); minus infinity where no key was looked at.
+        Shape (key-value heads, c, blocks); minus infinity where no key was looked at.
     """
 
     def __init__(self, asked: Tensor, begin: int, stop: int, block: int) -> None:
         self.asked, self.begin, self.stop, self._block = asked, begin, stop, block
         heads, count, _ = asked.shape
-        self.found = asked.new_full((heads, -(-(stop - begin) // block), count), -torch.inf)
+        self.found = asked.new_full((heads, count, -(-(stop - begin) // block)), -torch.inf)
 
     def look(self, first: int, keys: Tensor) -> None:
         """Look at the raw keys of tokens from `first` on, shape (key-value heads, n, d)."""
         asked = self.asked.to(keys.device)
-        self.take(first, keys.to(asked.dtype) @ asked.mT)
+        self.take(first, asked @ keys.to(asked.dtype).mT)
 
     def take(self, first: int, products: Tensor, scale: Callable[[Tensor], Tensor] | None = None) -> None:
-        """Take in the products of tokens from `first` on, shape (key-value heads, n, c).
+        """Take in the products of tokens from `first` on, shape (key-value heads, c, n).
 
         Those of tokens that do not count are passed over. `scale`, if given, makes the numbers meant of them;
         it keeps their order, and is applied to the largest ones.
         """
         low = max(self.begin - first, 0)
-        products, at = products[:, low : max(self.stop - first, 0)], first + low - self.begin
-        while count := products.shape[1]:
+        products, at = products[..., low : max(self.stop - first, 0)], first + low - self.begin
+        while count := products.shape[2]:
             to_end = self._block - at % self._block  # of the block that the first of them is in
             length = min(to_end, count)
             taken = count - count % self._block if to_end == self._block <= count else length
-            some = products[:, :taken]
-            best = some.view(len(some), -1, length, some.shape[2]).amax(2)
-            into = self.found[:, at // self._block :][:, : best.shape[1]]
+            some = products[..., :taken]
+            best = some.view(*some.shape[:2], -1, length).amax(3)
+            number = at // self._block
+            into = self.found[..., number : number + best.shape[2]]
             torch.maximum(into, (best if scale is None else scale(best)).to(into), out=into)
-            products, at = products[:, taken:], at + taken
+            products, at = products[..., taken:], at + taken

@@ -200,10 +200,10 @@ class Recall(BlockRecallPolicy):
         begin, stop = self.block_span(blocks.start)[0], self.block_span(blocks.stop - 1)[1]
         best = best_products(asked, asking.number, begin, stop, self.lead or self.unit(), view)
         if self.lead:
-            pieces = best.view(len(best), len(blocks), -1, best.shape[2])
-            best = pieces.amax(2)
-            torch.maximum(best[:, 1:], pieces[:, :-1, -1], out=best[:, 1:])
-        given = best.log_softmax(1).logsumexp((0, 2))
+            pieces = best.view(*best.shape[:2], len(blocks), -1)
+            best = pieces.amax(3)
+            torch.maximum(best[..., 1:], pieces[..., :-1, -1], out=best[..., 1:])
+        given = best.log_softmax(2).logsumexp((0, 1))
         if self.momentum:
             self._add_earlier(given, blocks, asking.number, queries, view)
         return given

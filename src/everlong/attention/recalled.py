@@ -320,7 +320,7 @@ def best_products(asked: Tensor, row: int, begin: int, stop: int, block: int, vi
     Returns
     -------
     Tensor
-        Shape (key-value heads, blocks, c).
+        Shape (key-value heads, c, blocks).
     """
     pad, tier, sinks = view.pads[row] if view.pads else 0, view.memory.tier, view.memory.sinks
     assert tier is not None
