@@ -28,6 +28,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "recall, distance=256": {"distance": 256},
     "recall, distance=L-1": {"distance": -1},
     "recall, lead=0": {"lead": 0},
+    "recall, lead=32": {"lead": 32},
     "recall, probes=1": {"probes": 1},
     "recall, layers=3": {"layers": 3},
     "recall, blocks of 128": {"block": 128},

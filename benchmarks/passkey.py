@@ -44,13 +44,11 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "recall, probes=1": ("recall", {"probes": 1}),
     "recall, steps=1": ("recall", {"steps": 1}),
     "recall, steps=16": ("recall", {"steps": 16}),
-    "recall, lead=0": ("recall", {"lead": 0}),
+    "recall, lead=32": ("recall", {"lead": 32}),
     "recall, momentum=0": ("recall", {"momentum": 0.0}),
     "recall, momentum=0, lead=0": ("recall", {"momentum": 0.0, "lead": 0}),
-    "recall, distance=64": ("recall", {"distance": 64}),
-    "recall, distance=256": ("recall", {"distance": 256}),
-    "recall, distance=256, lead=0": ("recall", {"distance": 256, "lead": 0}),
-    "recall, distance=1359, lead=0": ("recall", {"distance": 1359, "lead": 0}),
+    "recall, momentum=0, lead=0, distance=256": ("recall", {"momentum": 0.0, "lead": 0, "distance": 256}),
+    "recall, momentum=0, lead=0, distance=1359": ("recall", {"momentum": 0.0, "lead": 0, "distance": 1359}),
     "recall, layers=3": ("recall", {"layers": 3}),
     "recall, blocks of 128": ("recall", {"block": 128}),
     "quest": ("quest", {}),
@@ -116,9 +114,10 @@ def page(options: argparse.Namespace, rows: dict[str, Any]) -> list[str]:
     every = shares(sorted(found_in(rows), key=lambda one: (labels.index(one.task), one.length)))
     lengths = sorted({share.length for share in every})
     lines = [
-        f"{options.model}; a window of {options.window:,} tokens; {options.samples} texts of each kind, "
-        f"{TEXTS[options.text]}, in which the passkey stands ever deeper; greedy. Percent of passkeys told "
-        "whole, with intervals of 95 %; in brackets the mean share of digits told before the first mistake. "
+        f"{options.model}; a window of {options.window:,} tokens; {TEXTS[options.text]}, "
+        f"{options.samples} texts of each kind, in which the passkey stands ever deeper; greedy. Of how many "
+        "the passkey was told whole, with intervals of 95 % in percent; in brackets the mean percentage of "
+        "digits told before the first mistake. "
         "The question is not known before, except to SnapKV and PyramidKV, which choose once it was read.",
     ]
     for label in labels:
@@ -148,7 +147,12 @@ def cell(share: FoundShare | None) -> str:
     if share is None:
         return ""
     low, high = round(100 * share.found.low), round(100 * share.found.high)
-    return f"{100 * share.found.mean:.0f} ({low} to {high}) [{100 * share.told.mean:.0f}]"
+    return f"{counted(share)} ({low} to {high}) [{100 * share.told.mean:.0f}]"
+
+
+def counted(share: FoundShare) -> str:
+    """Say of how many texts all was told."""
+    return f"{round(share.found.mean * share.found.samples)} of {share.found.samples}"
 
 
 def costs(share: FoundShare) -> list[str]:

@@ -20,11 +20,12 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from common import table  # noqa: E402
 from memories import share  # noqa: E402
 from memory_facts import FORMS  # noqa: E402
-from passkey import WAYS, found_in  # noqa: E402
+from passkey import WAYS, counted, found_in  # noqa: E402
 from real_text import excess_of, number  # noqa: E402
 from weights import cells  # noqa: E402
 
-from everlong.evaluation.finding import shares  # noqa: E402
+from everlong.evaluation.finding import FoundShare, shares  # noqa: E402
+from everlong.evaluation.needles import Passkey  # noqa: E402
 from everlong.models.files import human_bytes  # noqa: E402
 
 SHOWN = {
@@ -35,6 +36,7 @@ SHOWN = {
     "window without sinks, 2048": "ablation: window without sinks",
     "Λ mask without ceiling, 2048": "ablation: Λ mask without ceiling",
 }
+FAR = ("passkey_far", "passkey_farther")
 POSITIONS = (2048, 8192, 12288, 16384, 24576, 32768)
 
 
@@ -53,6 +55,8 @@ def with_results(readme: str) -> str:
             *real_text(),
             "",
             *passkeys(),
+            "",
+            *far_passkeys(),
             "",
             *speed(),
             "",
@@ -125,6 +129,35 @@ def passkeys() -> list[str]:
         "",
         source("passkey_library", saved, "passkey"),
     ]
+
+
+def far_passkeys() -> list[str]:
+    """Passkeys of 64 digits, ever farther away."""
+    every = [load(name) for name in FAR]
+    label = Passkey(digits=64).label
+    found = {
+        (share.way, share.length): share
+        for saved in every
+        for share in shares(found_in(saved["rows"]))
+        if share.task == label
+    }
+    lengths = sorted({length for _, length in found})
+    ways = sorted({way for way, _ in found}, key=list(WAYS).index)
+    shown = [[way, *(of_texts(found.get((way, length))) for length in lengths)] for way in ways]
+    setting = every[0]["setting"]
+    return [
+        f"A {label} in Python's own sources, asked for at the end; {setting['model']}, which was trained on "
+        f"8,192 tokens, and a window of {setting['window']:,}. Texts whose passkey was told whole:",
+        "",
+        *table(["", *(f"{length:,} tokens" for length in lengths)], shown),
+        "",
+        *(source(name, saved, "passkey") for name, saved in zip(FAR, every, strict=True)),
+    ]
+
+
+def of_texts(share: FoundShare | None) -> str:
+    """Say of how many texts all was told."""
+    return "" if share is None else counted(share)
 
 
 def speed() -> list[str]:

@@ -325,7 +325,7 @@ def test_passkeys_are_looked_for_text_by_text(
     assert measured(capsys) == [f"last; 7 digits in {n}, {s}" for n in (800, 900) for s in (0, 1)]
     script.run("--ways", *ways)
     assert len(measured(capsys)) == 8
-    assert script.table(0) == [[way, "0 (0 to 66) [0]", "0 (0 to 66) [0]"] for way in ways]
+    assert script.table(0) == [[way, "0 of 2 (0 to 66) [0]", "0 of 2 (0 to 66) [0]"] for way in ways]
     costs = {row[0]: row[1:4] for row in script.table(1)}
     assert costs["stock"] == ["900", "900", "0"] and costs["last"] == ["400", "400", "500"]
     assert costs["inf-llm"] == ["900", "400", "0"]
