@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -88,6 +91,19 @@ def test_bytes_are_multiplied_exactly(count):
     asked[1, -1, :500] = codes[1, 3, :500] = 127
     true = asked.long() @ codes.long().mT
     assert torch.equal(key_index._whole_products(asked, codes).long(), true)
+
+
+@pytest.mark.parametrize("kernels", ["AVX2", "DEFAULT"])
+def test_where_kernels_clip_products_of_bytes_others_are_used(kernels):
+    script = """
+import torch
+from everlong.attention import key_index
+draws = torch.Generator().manual_seed(0)
+asked, codes = (torch.randint(-127, 128, (2, n, 64), dtype=torch.int8, generator=draws) for n in (3, 90))
+assert torch.equal(key_index._whole_products(asked, codes).long(), asked.long() @ codes.long().mT)
+"""
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": kernels}
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True)
 
 
 @pytest.mark.parametrize("is_exact", [True, False])
