@@ -4,7 +4,10 @@
     python benchmarks/passkey.py --text library --window 1024 --lengths 4096 --digits 7 --samples 5
     python benchmarks/passkey.py --text library --lengths 16384 --ways recall lm-infinite \
         --output benchmarks/results/passkey_far.json                 # half an hour
-    python benchmarks/passkey.py --lengths 4096 8192 16384 32768 --samples 5       # hours
+    python benchmarks/passkey.py --text library --lengths 65536 131072 --samples 5 --ways recall \
+        --output benchmarks/results/passkey_farther.json             # hours
+    python benchmarks/passkey.py --window 1024 --lengths 512 1024 2048 4096 --digits 7 --samples 20 \
+        --ways stock lm-infinite recall --output benchmarks/results/passkey_near.json
 
 Every method has the same window and reads the same texts: a passkey of 7 or of 64 digits, ever deeper, and
 the question only after them. It is hidden among sentences that say nothing, or ("library") in Python's own
@@ -96,7 +99,7 @@ def main() -> None:
             f"{name}; {task.digits} digits in {length}, {sample}",
             lambda w=way, t=task, n=length, s=sample: look(loaded, w, plan, t, n, s).as_json(),
         )
-    rows.write_table("Passkeys in long texts", page(options, rows.rows))
+    rows.write_table("Passkeys", page(options, rows.rows))
 
 
 def made(name: str, window: int) -> Way:
