@@ -28,7 +28,7 @@ from common import RESULTS, Rows, table
 
 from everlong.evaluation.finding import FindingPlan, Found, FoundShare, look, shares
 from everlong.evaluation.long_inputs import Way, make_ways
-from everlong.evaluation.needles import Passkey
+from everlong.evaluation.needles import PASSKEY_QUESTION, Passkey
 from everlong.models.files import human_bytes
 from everlong.models.loading import load_model
 
@@ -80,14 +80,15 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=2048)
     parser.add_argument("--text", choices=("filler", "library"), default="filler")
     parser.add_argument("--digits", type=int, nargs="+", default=[7, 64])
+    parser.add_argument("--question", default=PASSKEY_QUESTION)
     parser.add_argument("--samples", type=int, default=3)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY")
     parser.add_argument("--output", type=Path, help="default: results/passkey.json, passkey_library.json")
     options = parser.parse_args()
     text = None if options.text == "filler" else options.text
-    tasks = tuple(Passkey(text, digits) for digits in options.digits)
+    tasks = tuple(Passkey(text, digits, options.question) for digits in options.digits)
     plan = FindingPlan(tasks, tuple(options.lengths), options.samples)
-    setting = {name: getattr(options, name) for name in ("model", "window", "text", "samples")}
+    setting = {name: getattr(options, name) for name in ("model", "window", "text", "question", "samples")}
     name = "passkey" if options.text == "filler" else f"passkey_{options.text}"
     rows = Rows(options.output or RESULTS / f"{name}.json", setting)
     loaded = load_model(options.model)
@@ -113,20 +114,21 @@ def made(name: str, window: int) -> Way:
 
 def page(options: argparse.Namespace, rows: dict[str, Any]) -> list[str]:
     """Return the lines of the page."""
-    labels = [Passkey(digits=digits).label for digits in sorted(options.digits)]
-    every = shares(sorted(found_in(rows), key=lambda one: (labels.index(one.task), one.length)))
+    labels = {Passkey(None, digits, options.question).label: digits for digits in sorted(options.digits)}
+    every = shares(sorted(found_in(rows), key=lambda one: (list(labels).index(one.task), one.length)))
     lengths = sorted({share.length for share in every})
     lines = [
         f"{options.model}; a window of {options.window:,} tokens; {TEXTS[options.text]}, "
-        f"{options.samples} texts of each kind, in which the passkey stands ever deeper; greedy. Of how many "
+        f"{options.samples} texts of each kind, in which the passkey stands ever deeper; asked "
+        f'"{options.question} The passkey is", greedily. Of how many '
         "the passkey was told whole, with intervals of 95 % in percent; in brackets the mean percentage of "
         "digits told before the first mistake. "
         "The question is not known before, except to SnapKV and PyramidKV, which choose once it was read.",
     ]
-    for label in labels:
+    for label, digits in labels.items():
         some = {(share.way, share.length): share for share in every if share.task == label}
         named = [way for way in WAYS if any(way == other for other, _ in some)]
-        lines += ["", f"## {label.removeprefix('passkey of ')}", ""]
+        lines += ["", f"## {digits} digits", ""]
         lines += table(
             ["", *(f"{length:,} tokens" for length in lengths)],
             [[way, *(cell(some.get((way, length))) for length in lengths)] for way in named],

@@ -109,7 +109,7 @@ def passkeys() -> list[str]:
     """Passkeys in Python's sources, found by the ways to read."""
     saved = load("passkey_library")
     setting = saved["setting"]
-    found = shares(found_in(saved["rows"]))
+    found = told_of(7, saved)
     length, samples = found[0].length, setting["samples"]
     shown = [
         [
@@ -120,7 +120,7 @@ def passkeys() -> list[str]:
         for share in sorted(found, key=lambda each: list(WAYS).index(each.way))
     ]
     return [
-        f"**Finding again.** A {found[0].task} in {length:,} tokens of Python's own "
+        f"**Finding again.** A passkey of 7 digits in {length:,} tokens of Python's own "
         f"sources, asked for at the end; {setting['model']}, a window of",
         f"{setting['window']:,} tokens. `last` and `first-and-last` are the stock model, which reads a part "
         f"of the text. Of {samples} texts, the passkey ever deeper; intervals of 95 %:",
@@ -134,25 +134,26 @@ def passkeys() -> list[str]:
 def far_passkeys() -> list[str]:
     """Passkeys of 64 digits, ever farther away."""
     every = [load(name) for name in FAR]
-    label = Passkey(digits=64).label
-    found = {
-        (share.way, share.length): share
-        for saved in every
-        for share in shares(found_in(saved["rows"]))
-        if share.task == label
-    }
+    found = {(share.way, share.length): share for saved in every for share in told_of(64, saved)}
     lengths = sorted({length for _, length in found})
     ways = sorted({way for way, _ in found}, key=list(WAYS).index)
     shown = [[way, *(of_texts(found.get((way, length))) for length in lengths)] for way in ways]
     setting = every[0]["setting"]
     return [
-        f"A {label} in Python's own sources, asked for at the end; {setting['model']}, which was trained on "
-        f"8,192 tokens, and a window of {setting['window']:,}. Texts whose passkey was told whole:",
+        f"A passkey of 64 digits in Python's own sources, asked for at the end; {setting['model']}, which "
+        f"was trained on 8,192 tokens, and a window of {setting['window']:,}. Texts whose passkey was told "
+        "whole:",
         "",
         *table(["", *(f"{length:,} tokens" for length in lengths)], shown),
         "",
         *(source(name, saved, "passkey") for name, saved in zip(FAR, every, strict=True)),
     ]
+
+
+def told_of(digits: int, saved: dict[str, Any]) -> list[FoundShare]:
+    """Return what was found of passkeys of so many digits."""
+    label = Passkey(digits=digits, question=saved["setting"]["question"]).label
+    return [share for share in shares(found_in(saved["rows"])) if share.task == label]
 
 
 def of_texts(share: FoundShare | None) -> str:

@@ -115,7 +115,7 @@ def test_methods_look_for_passkeys(everlong):
     ):
         assert word in result.out
     assert result.err.count("lm-infinite: passkey of 7 digits in 900 tokens") == 2
-    assert "27% deep: told 0%" in result.err
+    assert "28% deep: told 0%" in result.err
 
 
 def test_methods_without_a_window_look_for_passkeys_too(everlong):
@@ -144,6 +144,11 @@ def test_passkeys_are_hidden_in_a_text_of_ones_own(everlong, novel):
     )
 
 
+def test_passkeys_are_asked_for_in_words_of_ones_own(everlong):
+    words = ("--methods", "stock", "--no-baselines", "--question", "What was it?", "--quiet")
+    assert "passkey of 7 digits: What was it?, 900 tokens" in everlong(*PASSKEY, *words).out
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -151,6 +156,7 @@ def test_passkeys_are_hidden_in_a_text_of_ones_own(everlong, novel):
         (("--lengths", "4m"), "--lengths takes whole numbers, such as 4k,8192; got '4m'"),
         (("--methods", "inflm"), "did you mean 'inf-llm'"),
         (("--lengths", "100", "--methods", "stock"), "does not fit into 100 tokens"),
+        (("--question", "", "--methods", "stock"), "question is empty"),
     ],
 )
 def test_passkeys_that_cannot_be_looked_for_are_refused(everlong, words, said):

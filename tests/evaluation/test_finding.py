@@ -220,21 +220,6 @@ def test_what_was_read_is_not_read_again_unless_it_is_another_text_or_another_wa
             assert len(read) == len(found) > 0, count
 
 
-def test_rows_of_passkeys_that_were_kept_before_there_were_tasks_are_read():
-    given = {"text": "1", "read": 9, "seen": 9, "forgotten": 0, "bytes": {"window": 8}}
-    row = {
-        "way": "last",
-        "length": 9,
-        "digits": 64,
-        "sample": 0,
-        "depth": 0.5,
-        "is_found": False,
-        "told": 0.5,
-    }
-    found = Found.restored({**row, "answer": {**given, "seconds": 1.0, "decode_ms": 2.0}})
-    assert found.task == Passkey(digits=64).label and found.told == 0.5
-
-
 def test_what_is_written_behind_an_end_token_is_no_answer(loaded, needle, monkeypatch):
     told = loaded.tokenizer.encode(needle.answer, add_special_tokens=False)
     end, weight = loaded.tokenizer.eos_token_id, loaded.model.lm_head.weight

@@ -3,7 +3,7 @@
 import pytest
 
 from everlong.errors import ConfigurationError, InputError
-from everlong.evaluation.needles import passkey
+from everlong.evaluation.needles import Passkey, passkey
 from tests.tiny import byte_tokenizer
 
 
@@ -28,6 +28,16 @@ def test_other_seeds_and_lengths_have_other_passkeys_and_the_same_seed_the_same(
     assert len(set(keys)) == 20
     assert passkey(tokenizer, 4000, depth=0, seed=3).answer == keys[3]
     assert passkey(tokenizer, 3000, depth=0.5, digits=9, seed=3).answer[:7] != keys[3]
+
+
+def test_it_is_asked_for_in_other_words():
+    tokenizer = byte_tokenizer()
+    usual, other = Passkey(), Passkey(question="What was to be remembered?")
+    text = tokenizer.decode(other.sample(tokenizer, 3000, depth=0.5, seed=0).question)
+    assert text == "\n\nWhat was to be remembered? The passkey is"
+    assert other.label == f"{usual.label}: What was to be remembered?" and other.key != usual.key
+    with pytest.raises(ConfigurationError, match="question is empty"):
+        Passkey(question=" ")
 
 
 @pytest.mark.parametrize("add_bos", [False, True])

@@ -30,6 +30,9 @@ def passkey(
             "sources.",
         ),
     ] = None,
+    question: Annotated[
+        str | None, typer.Option("--question", metavar="TEXT", help='Asked before "The passkey is".')
+    ] = None,
 ) -> None:
     """Hide a number in a long text, and ask for it at the end.
 
@@ -40,9 +43,10 @@ def passkey(
     """
 
     def make_tasks() -> list[Task]:
-        from everlong.evaluation.needles import Passkey
+        from everlong.evaluation.needles import PASSKEY_QUESTION, Passkey
 
-        return [Passkey(text, count) for count in token_counts("--digits", digits)]
+        asked = PASSKEY_QUESTION if question is None else question
+        return [Passkey(text, count, asked) for count in token_counts("--digits", digits)]
 
     find_and_show(model, method, finding, tier, output_options, make_tasks, methods=SOME_METHODS)
 

@@ -123,10 +123,7 @@ class Found:
 
     @classmethod
     def restored(cls, values: dict[str, Any]) -> Found:
-        """Return what :meth:`as_json` was made of; also where it named a passkey by its digits."""
-        values = dict(values)
-        if "digits" in values:
-            values["task"] = Passkey(digits=values.pop("digits")).label
+        """Return what :meth:`as_json` was made of."""
         expected = tuple(values.get("expected", ()))
         return cls(**{**values, "answer": Answer(**values["answer"]), "expected": expected})
 

@@ -32,7 +32,10 @@ _OPENING = (
     "Look for the passkey and remember it: you will be asked for it at the end.\n\n"
 )
 _NEEDLE = "The passkey is {key}. Remember it. {key} is the passkey. "
-_QUESTION = "\n\nWhat is the passkey? The passkey is"
+PASSKEY_QUESTION = "Which number is the passkey?"
+"""What is asked: for a number, since "What is the passkey?" may be taken for a question about the word."""
+
+_QUESTION = "\n\n{question} The passkey is"
 _LEAD = "The lighthouse keeper of Tarnmouth hides her spare key under the"
 _READ = "Read the text below. At its end you will be asked about one sentence of it.\n\n"
 
@@ -99,22 +102,35 @@ class Passkey(_HiddenTask):
         A file to hide it in; ``"library"``: Python's own sources. None: sentences that say nothing.
     digits : int
         7 in most papers; 64 show damage that 7 hide.
+    question : str
+        What is asked at the end, before "The passkey is".
     """
 
     digits: int = 7
+    question: str = PASSKEY_QUESTION
 
     def __post_init__(self) -> None:
         require_numbers(self, digits=1)
+        if not self.question.strip():
+            raise ConfigurationError("passkey: question is empty; it is what the text is asked at its end")
 
     @property
     def label(self) -> str:
-        """Say how many digits it has."""
-        return f"passkey of {self.digits} digits{_named(self.text)}"
+        """Say how many digits it has, and what is asked if it is another question."""
+        asked = "" if self.question == PASSKEY_QUESTION else f": {self.question}"
+        return f"passkey of {self.digits} digits{_named(self.text)}{asked}"
 
     def sample(self, tokenizer: Any, length: int, *, depth: float, seed: int) -> Needle:
         """Hide another passkey."""
-        haystack = self.haystack(tokenizer, length)
-        return passkey(tokenizer, length, depth=depth, digits=self.digits, seed=seed, haystack=haystack)
+        return passkey(
+            tokenizer,
+            length,
+            depth=depth,
+            digits=self.digits,
+            question=self.question,
+            seed=seed,
+            haystack=self.haystack(tokenizer, length),
+        )
 
 
 @TASKS.register("niah")
@@ -182,6 +198,7 @@ def passkey(
     *,
     depth: float,
     digits: int = 7,
+    question: str = PASSKEY_QUESTION,
     seed: int = 0,
     haystack: Sequence[int] | None = None,
 ) -> Needle:
@@ -197,6 +214,8 @@ def passkey(
         From 0 to 1: where it stands; in the filler between two rounds of it.
     digits : int
         Of the passkey; 7 in most papers. 64 show damage that 7 hide.
+    question : str
+        What is asked at the end, before "The passkey is".
     seed : int
         Of the passkey's digits.
     haystack : sequence of int, optional
@@ -216,17 +235,17 @@ def passkey(
     key = "".join(draws.choice("0123456789") for _ in range(digits))
     coder = TextCoder(tokenizer)
     told = _NEEDLE.format(key=key)
-    context, question, at = hidden(
+    context, asked, at = hidden(
         coder,
         length,
         opening=_OPENING,
         needle=told if haystack is None else f"\n\n{told}\n\n",
-        question=_QUESTION,
+        question=_QUESTION.format(question=question),
         haystack=haystack,
         depth=depth,
         what=f"a passkey of {digits} digits",
     )
-    return Needle(torch.tensor(context), torch.tensor(question), (key,), at, len(coder.bos))
+    return Needle(torch.tensor(context), torch.tensor(asked), (key,), at, len(coder.bos))
 
 
 def hidden(
