@@ -371,6 +371,19 @@ def test_a_model_that_does_not_say_its_training_length_asks_for_a_window(ids):
         assert tiny.cache_of(silent(ids)).kept == 24
 
 
+def test_a_stream_that_grows_has_little_room_to_spare(model):
+    ids, room = tiny.random_ids(1, 700), []
+    with attach(model, FullAttention()) as handle, torch.no_grad():
+        cache = handle.new_cache()
+        for start in range(0, 700, 7):
+            model(ids[:, start : start + 7], **tiny.cached(cache))
+            room.append(cache.bytes()["window"] / cache.bytes_at(1)["window"])
+    assert all(
+        slots <= max(1.25 * seen, seen + 64) for slots, seen in zip(room, range(7, 701, 7), strict=True)
+    )
+    assert len(set(room)) < 12  # and is seldom copied
+
+
 def test_the_window_is_filled_in_from_the_training_length(model):
     with attach(model, LMInfinite()) as handle:
         assert handle.training_length == handle.policy.window == tiny.TRAINING_LENGTH

@@ -5,6 +5,7 @@ import torch
 
 import tests.tiny as tiny
 from everlong.attention import FullAttention, LMInfinite, StreamingLLM, attach
+from everlong.attention import batch as batch_module
 from everlong.attention.parts import attend_all
 from everlong.attention.positions import FRAME
 from everlong.attention.sequences import PackedSequences
@@ -117,6 +118,24 @@ def test_a_batch_is_a_copy_and_so_is_what_is_taken(handle):
     steps(handle, batch.cache, [0, 1], 5)
     for cache, kept in zip((*caches, taken), (*before, before[1].fork()), strict=True):
         close(steps(handle, cache, [0], 5, seed=70), steps(handle, kept, [0], 5, seed=70))
+
+
+def test_streams_may_move_into_a_batch_instead(handle, monkeypatch):
+    caches = alone(handle, [70, 9])
+    copied = steps(handle, handle.batch(caches).cache, [0, 1], 30)
+    held, fill = [], batch_module._fill
+
+    def watched(into, *rest):
+        held.append(sum(cache.bytes()["window"] for cache in caches))
+        fill(into, *rest)
+
+    monkeypatch.setattr(batch_module, "_fill", watched)
+    batch = handle.batch(caches, moved=True)
+    assert held == sorted(held, reverse=True) and held[-1] < held[0]
+    assert not any(cache.memories for cache in caches)
+    assert torch.equal(steps(handle, batch.cache, [0, 1], 30), copied)
+    with pytest.raises(StateError, match="start a new stream"):
+        steps(handle, caches[0], [0], 1)
 
 
 def test_what_is_taken_can_be_saved_and_batched_again(handle):

@@ -71,9 +71,9 @@ def teacher(k: int, sharpness: float = 1.0) -> tuple[Tensor, Tensor]:
     return tokens, log_probs
 
 
-def check(model: Any, tokens: Tensor, log_probs: Tensor) -> Tensor:
+def check(model: Any, tokens: Tensor, log_probs: Tensor, sureness: float = 1.0) -> Tensor:
     """Hold loss and gradient against the reference; return the loss."""
-    hidden = hidden_of(model).requires_grad_()
+    hidden = (sureness * hidden_of(model)).requires_grad_()
     expected = reference_divergence(told(tokens, log_probs), own_logits(model, hidden))
     (slope,) = torch.autograd.grad(expected.sum(), hidden)
     loss, gradient = divergence(Head(model), hidden.detach(), tokens, log_probs, gradient=True)
@@ -94,6 +94,19 @@ def test_value_and_gradient_are_those_of_the_definition(model: Any, k: int, shar
 @pytest.mark.usefixtures("small_blocks")
 def test_so_they_are_over_blocks_of_the_vocabulary(model: Any) -> None:
     check(model, *teacher(12))
+
+
+@pytest.mark.parametrize("sureness", [4.0, 20.0])
+def test_so_they_are_where_most_of_the_vocabulary_has_no_chance(
+    model: Any, sureness: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those words are left out of the gradient."""
+    chances = own_logits(model, sureness * hidden_of(model)).softmax(-1)
+    few = (chances > distillation._LEAST).any(0).sum() < WORDS / 2
+    assert few or sureness < 20 or Head(model).softcap is not None
+    check(model, *teacher(12), sureness)
+    monkeypatch.setattr(distillation, "_BLOCK", 1)
+    check(model, *teacher(1, 4.0), sureness)
 
 
 def test_blocks_change_nothing(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

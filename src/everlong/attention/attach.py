@@ -187,8 +187,8 @@ class Attachment:
         """Whether, under `policy`, some rotary table depends on the length of the input."""
         return self._layers.tables_change(policy)
 
-    def batch(self, caches: Sequence[StreamCache]) -> StreamBatch:
-        """Put streams of whatever length into the rows of one batch, copied.
+    def batch(self, caches: Sequence[StreamCache], *, moved: bool = False) -> StreamBatch:
+        """Put streams of whatever length into the rows of one batch: copied, or `moved` layer by layer.
 
         Parameters
         ----------
@@ -204,7 +204,7 @@ class Attachment:
         reason = self.why_apart(caches)
         if reason is not None:
             raise UnsupportedUseError(f"these streams cannot be the rows of one batch: {reason}")
-        return StreamBatch(caches, self._layers.kept)
+        return StreamBatch(caches, self._layers.kept, moved=moved)
 
     def restore_cache(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> StreamCache:
         """Rebuild a cache from what :meth:`StreamCache.state` returned.

@@ -27,6 +27,9 @@ class StreamBatch:
         At least one, for which :func:`why_apart` finds nothing.
     layers : dict of int to KeptLayer
         The attachment's.
+    moved : bool
+        Whether the streams move into the batch, layer by layer: no more than a layer is held twice, and
+        `caches` are of no use afterwards.
 
     Attributes
     ----------
@@ -34,7 +37,9 @@ class StreamBatch:
         Of as many rows as streams, to be given to forwards of one token a row.
     """
 
-    def __init__(self, caches: Sequence[StreamCache], layers: dict[int, KeptLayer]) -> None:
+    def __init__(
+        self, caches: Sequence[StreamCache], layers: dict[int, KeptLayer], *, moved: bool = False
+    ) -> None:
         longest = max(caches, key=lambda cache: cache.seen)
         pads = [longest.seen - cache.seen for cache in caches]
         self._layers = layers
@@ -44,9 +49,15 @@ class StreamBatch:
         self.cache.seen = longest.seen
         self.cache.rows = len(caches)
         self.cache.pads = tuple(pads) if any(pads) else None
+        if moved:
+            for cache in caches:
+                cache.is_half_done = True
         with torch.inference_mode(False), torch.no_grad():
             for number, memory in self.cache.memories.items():
                 _fill(memory, longest.memories[number], [c.memories[number] for c in caches], pads)
+                if moved:
+                    for cache in caches:
+                        del cache.memories[number]
 
     def __len__(self) -> int:
         return len(self._offsets)

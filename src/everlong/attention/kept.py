@@ -179,8 +179,8 @@ class KeptMemory(LayerMemory):
                 self.index[name] = notes.clone() if notes.is_inference() else notes
 
     def grown(self, slots: int) -> int:
-        """Return twice as many, but few more once some were dropped: it was to be small."""
-        return slots + slots // 8 if self.gone else 2 * slots
+        """Return a quarter more, but fewer once some were dropped: it was to be small."""
+        return slots + slots // 8 if self.gone else super().grown(slots)
 
     # --- state -------------------------------------------------------------------------------------
 

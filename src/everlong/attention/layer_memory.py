@@ -3,7 +3,7 @@
 One buffer of W slots has a static shape once the window is full: the first G slots belong to the sinks,
 the other L = W - G form the ring. Token t stands in slot t until the window is full, then in slot
 G + (t - G) mod L. Local keys are stored once, rotated at their position in the frame; sinks are also
-stored raw, since their distance does not follow the stream. Buffers double up to the window.
+stored raw, since their distance does not follow the stream. Buffers grow by a quarter, up to the window.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from everlong.attention.view import LayerCall, LayerView
 from everlong.errors import StateError
 from everlong.models.rotary import Frequencies, Layout
 
-_FIRST_CAPACITY = 256
+_LEAST_GROWTH = 64  # slots
 _NOTHING = {"ram": 0, "disk": 0}
 _BUFFERS = ("keys", "values", "raw", "sink_keys", "sink_values")
 
@@ -362,15 +362,15 @@ class LayerMemory:
 
     def grown(self, slots: int) -> int:
         """Return how many slots there are to be, where `slots` are too few."""
-        return 2 * slots
+        return slots + max(slots // 4, _LEAST_GROWTH)
 
     def _reserve(self, length: int, keys: Tensor, values: Tensor) -> None:
-        """Make room for `length` tokens: buffers double up to the window."""
+        """Make room for `length` tokens: buffers grow up to the window."""
         needed = length if self.window is None else min(length, self.window)
         have = 0 if self.keys is None else self.keys.shape[2]
         if have >= needed:
             return
-        capacity = max(needed, self.grown(have), _FIRST_CAPACITY)
+        capacity = max(needed, self.grown(have))
         if self.window is not None:
             capacity = min(capacity, self.window)
         for name, like in (("keys", keys), ("values", values), ("raw", keys)):

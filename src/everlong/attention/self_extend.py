@@ -188,14 +188,14 @@ class GroupedMemory(LayerMemory):
         self.far = stop
 
     def _make_room(self, length: int, keys: Tensor, values: Tensor) -> None:
-        """Let the buffers of what left the ring double until they hold `length` tokens."""
+        """Let the buffers of what left the ring grow until they hold `length` tokens."""
         have = 0 if self.far_keys is None else self.far_keys.shape[2]
         if have >= length:
             return
         for name, like in zip(_FAR, (keys, values), strict=True):
             old = getattr(self, name)
             with torch.inference_mode(False):  # later forwards, in whatever mode, write into it
-                grown = like.new_empty((*like.shape[:2], max(length, 2 * have, 256), like.shape[3]))
+                grown = like.new_empty((*like.shape[:2], max(length, self.grown(have)), like.shape[3]))
             if old is not None:
                 grown[:, :, : self.far] = old[:, :, : self.far]
             setattr(self, name, grown)

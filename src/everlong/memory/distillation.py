@@ -2,8 +2,10 @@
 
 A vocabulary of 262,144 words makes logits what costs memory and time. Neither the teacher's nor the
 student's are ever held whole: a block of them is computed, used while it lies in the processor's cache, and
-dropped. The student's softmax is accumulated with a running maximum, as flash attention does over keys, and
-so is what its gradient needs of the head's weights.
+dropped. The student's softmax is accumulated over blocks, as flash attention does over keys, and so is what
+its gradient needs of the head's weights: of those tokens whose probability single precision can tell from
+nought beside all others, in any row (the gradient filtering of Wijmans et al. 2024, arXiv 2411.09009, which
+stops at the precision of bfloat16). Of most of a vocabulary it cannot.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from torch import Tensor
 from everlong.models.head import Head
 
 _BLOCK = 2**21  # logits computed at a time
+_LEAST = torch.finfo(torch.float32).eps  # of a probability, to count for the gradient
 
 
 @torch.no_grad()
@@ -79,32 +82,30 @@ def divergence(
     is_known = log_probs > -torch.inf
     rest = (1 - probs.sum(-1)).clamp(min=0)
     rows = len(hidden)
-    top = hidden.new_full((rows,), -torch.inf, dtype=torch.float32)  # the running maximum
-    whole = torch.zeros_like(top)  # Σ exp(logit - top), over all tokens
-    others = torch.zeros_like(top)  # and over those the teacher does not tell
+    total = hidden.new_full((rows,), -torch.inf, dtype=torch.float32)  # log Σ exp(logit), of tokens so far
+    others = torch.zeros_like(total)  # probability among these of those the teacher does not tell
     known = torch.zeros_like(log_probs)  # the student's logits of those it does
-    pull = torch.zeros_like(hidden, dtype=torch.float32) if gradient else None  # Σ exp(…) ∂logit/∂hidden
+    pull = torch.zeros_like(hidden, dtype=torch.float32) if gradient else None  # Σ probability ∂logit/∂hidden
     for begin, logits in _blocks(head, hidden):
         inside = (tokens >= begin) & (tokens < begin + logits.shape[1])
         at = (tokens - begin).clamp(0, logits.shape[1] - 1)
         known = torch.where(inside, logits.gather(1, at), known)
-        higher = torch.maximum(top, logits.amax(-1))
-        shrunk, top = (top - higher).exp(), higher
+        more = torch.logaddexp(total, logits.logsumexp(-1))
+        shrunk, total = (total - more).exp(), more
         slope = head.slope(logits)
-        weights = logits.sub_(top[:, None]).exp_()
-        sums = weights.sum(-1)
-        whole = whole * shrunk + sums
-        told = torch.where(inside & is_known, weights.gather(1, at), 0.0).sum(-1)
-        others = others * shrunk + (sums - told)
+        chances = logits.sub_(total[:, None]).exp_()
+        told = torch.where(inside & is_known, chances.gather(1, at), 0.0).sum(-1)
+        others = others * shrunk + (chances.sum(-1) - told)
         if pull is not None:
+            counting = (chances.amax(0) > _LEAST).nonzero()[:, 0]
+            pulling = chances[:, counting]
             if slope is not None:
-                weights *= slope
+                pulling *= slope[:, counting]
             pull *= shrunk[:, None]
-            pull += weights.to(head.weight.dtype) @ head.weight[begin : begin + weights.shape[1]]
+            pull += pulling.to(head.weight.dtype) @ head.weight[begin + counting]
     slopes = head.slope(known)
-    total = top + whole.log()
     share = known - total[:, None]  # the student's log-probabilities
-    others = (others / whole).clamp(min=1e-7)  # what is left of its probability
+    others = others.clamp(min=1e-7)  # what is left of its probability
     parts = torch.where(is_known, probs * (log_probs.masked_fill(~is_known, 0.0) - share), 0.0)
     loss = parts.sum(-1) + torch.special.xlogy(rest, rest) - rest * others.log()
     if pull is None:
@@ -114,7 +115,7 @@ def divergence(
     own = torch.where(is_known, share.exp() * (1 - common)[:, None] - probs, 0.0)
     if slopes is not None:
         own = own * slopes
-    found = pull * (common / whole)[:, None] * head.factor
+    found = pull * common[:, None] * head.factor
     found += torch.einsum("nk,nkd->nd", own, head.weight[tokens].float()) * head.factor
     return loss, found.to(hidden.dtype)
 

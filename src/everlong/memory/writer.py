@@ -80,6 +80,7 @@ class Writer:
                     [GREEDY] * len(tapes) if sampling is None else sampling[some],
                     [tuple(stop)] * len(tapes),
                     time.perf_counter(),
+                    moved=True,
                 )
             )
             texts += [generation.text for generation in written]

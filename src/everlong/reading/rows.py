@@ -121,12 +121,16 @@ class PackedRows:
 
 
 class BatchRows:
-    """Streams as the rows of one batch, lent by their tapes until they leave."""
+    """Streams as the rows of one batch, lent by their tapes until they leave.
 
-    def __init__(self, tapes: list[Tape]) -> None:
+    Moved, not copied, a tape is of no use if that fails.
+    """
+
+    def __init__(self, tapes: list[Tape], *, moved: bool) -> None:
         self._tapes = tapes
         self._attachment = tapes[0].driver.attachment
-        self._batch: StreamBatch = self._attachment.batch([tape.driver.cache for tape in tapes])
+        caches = [tape.driver.cache for tape in tapes]
+        self._batch: StreamBatch = self._attachment.batch(caches, moved=moved)
         for tape in tapes:
             tape.driver.cache = cast(StreamCache, _Lent())
 
@@ -167,13 +171,13 @@ class _Lent:
 
 
 @contextmanager
-def rows_of(tapes: list[Tape]) -> Generator[BatchRows | PackedRows, None, None]:
+def rows_of(tapes: list[Tape], *, moved: bool) -> Generator[BatchRows | PackedRows, None, None]:
     """Put streams together for as long as the block lasts."""
     rows: BatchRows | PackedRows | None = None
     tapes = sorted(tapes, key=_memory)
     try:
         with deferred_interrupt():
-            rows = PackedRows(tapes) if _are_apart(tapes) else BatchRows(tapes)
+            rows = PackedRows(tapes) if _are_apart(tapes) else BatchRows(tapes, moved=moved)
         yield rows
     finally:
         if rows is not None:

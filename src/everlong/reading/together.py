@@ -63,8 +63,14 @@ def write_tapes(
     sampling: Sequence[Sampling],
     stop: Sequence[tuple[str, ...]],
     started: float,
+    *,
+    moved: bool = False,
 ) -> Generator[tuple[int, str], Any, list[Generation]]:
-    """Let the model go on from where each tape stands."""
+    """Let the model go on from where each tape stands.
+
+    `moved`: no tape is needed if that fails, so that what they hold need not be held twice while they are put
+    together.
+    """
     read_all(tapes, chunk)
     pages: dict[int, Page] = {}
     samplers = []
@@ -77,7 +83,7 @@ def write_tapes(
         pages[number] = Page(tape, detokenizer, max_new_tokens)
     done: dict[int, Generation] = {}
     undisturbed = False
-    with rows_of(list(tapes)) as rows:
+    with rows_of(list(tapes), moved=moved) as rows:
         while len(done) < len(tapes):
             writing = [number for number in pages if number not in done]
             with deferred_interrupt():
