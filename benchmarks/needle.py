@@ -22,7 +22,7 @@ import torch
 from common import RESULTS, Rows, table
 
 from everlong.attention import Recall, Tier
-from everlong.evaluation.needles import Needle, Passkey
+from everlong.evaluation.needles import PASSKEY_QUESTION, Needle, Passkey
 from everlong.evaluation.resources import resident_bytes
 from everlong.evaluation.streams import PolicyStream, Stream, open_stream
 from everlong.evaluation.texts import LIBRARY
@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "needle.json")
     options = parser.parse_args()
     setting = {name: getattr(options, name) for name in ("model", "window", "layers")}
+    setting["question"] = PASSKEY_QUESTION
     rows = Rows(options.output, setting)
     loaded = load_model(options.model)
     policy = Recall(window=options.window, layers=options.layers)
@@ -61,7 +62,7 @@ def main() -> None:
                 f"{tokens} tokens, depth {depth}, tier {options.tier}",
                 lambda n=tokens, d=depth: look_for_one(loaded, policy, Tier(options.tier, limit=None), n, d),
             )
-    rows.write_table("A needle in a text without end", page(options, rows.rows))
+    rows.write_table("A needle in a text without end", page(rows.setting, rows.rows))
 
 
 @torch.inference_mode()
@@ -116,11 +117,12 @@ def noted(stream: Stream, taken: list[tuple[float, float]], mark: int) -> dict[s
     }
 
 
-def page(options: argparse.Namespace, rows: dict[str, Any]) -> list[str]:
+def page(setting: dict[str, Any], rows: dict[str, Any]) -> list[str]:
     """Return the lines of the page."""
     lines = [
-        f"{options.model}, `Recall(window={options.window}, layers={options.layers})`; a passkey of 7 digits "
-        f"in Python's own sources. {torch.get_num_threads()} thread(s). Milliseconds a token while reading: "
+        f"{setting['model']}, `Recall(window={setting['window']}, layers={setting['layers']})`; a passkey of "
+        f'7 digits in Python\'s own sources, asked "{setting["question"]} The passkey is". '
+        f"{torch.get_num_threads()} thread(s). Milliseconds a token while reading: "
         f"medians of the {LATEST} pieces of {PIECE} tokens before; the ratio is of the processor's time, to "
         "that at 50,000 tokens, or where the first note is. Written: the processor's milliseconds for each "
         "token of the answer (mean).",

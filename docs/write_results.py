@@ -5,28 +5,24 @@ The tables in ``benchmarks/results/`` say more; a test holds that the README is 
 
 from __future__ import annotations
 
-import json
 import re
-import sys
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
+from saved_results import RESULTS, ROOT, load, source  # puts the scripts on the path
+
+# isort: split
+from common import table
+from memory_results import memories, passing, skills
+from passkey import WAYS, counted, found_in
+from real_text import excess_of, number
+from weights import cells
+
+from everlong.evaluation.finding import FoundShare, shares
+from everlong.evaluation.needles import Passkey
+from everlong.models.files import human_bytes
+
 BEGIN, END = "<!-- results: written by docs/write_results.py -->", "<!-- end of results -->"
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-from common import table  # noqa: E402
-from memories import share  # noqa: E402
-from memory_facts import FORMS  # noqa: E402
-from passkey import WAYS, counted, found_in  # noqa: E402
-from real_text import excess_of, number  # noqa: E402
-from weights import cells  # noqa: E402
-
-from everlong.evaluation.finding import FoundShare, shares  # noqa: E402
-from everlong.evaluation.needles import Passkey  # noqa: E402
-from everlong.models.files import human_bytes  # noqa: E402
 
 SHOWN = {
     "stock": "stock",
@@ -71,6 +67,10 @@ def with_results(readme: str) -> str:
             *start_up(),
             "",
             *memories(),
+            "",
+            *skills(),
+            "",
+            *passing(),
             "",
             END,
         ]
@@ -294,59 +294,9 @@ def start_up() -> list[str]:
     ]
 
 
-def memories() -> list[str]:
-    """What a memory recalls of invented facts."""
-    saved = load("memory_facts")
-    rows, model = saved["rows"], saved["setting"]["model"]
-    every = list(rows.values())
-    shown = {
-        "no context": "nothing",
-        "whole text, no examples": "the whole text",
-        "whole text, matching examples": "the whole text, with examples of such questions",
-        "last 10 %, matching examples": "the last tenth of the text, with examples",
-        "10 % by lexical search, matching examples": "the tenth that a lexical search finds, with examples",
-        "raw text": "an adapter trained on the raw text",
-        "soft labels": "a memory, learned with soft labels",
-        "hard labels": "a memory, learned with hard labels",
-        "hard labels of another document": "such a memory of another document",
-        "hard labels + last 10 %": "such a memory, and the last tenth",
-        "hard labels + 10 % by lexical search": "such a memory, and the tenth that is found",
-    }
-    cells = [
-        [name, *(share([row[key][form] for row in every if key in row]) for form in FORMS)]
-        for key, name in shown.items()
-        if any(key in row for row in every)
-    ]
-    documents = sum(key.startswith("read") for key in rows)
-    return [
-        f"**Remembering.** Facts about invented people that {model} gives, of {documents} documents with 30 "
-        "each, by what it has before it or has learned:",
-        "",
-        *table(["what it has", *(f"{form}s" if form != "reverse" else form for form in FORMS)], cells),
-        "",
-        "Percent, with intervals of 95 %.",
-        source("memory_facts", saved),
-    ]
-
-
 def ratio(stock: float, ours: float, form: str) -> str:
     """Write both figures and how many times better ours is."""
     return f"{form.format(stock)} / {form.format(ours)}: **{stock / ours:.1f}x**"
-
-
-def source(name: str, saved: dict[str, Any], script: str | None = None) -> str:
-    """Say where a result comes from; the script has its name unless another is given."""
-    machine, script = saved["machine"], script or name
-    return (
-        f"([{name}.md](benchmarks/results/{name}.md), by [{script}.py](benchmarks/{script}.py); "
-        f"{machine['date']}, {machine['cpu']}, {machine['threads']} threads.)"
-    )
-
-
-def load(name: str) -> dict[str, Any]:
-    """Read what a benchmark script saved."""
-    saved: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
-    return saved
 
 
 if __name__ == "__main__":

@@ -199,7 +199,8 @@ def test_the_results_are_those_that_were_measured(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "docs")
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     write_results = importlib.import_module("write_results")
-    for name in ("write_results", "common", "memories", "memory_facts", "passkey", "real_text", "weights"):
+    scripts = ("common", "memories", "memory_facts", "passkey", "real_text", "weights")
+    for name in ("write_results", "saved_results", "memory_results", *scripts):
         del sys.modules[name]
     assert write_results.BEGIN in README and write_results.with_results(README) == README
 

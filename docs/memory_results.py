@@ -1,0 +1,101 @@
+"""The README's results of long-term memory; see write_results.py."""
+
+from __future__ import annotations
+
+from saved_results import load, source  # puts the scripts on the path
+
+# isort: split
+from common import table
+from memories import share
+from memory_facts import FORMS
+
+
+def memories() -> list[str]:
+    """What a memory recalls of invented facts."""
+    saved = load("memory_facts")
+    rows, model = saved["rows"], saved["setting"]["model"]
+    every = list(rows.values())
+    shown = {
+        "no context": "nothing",
+        "whole text, no examples": "the whole text",
+        "whole text, matching examples": "the whole text, with examples of such questions",
+        "last 10 %, matching examples": "the last tenth of the text, with examples",
+        "10 % by lexical search, matching examples": "the tenth that a lexical search finds, with examples",
+        "raw text": "an adapter trained on the raw text",
+        "soft labels": "a memory, learned with soft labels",
+        "hard labels": "a memory, learned with hard labels",
+        "hard labels of another document": "such a memory of another document",
+        "hard labels + last 10 %": "such a memory, and the last tenth",
+        "hard labels + 10 % by lexical search": "such a memory, and the tenth that is found",
+    }
+    cells = [
+        [name, *(share([row[key][form] for row in every if key in row]) for form in FORMS)]
+        for key, name in shown.items()
+        if any(key in row for row in every)
+    ]
+    documents = sum(key.startswith("read") for key in rows)
+    return [
+        f"**Remembering.** Facts about invented people that {model} gives, of {documents} documents with 30 "
+        "each, by what it has before it or has learned:",
+        "",
+        *table(["what it has", *(f"{form}s" if form != "reverse" else form for form in FORMS)], cells),
+        "",
+        "Percent, with intervals of 95 %.",
+        source("memory_facts", saved),
+    ]
+
+
+def skills() -> list[str]:
+    """What a memory of demonstrations does with inputs that are not among them."""
+    saved = load("memory_skills")
+    rows, kinds = list(saved["rows"].values()), ("labels", "format")
+    shown = {
+        "nothing": "nothing",
+        "all demonstrations": "all demonstrations",
+        "the last 10 %": "the last tenth of them",
+        "raw text": "an adapter trained on the raw text",
+        "a memory": "a memory of them",
+        "a memory + the last 10 %": "such a memory, and the last tenth",
+        "a memory of another skill": "such a memory of another skill",
+    }
+    cells = [
+        [name, *(share([row[key][kind] for row in rows if kind in row.get(key, ())]) for kind in kinds)]
+        for key, name in shown.items()
+    ]
+    tried = [sum(kind in row.get("a memory", ()) for row in rows) for kind in kinds]
+    return [
+        f"Skills that exist nowhere else, shown to {saved['setting']['model']} by "
+        f"{saved['setting']['demonstrations']} demonstrations: invented names for kinds of things "
+        f"({tried[0]} of these skills), and an invented format ({tried[1]}). Unseen inputs done right:",
+        "",
+        *table(["what it has", *kinds], cells),
+        "",
+        "Percent, with intervals of 95 %.",
+        source("memory_skills", saved),
+    ]
+
+
+def passing() -> list[str]:
+    """What a session still knows of what left its window, learned in passing or not."""
+    saved = load("memory_passing")
+    rows, setting = saved["rows"], saved["setting"]
+    passed = rows["window + memory"]
+    shown = {
+        f"a window of {setting['window']} tokens": rows["window alone"]["recall"],
+        "that window, and the memory learned in passing": passed["recall"],
+        "that memory alone": passed["memory alone"],
+        "a window that holds everything": rows["all in the window"]["recall"],
+    }
+    return [
+        f"**Learning in passing.** {setting['documents']} such documents and then "
+        f"{setting['tokens']:,} tokens of something else are read; what a session tells of the facts, asked "
+        "in the end without examples:",
+        "",
+        *table(
+            ["what it has", *(f"{form}s" if form != "reverse" else form for form in FORMS)],
+            [[name, *(share([found[form]]) for form in FORMS)] for name, found in shown.items()],
+        ),
+        "",
+        f"Percent, with intervals of 95 %. Learning took {passed['learning']['seconds'] / 60:.0f} minutes.",
+        source("memory_passing", saved),
+    ]
