@@ -147,11 +147,7 @@ def recall_table(rows: Sequence[dict[str, Any]], forms: Sequence[str], whole: st
     whole : str
         How the names of lines begin whose best is 100 in the last column: those with the whole text.
     """
-    names = dict.fromkeys(name for row in rows for name in row if name not in COSTS)
-    found = {
-        name: {form: [row[name][form] for row in rows if form in row.get(name, ())] for form in forms}
-        for name in names
-    }
+    found = answered(rows, forms)
     means = {name: mean(by_form) for name, by_form in found.items()}
     best = max((value for name, value in means.items() if name.startswith(whole)), default=0.0)
     cells = [
@@ -164,6 +160,17 @@ def recall_table(rows: Sequence[dict[str, Any]], forms: Sequence[str], whole: st
         for name, by_form in found.items()
     ]
     return table(["what the model has", *forms, "mean", "of the best with the whole"], cells)
+
+
+def answered(
+    rows: Sequence[dict[str, Any]], forms: Sequence[str]
+) -> dict[str, dict[str, list[Sequence[int]]]]:
+    """Return the counts of all rows by what the model had, and by form."""
+    names = dict.fromkeys(name for row in rows for name in row if name not in COSTS)
+    return {
+        name: {form: [row[name][form] for row in rows if form in row.get(name, ())] for form in forms}
+        for name in names
+    }
 
 
 def cost_table(learned: dict[str, list[dict[str, Any]]]) -> list[str]:

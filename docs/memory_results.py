@@ -6,8 +6,16 @@ from saved_results import load, source  # puts the scripts on the path
 
 # isort: split
 from common import table
-from memories import share
+from memories import answered, mean, share
 from memory_facts import FORMS
+
+SKILLS = ("labels", "format")
+BESIDE = {
+    "facts": ("memory_facts", FORMS, "whole", ("hard labels", "hard labels + 10 % by lexical search")),
+    "skills": ("memory_skills", SKILLS, "all", ("a memory", "a memory + the last 10 %")),
+    "words": ("memory_grounded", ("cloze",), "the passage", ("a memory", "a memory + its last 10 %")),
+}
+"""By kind: the table, its forms, how the names of those with everything begin, and those of memories."""
 
 
 def memories() -> list[str]:
@@ -48,7 +56,7 @@ def memories() -> list[str]:
 def skills() -> list[str]:
     """What a memory of demonstrations does with inputs that are not among them."""
     saved = load("memory_skills")
-    rows, kinds = list(saved["rows"].values()), ("labels", "format")
+    rows = list(saved["rows"].values())
     shown = {
         "nothing": "nothing",
         "all demonstrations": "all demonstrations",
@@ -59,19 +67,64 @@ def skills() -> list[str]:
         "a memory of another skill": "such a memory of another skill",
     }
     cells = [
-        [name, *(share([row[key][kind] for row in rows if kind in row.get(key, ())]) for kind in kinds)]
+        [name, *(share([row[key][kind] for row in rows if kind in row.get(key, ())]) for kind in SKILLS)]
         for key, name in shown.items()
     ]
-    tried = [sum(kind in row.get("a memory", ()) for row in rows) for kind in kinds]
+    tried = [sum(kind in row.get("a memory", ()) for row in rows) for kind in SKILLS]
     return [
         f"Skills that exist nowhere else, shown to {saved['setting']['model']} by "
         f"{saved['setting']['demonstrations']} demonstrations: invented names for kinds of things "
         f"({tried[0]} of these skills), and an invented format ({tried[1]}). Unseen inputs done right:",
         "",
-        *table(["what it has", *kinds], cells),
+        *table(["what it has", *SKILLS], cells),
         "",
         "Percent, with intervals of 95 %.",
         source("memory_skills", saved),
+    ]
+
+
+def grounded() -> list[str]:
+    """What a memory knows of a real passage."""
+    saved = load("memory_grounded")
+    found = {
+        name: by_form["cloze"] for name, by_form in answered([*saved["rows"].values()], ["cloze"]).items()
+    }
+    shown = {
+        "nothing": "nothing",
+        "the passage": "the passage",
+        "its last 10 %": "its last tenth",
+        "raw text": "an adapter trained on the raw text",
+        "a memory": "a memory of it",
+        "a memory + its last 10 %": "such a memory, and the last tenth",
+        "a memory of another passage": "such a memory of another passage",
+    }
+    setting = saved["setting"]
+    return [
+        f"Words left out of {sum(key.endswith('a memory') for key in saved['rows'])} passages of "
+        f"*{setting['text'].title()}*, {setting['tokens']} tokens each:",
+        "",
+        *table(["what it has", "words"], [[name, share(found[key])] for key, name in shown.items()]),
+        "",
+        "Percent, with intervals of 95 %.",
+        source("memory_grounded", saved),
+    ]
+
+
+def beside_the_whole() -> list[str]:
+    """How a memory compares with the best prompt that holds everything."""
+    cells = [["a memory"], ["a memory, and a tenth of the text"]]
+    means: list[list[float]] = [[], []]
+    for name, forms, whole, ways in BESIDE.values():
+        found = answered([*load(name)["rows"].values()], forms)
+        best = max(mean(by_form) for had, by_form in found.items() if had.startswith(whole))
+        for number, way in enumerate(ways):
+            means[number].append(100 * mean(found[way]) / best)
+    for line, some in zip(cells, means, strict=True):
+        line += [f"{percent:.0f}" for percent in (*some, sum(some) / len(some))]
+    return [
+        "Percent of what the best prompt gives that holds the whole text:",
+        "",
+        *table(["", *BESIDE, "mean"], cells),
     ]
 
 

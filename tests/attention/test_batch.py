@@ -132,10 +132,15 @@ def test_streams_may_move_into_a_batch_instead(handle, monkeypatch):
     monkeypatch.setattr(batch_module, "_fill", watched)
     batch = handle.batch(caches, moved=True)
     assert held == sorted(held, reverse=True) and held[-1] < held[0]
-    assert not any(cache.memories for cache in caches)
+    assert not any(sum(cache.bytes().values()) for cache in caches) and [cache.seen for cache in caches] == [
+        70,
+        9,
+    ]
     assert torch.equal(steps(handle, batch.cache, [0, 1], 30), copied)
-    with pytest.raises(StateError, match="start a new stream"):
+    with pytest.raises(StateError, match="is in a batch now"):
         steps(handle, caches[0], [0], 1)
+    with pytest.raises(StateError, match="is in a batch now"):
+        caches[1].state()
 
 
 def test_what_is_taken_can_be_saved_and_batched_again(handle):
@@ -219,7 +224,7 @@ def test_decoding_a_turned_batch_copies_no_window():
         (lambda h: [*alone(h, [9]), *alone(h, [9], LMInfinite(window=20, sinks=3))], "different policies"),
         (lambda h: [*alone(h, [9]), h.new_cache()], "not read anything"),
         (lambda h: alone(h, [9, 9], LMInfinite(window=20, top_k=2, top_k_layers=0)), "kept in a way"),
-        (lambda h: [*alone(h, [9]), half_done(h)], "half-done"),
+        (lambda h: [*alone(h, [9]), half_done(h)], "ended in an error"),
     ],
     ids=["policies", "empty", "tier", "half-done"],
 )

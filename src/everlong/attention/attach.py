@@ -188,12 +188,14 @@ class Attachment:
         return self._layers.tables_change(policy)
 
     def batch(self, caches: Sequence[StreamCache], *, moved: bool = False) -> StreamBatch:
-        """Put streams of whatever length into the rows of one batch: copied, or `moved` layer by layer.
+        """Put streams of whatever length into the rows of one batch.
 
         Parameters
         ----------
         caches : sequence of StreamCache
             Of this attachment, each of a single row that has read something.
+        moved : bool
+            Whether they move into it, so that no more than a layer is held twice; else they are copied.
 
         Raises
         ------

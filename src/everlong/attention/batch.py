@@ -17,6 +17,9 @@ from everlong.attention.layer_memory import LayerMemory
 from everlong.attention.positions import Rotation
 from everlong.errors import InputError
 
+_RINGS, _SINKS = ("keys", "values", "raw"), ("sink_keys", "sink_values")
+_MOVED = "what this stream held is in a batch now: go on with that, or with what its take() returns"
+
 
 class StreamBatch:
     """Several streams in the rows of one cache; made by :meth:`Attachment.batch`.
@@ -28,8 +31,8 @@ class StreamBatch:
     layers : dict of int to KeptLayer
         The attachment's.
     moved : bool
-        Whether the streams move into the batch, layer by layer: no more than a layer is held twice, and
-        `caches` are of no use afterwards.
+        Whether the streams move into the batch: no more than a layer of them is held twice,
+        and nothing can go on from `caches` afterwards, nor after an error in between.
 
     Attributes
     ----------
@@ -51,13 +54,13 @@ class StreamBatch:
         self.cache.pads = tuple(pads) if any(pads) else None
         if moved:
             for cache in caches:
-                cache.is_half_done = True
+                cache.unfit, cache.recorded = _MOVED, None  # a recorded step holds on to what it ran with
         with torch.inference_mode(False), torch.no_grad():
             for number, memory in self.cache.memories.items():
                 _fill(memory, longest.memories[number], [c.memories[number] for c in caches], pads)
                 if moved:
                     for cache in caches:
-                        del cache.memories[number]
+                        _let_go(cache.memories[number])
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -69,7 +72,7 @@ class StreamBatch:
         single = StreamCache(batch.policy, self._layers, batch.owner, offset, batch.tier)
         single.adapter = batch.row_adapters[row] if batch.row_adapters else batch.adapter
         single.rows, single.seen = 1, batch.seen - pad
-        single.is_half_done = batch.is_half_done
+        single.unfit = batch.unfit
         with torch.inference_mode(False), torch.no_grad():
             for number, memory in single.memories.items():
                 _take(memory, batch.memories[number], row, pad)
@@ -97,8 +100,8 @@ def why_apart(caches: Sequence[StreamCache], *, tables_change: bool) -> str | No
     span = first.window
     if any(cache.policy != first.policy for cache in caches):
         return "they follow different policies"
-    if any(cache.is_half_done for cache in caches):
-        return "one of them was left half-done by an error"
+    if unfit := next((cache.unfit for cache in caches if cache.unfit), None):
+        return unfit
     if first.needs_surprisal:
         return "their policy is told the surprisal of each token"
     if any(cache.rows != 1 or cache.pads for cache in caches):
@@ -117,16 +120,16 @@ def _fill(into: LayerMemory, longest: LayerMemory, memories: list[LayerMemory], 
     """Put one layer of all streams into an empty memory, aligned at their last tokens."""
     into.take_frame(longest)
     into.seen = longest.seen
-    for name in ("keys", "values", "raw", "sink_keys", "sink_values"):
+    for name in (*_RINGS, *_SINKS):
         like: Tensor | None = getattr(longest, name)
         if like is not None:
-            room = like.shape[2] if name.startswith("sink") else _room(into)
+            room = like.shape[2] if name in _SINKS else _room(into)
             setattr(into, name, like.new_zeros((len(memories), like.shape[1], room, like.shape[3])))
     for row, (memory, pad) in enumerate(zip(memories, pads, strict=True)):
         rotation = Rotation(memory.frequencies, memory.layout)
         shift = into.frame(pad) - memory.frame(0)
         first = 0 if into.local is None or _fits(into) else max(0, memory.seen - into.local)
-        for name in ("keys", "values", "raw"):
+        for name in _RINGS:
             buffer, target = getattr(memory, name), getattr(into, name)
             if buffer is None:
                 continue
@@ -134,11 +137,17 @@ def _fill(into: LayerMemory, longest: LayerMemory, memories: list[LayerMemory], 
             if name == "keys" and shift:
                 tokens = rotation.move(tokens, shift)
             into.put_run(target[row : row + 1], first + pad, tokens)
-        for name in ("sink_keys", "sink_values"):
+        for name in _SINKS:
             if getattr(memory, name) is not None:
                 getattr(into, name)[row] = getattr(memory, name)[0]
     if into.values is not None and into.sink_values is not None and not _fits(into):
         into.values[:, :, : into.sinks] = into.sink_values
+
+
+def _let_go(memory: LayerMemory) -> None:
+    """Hold nothing any more."""
+    for name in (*_RINGS, *_SINKS):
+        setattr(memory, name, None)
 
 
 def _take(into: LayerMemory, batch: LayerMemory, row: int, pad: int) -> None:
@@ -146,11 +155,11 @@ def _take(into: LayerMemory, batch: LayerMemory, row: int, pad: int) -> None:
     into.take_frame(batch)
     into.origin = into.start - batch.frame(pad)
     into.seen = batch.seen - pad
-    for name in ("sink_keys", "sink_values"):
+    for name in _SINKS:
         if getattr(batch, name) is not None:
             setattr(into, name, getattr(batch, name)[row : row + 1].clone())
     first = max(pad, batch.first)
-    for name in ("keys", "values", "raw"):
+    for name in _RINGS:
         buffer: Tensor | None = getattr(batch, name)
         if buffer is None:
             continue

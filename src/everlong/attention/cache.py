@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from everlong.attention.branches import Branches
-from everlong.attention.cache_interface import PolicyCache
+from everlong.attention.cache_interface import HALF_DONE, PolicyCache
 from everlong.attention.policy import Policy, make_policy, policy_options
 from everlong.attention.positions import Rotation
 from everlong.attention.tiers import Tier
@@ -95,8 +95,8 @@ class StreamCache(PolicyCache):
         self.branches: Branches | None = None
         self._is_provisional = False
         self._provisional_seen = 0
-        self.is_half_done = False
-        """Whether a forward ended in an error, some layers ahead of others."""
+        self.unfit = ""
+        """Why nothing can go on from here; empty: it can."""
         self.recorded: Recorded | None = None
         """A step of writing, recorded on the buffers of this very cache: never copied, never saved."""
 
@@ -217,11 +217,8 @@ class StreamCache(PolicyCache):
 
     def admit(self, rows: int) -> None:
         """Raise unless a forward of `rows` rows can go on from here."""
-        if self.is_half_done:
-            raise StateError(
-                "an earlier forward on this cache ended in an error, some layers ahead of others: "
-                "start a new stream, or go on from a copy made before (fork, or a saved state)"
-            )
+        if self.unfit:
+            raise StateError(self.unfit)
         if self._provisional_seen and not self._is_provisional:
             raise StateError("there are provisional tokens: commit() or rollback() first")
         if self.branches is not None and self._provisional_seen:
@@ -233,7 +230,7 @@ class StreamCache(PolicyCache):
         """Enter a forward of `rows` rows."""
         self.rows = rows
         self.pads = pads
-        self.is_half_done = True
+        self.unfit = HALF_DONE
         self._in_forward = True
 
     def end(self, tokens: int) -> None:
@@ -241,7 +238,7 @@ class StreamCache(PolicyCache):
         self.seen += tokens
         if self._is_provisional:
             self._provisional_seen += tokens
-        self.is_half_done = False
+        self.unfit = ""
         self._in_forward = False
 
     def use_adapters(self, names: Sequence[str | None]) -> None:
@@ -285,8 +282,8 @@ class StreamCache(PolicyCache):
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return tensors and JSON-able numbers from which ``handle.restore_cache`` continues bit by bit."""
-        if self.is_half_done:
-            raise StateError("the cache was left half-done by an error and cannot be saved")
+        if self.unfit:
+            raise StateError(self.unfit)
         name, options = policy_options(self.policy)
         tensors: dict[str, Tensor] = {}
         numbers: dict[str, Any] = {}

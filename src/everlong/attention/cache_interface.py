@@ -9,6 +9,11 @@ from transformers.cache_utils import Cache
 
 from everlong.errors import StateError, UnsupportedUseError
 
+HALF_DONE = (
+    "an earlier forward on this cache ended in an error, some layers ahead of others: "
+    "start a new stream, or go on from a copy made before (fork, or a saved state)"
+)
+
 
 class PolicyCache(Cache):
     """The base of an attached model's caches: it hands keys and values on to the attention function.

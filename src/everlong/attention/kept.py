@@ -180,7 +180,7 @@ class KeptMemory(LayerMemory):
 
     def grown(self, slots: int) -> int:
         """Return a quarter more, but fewer once some were dropped: it was to be small."""
-        return slots + slots // 8 if self.gone else super().grown(slots)
+        return slots + max(slots // 8, 8) if self.gone else super().grown(slots)
 
     # --- state -------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from everlong.attention.aim import Aim, aims, next_aims, one_further
 from everlong.attention.cache import StreamCache
-from everlong.attention.cache_interface import PolicyCache
+from everlong.attention.cache_interface import HALF_DONE, PolicyCache
 from everlong.attention.call_tape import CallTapes
 from everlong.attention.cuda_graphs import CudaGraphs, has_graphs
 from everlong.attention.forward import Layers
@@ -208,7 +208,7 @@ class StepRecorder:
         return (
             cache.owner == self._owner
             and cache.is_settled
-            and not cache.is_half_done
+            and not cache.unfit
             and ids.shape == (cache.rows, 1)
             and not torch.is_grad_enabled()
             and not torch.is_autocast_enabled(ids.device.type)
@@ -255,7 +255,7 @@ class StepRecorder:
         expected, step = run(cache, ids), recorded.step
         after: list[Tensor] = []
         reason = "it gave something else than the eager step"
-        cache.is_half_done = True
+        cache.unfit = HALF_DONE
         try:
             after += [buffer.clone() for buffer in step.buffers]
             step.aim_at(torch.zeros_like(ids), [one_further(aim) for aim in found])
@@ -274,7 +274,7 @@ class StepRecorder:
         finally:
             for buffer, kept in zip(step.buffers, after, strict=False):
                 buffer.copy_(kept)
-            cache.is_half_done = False
+            cache.unfit = ""
         if recorded.replay is None:
             self.recorder = cache.recorded = None
             if reason:

@@ -123,7 +123,7 @@ class PackedRows:
 class BatchRows:
     """Streams as the rows of one batch, lent by their tapes until they leave.
 
-    Moved, not copied, a tape is of no use if that fails.
+    Streams that are moved, not copied, are of no use after an error in between.
     """
 
     def __init__(self, tapes: list[Tape], *, moved: bool) -> None:

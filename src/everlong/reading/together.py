@@ -68,8 +68,8 @@ def write_tapes(
 ) -> Generator[tuple[int, str], Any, list[Generation]]:
     """Let the model go on from where each tape stands.
 
-    `moved`: no tape is needed if that fails, so that what they hold need not be held twice while they are put
-    together.
+    `moved`: their streams move into the batch instead of being copied; after an error in between they are of no
+    use.
     """
     read_all(tapes, chunk)
     pages: dict[int, Page] = {}
