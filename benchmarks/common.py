@@ -24,7 +24,12 @@ class Rows:
     path : Path
         Of the JSON file; written after every row.
     setting : dict
-        What all rows were measured with; rows of another setting are thrown away.
+        What all rows were measured with.
+
+    Raises
+    ------
+    SystemExit
+        The file has rows of another setting: they are not written over.
     """
 
     def __init__(self, path: Path, setting: dict[str, Any]) -> None:
@@ -34,8 +39,12 @@ class Rows:
         self.rows: dict[str, Any] = {}
         if path.exists():
             saved = json.loads(path.read_text())
-            if saved["setting"] == self.setting:
-                self.rows, self.machine = saved["rows"], saved["machine"]
+            if saved["setting"] != self.setting:
+                raise SystemExit(
+                    f"{path} holds rows of another setting, {saved['setting']}, not {self.setting}: "
+                    "give another --output, or move it away"
+                )
+            self.rows, self.machine = saved["rows"], saved["machine"]
 
     def get(self, key: str, measure: Callable[[], Any]) -> Any:
         """Return the row `key`, measured if it is not there yet."""

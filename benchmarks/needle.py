@@ -7,7 +7,8 @@ A passkey of 7 digits stands in Python's own sources, at some depth. They are re
 512 tokens; what leaves the window goes to a file. At marks on the way are noted: the milliseconds a token
 took of the last 20 pieces (their median; the processor's time beside the clock's, as other work may run), the
 process's memory, and the bytes held by tier; and, asked of a copy, whether the passkey is found once it was
-read. Each text is a row, which is measured in one go.
+read. Each text is a row, which is measured in one go. Those of the table were asked in earlier words:
+`--question "What is the passkey?"` goes on with them.
 """
 
 from __future__ import annotations
@@ -47,30 +48,31 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[100_000])
     parser.add_argument("--depths", type=float, nargs="+", default=[0.1])
     parser.add_argument("--window", type=int, default=2048)
+    parser.add_argument("--question", default=PASSKEY_QUESTION)
     parser.add_argument("--layers", type=int, default=3, help="layers that recall the same")
     parser.add_argument("--tier", default="disk", help="ram, disk, or a folder")
     parser.add_argument("--output", type=Path, default=RESULTS / "needle.json")
     options = parser.parse_args()
-    setting = {name: getattr(options, name) for name in ("model", "window", "layers")}
-    setting["question"] = PASSKEY_QUESTION
+    setting = {name: getattr(options, name) for name in ("model", "window", "layers", "question")}
     rows = Rows(options.output, setting)
     loaded = load_model(options.model)
-    policy = Recall(window=options.window, layers=options.layers)
+    policy, tier = Recall(window=options.window, layers=options.layers), Tier(options.tier, limit=None)
+    task = Passkey(LIBRARY, question=options.question)
     for tokens in options.tokens:
         for depth in options.depths:
             rows.get(
                 f"{tokens} tokens, depth {depth}, tier {options.tier}",
-                lambda n=tokens, d=depth: look_for_one(loaded, policy, Tier(options.tier, limit=None), n, d),
+                lambda n=tokens, d=depth: look_for_one(loaded, policy, tier, task, n, d),
             )
     rows.write_table("A needle in a text without end", page(rows.setting, rows.rows))
 
 
 @torch.inference_mode()
 def look_for_one(
-    loaded: LoadedModel, policy: Recall, tier: Tier, tokens: int, depth: float
+    loaded: LoadedModel, policy: Recall, tier: Tier, task: Passkey, tokens: int, depth: float
 ) -> dict[str, Any]:
     """Hide a passkey, read, ask; and note on the way what that takes."""
-    needle = Passkey(LIBRARY).sample(loaded.tokenizer, tokens, depth=depth, seed=0)
+    needle = task.sample(loaded.tokenizer, tokens, depth=depth, seed=0)
     marks = [mark for mark in MARKS if mark < len(needle.context)]
     notes, taken = list[dict[str, Any]](), list[tuple[float, float]]()
     with open_stream(loaded.model, policy, tier=tier) as stream:
@@ -121,7 +123,7 @@ def page(setting: dict[str, Any], rows: dict[str, Any]) -> list[str]:
     """Return the lines of the page."""
     lines = [
         f"{setting['model']}, `Recall(window={setting['window']}, layers={setting['layers']})`; a passkey of "
-        f'7 digits in Python\'s own sources, asked "{setting["question"]} The passkey is". '
+        f'7 digits in Python\'s own sources, asked "{Passkey(question=setting["question"]).asked}". '
         f"{torch.get_num_threads()} thread(s). Milliseconds a token while reading: "
         f"medians of the {LATEST} pieces of {PIECE} tokens before; the ratio is of the processor's time, to "
         "that at 50,000 tokens, or where the first note is. Written: the processor's milliseconds for each "

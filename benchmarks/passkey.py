@@ -14,7 +14,8 @@ the question only after them. It is hidden among sentences that say nothing, or 
 sources, which are about something else in every line: that is harder. "stock" is the model as it is, which
 sees all there is; "last" and "first-and-last" are the model as it is, the text cut to the window. Found is a
 passkey told whole; told is the share of its digits before the first mistake. It can be interrupted and taken
-up again after each text. The second of these took 19 minutes with one thread beside other work.
+up again after each text. The second of these took 19 minutes with one thread beside other work. The tables
+of Python's sources were asked in earlier words: `--question "What is the passkey?"` goes on with them.
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ def page(options: argparse.Namespace, rows: dict[str, Any]) -> list[str]:
     lines = [
         f"{options.model}; a window of {options.window:,} tokens; {TEXTS[options.text]}, "
         f"{options.samples} texts of each kind, in which the passkey stands ever deeper; asked "
-        f'"{options.question} The passkey is", greedily. Of how many '
+        f'"{Passkey(question=options.question).asked}", greedily. Of how many '
         "the passkey was told whole, with intervals of 95 % in percent; in brackets the mean percentage of "
         "digits told before the first mistake. "
         "The question is not known before, except to SnapKV and PyramidKV, which choose once it was read.",

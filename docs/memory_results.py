@@ -70,11 +70,13 @@ def skills() -> list[str]:
         [name, *(share([row[key][kind] for row in rows if kind in row.get(key, ())]) for kind in SKILLS)]
         for key, name in shown.items()
     ]
+    setting = saved["setting"]
     tried = [sum(kind in row.get("a memory", ()) for row in rows) for kind in SKILLS]
     return [
-        f"Skills that exist nowhere else, shown to {saved['setting']['model']} by "
-        f"{saved['setting']['demonstrations']} demonstrations: invented names for kinds of things "
-        f"({tried[0]} of these skills), and an invented format ({tried[1]}). Unseen inputs done right:",
+        f"**Learning from examples.** Skills that exist nowhere else, each shown to {setting['model']} by "
+        f"{setting['demonstrations']} demonstrations: invented names for kinds of things ({tried[0]} skills) "
+        f"and another order of fields, with marks ({tried[1]}). Done right, of {setting['tests']} unseen "
+        "inputs each:",
         "",
         *table(["what it has", *SKILLS], cells),
         "",
@@ -140,7 +142,7 @@ def passing() -> list[str]:
         "a window that holds everything": rows["all in the window"]["recall"],
     }
     return [
-        f"**Learning in passing.** {setting['documents']} such documents and then "
+        f"**Learning in passing.** {setting['documents']} documents of 30 facts and then "
         f"{setting['tokens']:,} tokens of something else are read; what a session tells of the facts, asked "
         "in the end without examples:",
         "",
@@ -149,6 +151,8 @@ def passing() -> list[str]:
             [[name, *(share([found[form]]) for form in FORMS)] for name, found in shown.items()],
         ),
         "",
-        f"Percent, with intervals of 95 %. Learning took {passed['learning']['seconds'] / 60:.0f} minutes.",
+        f"Percent, with intervals of 95 %. {passed['learning']['tokens']:,} tokens were learned, which left "
+        f"the window while the first {passed['learning']['read']:,} were read, in "
+        f"{passed['learning']['seconds'] / 60:.0f} minutes; the others were only read.",
         source("memory_passing", saved),
     ]

@@ -68,9 +68,9 @@ def with_results(readme: str) -> str:
             "",
             *memories(),
             "",
-            *skills(),
-            "",
             *passing(),
+            "",
+            *skills(),
             "",
             END,
         ]

@@ -12,6 +12,7 @@ from everlong.cli.measures import measure_and_show
 from everlong.errors import ConfigurationError, NumericalError
 from everlong.evaluation import finding, machine_speed, memory_measure, rooflines, speed_measure
 from everlong.evaluation.measures import Step
+from everlong.evaluation.needles import PASSKEY_QUESTION
 
 
 @pytest.fixture(autouse=True)
@@ -146,7 +147,8 @@ def test_passkeys_are_hidden_in_a_text_of_ones_own(everlong, novel):
 
 def test_passkeys_are_asked_for_in_words_of_ones_own(everlong):
     words = ("--methods", "stock", "--no-baselines", "--question", "What was it?", "--quiet")
-    assert "passkey of 7 digits: What was it?, 900 tokens" in everlong(*PASSKEY, *words).out
+    assert 'passkey of 7 digits, asked "What was it?", 900 tokens' in everlong(*PASSKEY, *words).out
+    assert PASSKEY_QUESTION in " ".join(everlong("bench passkey --help").out.replace("│", " ").split())
 
 
 @pytest.mark.parametrize(

@@ -34,10 +34,10 @@ def test_it_is_asked_for_in_other_words():
     tokenizer = byte_tokenizer()
     usual, other = Passkey(), Passkey(question="What was to be remembered?")
     text = tokenizer.decode(other.sample(tokenizer, 3000, depth=0.5, seed=0).question)
-    assert text == "\n\nWhat was to be remembered? The passkey is"
-    assert other.label == f"{usual.label}: What was to be remembered?" and other.key != usual.key
+    assert text == f"\n\n{other.asked}" == "\n\nWhat was to be remembered? The passkey is"
+    assert other.label == f'{usual.label}, asked "What was to be remembered?"' and other.key != usual.key
     with pytest.raises(ConfigurationError, match="question is empty"):
-        Passkey(question=" ")
+        passkey(tokenizer, 3000, depth=0.5, question=" ")
 
 
 @pytest.mark.parametrize("add_bos", [False, True])

@@ -31,7 +31,12 @@ def passkey(
         ),
     ] = None,
     question: Annotated[
-        str | None, typer.Option("--question", metavar="TEXT", help='Asked before "The passkey is".')
+        str | None,
+        typer.Option(
+            "--question",
+            metavar="TEXT",
+            help='Asked before "The passkey is", instead of: Which number is the passkey?',
+        ),
     ] = None,
 ) -> None:
     """Hide a number in a long text, and ask for it at the end.

@@ -35,7 +35,7 @@ _NEEDLE = "The passkey is {key}. Remember it. {key} is the passkey. "
 PASSKEY_QUESTION = "Which number is the passkey?"
 """What is asked: for a number, since "What is the passkey?" may be taken for a question about the word."""
 
-_QUESTION = "\n\n{question} The passkey is"
+_ASKED = "{question} The passkey is"
 _LEAD = "The lighthouse keeper of Tarnmouth hides her spare key under the"
 _READ = "Read the text below. At its end you will be asked about one sentence of it.\n\n"
 
@@ -111,14 +111,17 @@ class Passkey(_HiddenTask):
 
     def __post_init__(self) -> None:
         require_numbers(self, digits=1)
-        if not self.question.strip():
-            raise ConfigurationError("passkey: question is empty; it is what the text is asked at its end")
 
     @property
     def label(self) -> str:
         """Say how many digits it has, and what is asked if it is another question."""
-        asked = "" if self.question == PASSKEY_QUESTION else f": {self.question}"
+        asked = "" if self.question == PASSKEY_QUESTION else f', asked "{self.question}"'
         return f"passkey of {self.digits} digits{_named(self.text)}{asked}"
+
+    @property
+    def asked(self) -> str:
+        """What stands behind the text: the question, and how the answer begins."""
+        return _ASKED.format(question=self.question)
 
     def sample(self, tokenizer: Any, length: int, *, depth: float, seed: int) -> Needle:
         """Hide another passkey."""
@@ -231,6 +234,8 @@ def passkey(
     """
     if digits < 1 or not 0 <= depth <= 1:
         raise ConfigurationError(f"a passkey has at least one digit and a depth from 0 to 1, not {depth}")
+    if not question.strip():
+        raise ConfigurationError("the question is empty; it is what the text is asked at its end")
     draws = random.Random(f"{seed}, {digits}")
     key = "".join(draws.choice("0123456789") for _ in range(digits))
     coder = TextCoder(tokenizer)
@@ -240,7 +245,7 @@ def passkey(
         length,
         opening=_OPENING,
         needle=told if haystack is None else f"\n\n{told}\n\n",
-        question=_QUESTION.format(question=question),
+        question="\n\n" + _ASKED.format(question=question),
         haystack=haystack,
         depth=depth,
         what=f"a passkey of {digits} digits",

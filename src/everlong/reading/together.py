@@ -68,8 +68,8 @@ def write_tapes(
 ) -> Generator[tuple[int, str], Any, list[Generation]]:
     """Let the model go on from where each tape stands.
 
-    `moved`: their streams move into the batch instead of being copied; after an error in between they are of no
-    use.
+    `moved`: their streams move into the batch instead of being copied, and are of no use after an error in
+    between.
     """
     read_all(tapes, chunk)
     pages: dict[int, Page] = {}
