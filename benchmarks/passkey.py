@@ -7,7 +7,7 @@
     python benchmarks/passkey.py --text library --lengths 65536 131072 --samples 5 --ways recall \
         --output benchmarks/results/passkey_farther.json             # hours
     python benchmarks/passkey.py --window 1024 --lengths 512 1024 2048 4096 --digits 7 --samples 20 \
-        --ways stock lm-infinite recall --output benchmarks/results/passkey_near.json
+        --ways stock lm-infinite recall --output benchmarks/results/passkey_near.json    # also for Gemma
 
 Every method has the same window and reads the same texts: a passkey of 7 or of 64 digits, ever deeper, and
 the question only after them. It is hidden among sentences that say nothing, or ("library") in Python's own
