@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from statistics import fmean
+from typing import Any
+
 from saved_results import load, source  # puts the scripts on the path
 
 # isort: split
@@ -87,10 +91,8 @@ def skills() -> list[str]:
 
 def grounded() -> list[str]:
     """What a memory knows of a real passage."""
-    saved = load("memory_grounded")
-    found = {
-        name: by_form["cloze"] for name, by_form in answered([*saved["rows"].values()], ["cloze"]).items()
-    }
+    saved, rows = load("memory_grounded"), of_what_was_learned("memory_grounded")
+    found = answered(rows, ["cloze"])
     shown = {
         "nothing": "nothing",
         "the passage": "the passage",
@@ -101,13 +103,19 @@ def grounded() -> list[str]:
         "a memory of another passage": "such a memory of another passage",
     }
     setting = saved["setting"]
+    cells = []
+    for key, name in shown.items():
+        losses = [row[key]["continuation"] for row in rows if key in row]
+        cells.append([name, share(found[key]["cloze"]), f"{math.exp(fmean(losses)):.0f}"])
     return [
-        f"Words left out of {sum(key.endswith('a memory') for key in saved['rows'])} passages of "
-        f"*{setting['text'].title()}*, {setting['tokens']} tokens each:",
+        f"**Learning what one reads.** Words left out of {sum('a memory' in row for row in rows)} passages "
+        f"of *{setting['text'].title()}*, {setting['tokens']} tokens each, and the perplexity of the "
+        f"{setting['tokens']} tokens that follow, which nobody learned:",
         "",
-        *table(["what it has", "words"], [[name, share(found[key])] for key, name in shown.items()]),
+        *table(["what it has", "words", "what follows"], cells),
         "",
-        "Percent, with intervals of 95 %.",
+        "Percent, with intervals of 95 %. A memory of prose spoils other prose of its kind: "
+        "[docs/memory.md](docs/memory.md#what-is-measured).",
         source("memory_grounded", saved),
     ]
 
@@ -117,17 +125,32 @@ def beside_the_whole() -> list[str]:
     cells = [["a memory"], ["a memory, and a tenth of the text"]]
     means: list[list[float]] = [[], []]
     for name, forms, whole, ways in BESIDE.values():
-        found = answered([*load(name)["rows"].values()], forms)
+        found = answered(of_what_was_learned(name), forms)
         best = max(mean(by_form) for had, by_form in found.items() if had.startswith(whole))
         for number, way in enumerate(ways):
             means[number].append(100 * mean(found[way]) / best)
     for line, some in zip(cells, means, strict=True):
         line += [f"{percent:.0f}" for percent in (*some, sum(some) / len(some))]
     return [
-        "Percent of what the best prompt gives that holds the whole text:",
+        "Together, in percent of what the best prompt gives that holds the whole text; of the latter two, "
+        "little is measured yet:",
         "",
         *table(["", *BESIDE, "mean"], cells),
     ]
+
+
+def of_what_was_learned(name: str) -> list[dict[str, Any]]:
+    """Return the rows of what was learned, and of the same read; other texts are read, too."""
+    rows: dict[str, dict[str, Any]] = load(name)["rows"]
+    texts = {_text_of(key) for key in rows if key.startswith("learned")}
+    return [
+        row for key, row in rows.items() if key.startswith(("read", "learned")) and _text_of(key) in texts
+    ]
+
+
+def _text_of(key: str) -> str:
+    """Return which text a row is of: "labels 2" of "learned labels 2, seed 0, a memory"."""
+    return key.partition(",")[0].partition(" ")[2]
 
 
 def passing() -> list[str]:

@@ -13,7 +13,7 @@ from saved_results import RESULTS, ROOT, load, source  # puts the scripts on the
 
 # isort: split
 from common import table
-from memory_results import memories, passing, skills
+from memory_results import beside_the_whole, grounded, memories, passing, skills
 from passkey import WAYS, counted, found_in
 from real_text import excess_of, number
 from weights import cells
@@ -71,6 +71,10 @@ def with_results(readme: str) -> str:
             *passing(),
             "",
             *skills(),
+            "",
+            *grounded(),
+            "",
+            *beside_the_whole(),
             "",
             END,
         ]
