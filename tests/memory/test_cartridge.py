@@ -51,7 +51,7 @@ def with_peft(model: Any, folder: Path, ids: list[int]) -> Tensor:
 
 def test_a_text_is_learned(llm: LLM) -> None:
     model = llm._attached
-    learner = InfiniteICL(model, recipe_of(kind="cartridge", prefix=24, passes=30, learning_rate=0.9))
+    learner = InfiniteICL(model, recipe_of(kind="cartridge", prefix=24, passes=30, learning_rate=0.5))
     (tensors,) = learner.learn(TEXT).adapters
     lessons = [lesson("", part.text) for part in segments([TEXT], model.coder, 64)]
     inner = model.attachment.model

@@ -86,7 +86,7 @@ def divergence(
     total = hidden.new_full((rows,), -torch.inf, dtype=torch.float32)  # log Σ exp(logit), of tokens so far
     others = torch.zeros_like(total)  # probability among these of those the teacher does not tell
     known = torch.zeros_like(log_probs)  # the student's logits of those it does
-    pull = torch.zeros_like(hidden, dtype=torch.float32) if gradient else None  # Σ probability ∂logit/∂hidden
+    pull = torch.zeros_like(hidden, dtype=torch.float32) if gradient else None  # Σ of those ∂logit/∂hidden
     for begin, logits in _blocks(head, hidden):
         inside = (tokens >= begin) & (tokens < begin + logits.shape[1])
         at = (tokens - begin).clamp(0, logits.shape[1] - 1)
@@ -95,8 +95,10 @@ def divergence(
         shrunk = (before - total).exp()
         slope = head.slope(logits)
         chances = logits.sub_(total[:, None]).exp_()
-        told = torch.where(inside & is_known, chances.gather(1, at), 0.0).sum(-1)
-        others = others * shrunk + (chances.sum(-1) - told)
+        chances.scatter_reduce_(
+            1, at, torch.where(inside & is_known, 0.0, torch.inf), "amin"
+        )  # not those told
+        others = others * shrunk + chances.sum(-1)
         if pull is not None:
             if slope is not None:
                 chances *= slope
@@ -116,7 +118,7 @@ def divergence(
         return loss, None
     # By a logit: q - p where p is known, q (1 - rest/others) elsewhere.
     common = 1 - rest / others
-    own = torch.where(is_known, share.exp() * (1 - common)[:, None] - probs, 0.0)
+    own = torch.where(is_known, share.exp() - probs, 0.0)
     if slopes is not None:
         own = own * slopes
     found = pull * common[:, None] * head.factor
