@@ -95,9 +95,8 @@ def divergence(
         shrunk = (before - total).exp()
         slope = head.slope(logits)
         chances = logits.sub_(total[:, None]).exp_()
-        chances.scatter_reduce_(
-            1, at, torch.where(inside & is_known, 0.0, torch.inf), "amin"
-        )  # not those told
+        nought = torch.where(inside & is_known, 0.0, torch.inf)
+        chances.scatter_reduce_(1, at, nought, "amin")  # what the teacher tells is counted apart
         others = others * shrunk + chances.sum(-1)
         if pull is not None:
             if slope is not None:
