@@ -125,7 +125,7 @@ def passkeys() -> list[str]:
     ]
     return [
         f"**Finding again.** A passkey of 7 digits in {length:,} tokens of Python's own "
-        f"sources, asked for at the end; {setting['model']}, a window of",
+        f'sources, asked "{setting["question"]}" at the end; {setting["model"]}, a window of',
         f"{setting['window']:,} tokens. `last` and `first-and-last` are the stock model, which reads a part "
         f"of the text. Of {samples} texts, the passkey ever deeper; intervals of 95 %:",
         "",
@@ -144,9 +144,9 @@ def far_passkeys() -> list[str]:
     shown = [[way, *(of_texts(found.get((way, length))) for length in lengths)] for way in ways]
     setting = every[0]["setting"]
     return [
-        f"A passkey of 64 digits in Python's own sources, asked for at the end; {setting['model']}, which "
-        f"was trained on 8,192 tokens, and a window of {setting['window']:,}. Texts whose passkey was told "
-        "whole:",
+        "A passkey of 64 digits in Python's own sources, asked for in the same words; "
+        f"{setting['model']}, which was trained on 8,192 tokens, and a window of {setting['window']:,}. Texts "
+        "whose passkey was told whole:",
         "",
         *table(["", *(f"{length:,} tokens" for length in lengths)], shown),
         "",

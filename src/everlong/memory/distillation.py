@@ -5,8 +5,7 @@ student's are ever held whole: a block of them is computed, used while it lies i
 dropped. The student's softmax is accumulated over blocks, as flash attention does over keys, and so is what
 its gradient needs of the head's weights: of those words whose logit the loss would move, in any row, by more
 than single precision tells from 1. Most of a vocabulary is below that (Wijmans et al. 2024, arXiv 2411.09009,
-filter at bfloat16's precision). In a hundred rows of a novel, with Gemma's 262,144 words, what is left out
-changes the mean gradient by a two-thousandth of its length.
+filter at bfloat16's precision).
 """
 
 from __future__ import annotations
