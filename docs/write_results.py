@@ -145,8 +145,8 @@ def far_passkeys() -> list[str]:
     setting = every[0]["setting"]
     return [
         "A passkey of 64 digits in Python's own sources, asked for in the same words; "
-        f"{setting['model']}, which was trained on 8,192 tokens, and a window of {setting['window']:,}. Texts "
-        "whose passkey was told whole:",
+        f"{setting['model']}, which was trained on 8,192 tokens, and a window of {setting['window']:,}. "
+        "Texts whose passkey was told whole:",
         "",
         *table(["", *(f"{length:,} tokens" for length in lengths)], shown),
         "",
