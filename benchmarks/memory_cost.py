@@ -43,7 +43,10 @@ from everlong.reading.attached import AttachedModel
 
 WAYS = ("ours", "naive")
 STEPS = ("elicit", "teach", "select", "consolidate")
-SETTINGS: dict[str, Any] = {"targets": "soft", "anchors": 0, "ewc": 0.0, "readings": 0}
+SETTINGS: dict[str, Any] = {
+    "targets": "soft",
+    **{"anchors": 0, "ewc": 0.0, "continuations": 0, "readings": 0},
+}
 """Changes to the recipe "infinite-icl"."""
 
 

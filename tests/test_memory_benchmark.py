@@ -22,7 +22,10 @@ from tests.memory.students import student_of
 from tests.test_benchmarks import Script, linux, measured
 
 folder, scripts = tests.test_benchmarks.folder, tests.test_benchmarks.scripts
-QUICK = {"generators": ("text",), "selection": "all", "passes": 1, "anchors": 0, "ewc": 0, "readings": 0}
+QUICK = {
+    **{"generators": ("text",), "selection": "all", "passes": 1},
+    **{"anchors": 0, "ewc": 0, "continuations": 0, "readings": 0},
+}
 pytestmark = pytest.mark.usefixtures("scripts")
 
 

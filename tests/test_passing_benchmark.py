@@ -24,7 +24,10 @@ def test_the_stream_is_read_in_each_way_once_and_shown(
     documents = script.module.fact_documents
     monkeypatch.setattr(script.module, "fact_documents", lambda seed, count: documents(seed, count, 2, 2))
     monkeypatch.setattr(segments, "_SHATTERED", 10.0)
-    fast = {"generators": ("text",), "selection": "all", "passes": 1, "anchors": 0, "readings": 0, "rank": 8}
+    fast = {
+        **{"generators": ("text",), "selection": "all", "passes": 1, "rank": 8},
+        **{"anchors": 0, "continuations": 0, "readings": 0},
+    }
     monkeypatch.setattr(script.module, "make_recipe", lambda **changes: make_recipe(**fast, **changes))
     script.run(*OPTIONS)
     expected = ["no context", "window alone", "all in the window", "window + memory"]

@@ -282,7 +282,10 @@ def test_what_cannot_be_found_is_refused(everlong, words, said):
     assert result.code == 2 and said in " ".join(result.err.split())
 
 
-FAST = ("generators=text", "selection=all", "passes=1", "rank=8", "anchors=0", "ewc=0", "readings=0")
+FAST = (
+    *("generators=text", "selection=all", "passes=1", "rank=8"),
+    *("anchors=0", "ewc=0", "continuations=0", "readings=0"),
+)
 LITTLE = [word for setting in FAST for word in ("--recipe-set", setting)]
 METHODS_OF_ONE = (*METHODS, "--methods", "lm-infinite", "--tasks", "passkey", "--samples", 1)
 

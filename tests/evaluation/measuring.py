@@ -18,7 +18,10 @@ from everlong.models.loading import LoadedModel
 from tests.evaluation.test_finding_report import Reader
 
 TEXT = "Orla Finch keeps seven bees in Sligo. Bennet paints wooden boats beside the harbour. " * 30
-QUICK = {"generators": ("text",), "selection": "all", "passes": 1, "anchors": 0, "ewc": 0, "readings": 0}
+QUICK = {
+    **{"generators": ("text",), "selection": "all", "passes": 1},
+    **{"anchors": 0, "ewc": 0, "continuations": 0, "readings": 0},
+}
 SMALL = {"window": 60, "sinks": 4, "recalled": 32, "block": 16}
 
 

@@ -9,7 +9,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from everlong.memory.anchors import READING, UNRELATED, exchanged, readings, unrelated
+from everlong.memory.anchors import (
+    CONTINUED,
+    READING,
+    UNRELATED,
+    continuations,
+    exchanged,
+    readings,
+    unrelated,
+)
 from everlong.memory.consolidation import loss_of
 from everlong.memory.lessons import Lesson, Teacher, as_tokens
 from everlong.memory.segments import Segment
@@ -147,6 +155,33 @@ def test_the_base_model_itself_has_nothing_to_learn_of_what_it_is_held_to(model:
     for one in lessons[:3]:
         logs = plain_logits(model, [*one.query, *one.response]).log_softmax(-1)[len(one.query) - 1 : -1]
         torch.testing.assert_close(one.log_probs, logs.topk(16).values, atol=1e-5, rtol=1e-5)
+
+
+def test_what_follows_a_segment_is_expected_as_by_who_has_read_it(model: AttachedModel) -> None:
+    elicited = continuations(SEGMENT, Writer(model), 30, 0)
+    lessons = Teacher(model, top_k=16).teach(elicited, gain=False)
+    assert len(lessons) == len(elicited) > 20 and all(one.pair.gain is None for one in lessons)
+    read = [*model.coder.bos, *model.coder.encode(f"{SEGMENT.text}\n\n")]
+    for one in lessons[::10]:
+        assert one.query == [*model.coder.bos, *model.coder.encode(one.pair.query)]
+        ids = [*read, *model.coder.encode_after(one.pair.query), *one.response]
+        logs = plain_logits(model, ids).log_softmax(-1)[-len(one.response) - 1 : -1]
+        torch.testing.assert_close(one.log_probs, logs.topk(16).values, atol=1e-5, rtol=1e-5)
+
+
+def test_what_follows_a_segment_is_drawn_and_begins_in_many_ways(model: AttachedModel) -> None:
+    few, more = continuations(SEGMENT, Writer(model), 5, 7), continuations(SEGMENT, Writer(model), 60, 7)
+    assert more[: len(few)] == few, "the same seed, the same texts"
+    assert len({one.pair.response for one in more}) == len(more) > 50
+    assert len({one.pair.query for one in more}) > 20
+    assert {(one.pair.generator, one.pair.segment, one.pair.sentences) for one in more} == {
+        (CONTINUED, 3, ())
+    }
+    other = continuations(SEGMENT, Writer(model), 5, 8)
+    assert other[0].pair.query == few[0].pair.query and other[0].pair.response != few[0].pair.response
+    read_other = continuations(Segment(3, SENTENCES[1:], 60), Writer(model), 5, 7)
+    assert read_other[0].pair.response != few[0].pair.response
+    assert continuations(SEGMENT, Writer(model), 0, 7) == []
 
 
 def test_unrelated_texts_begin_in_many_ways_and_are_drawn(model: AttachedModel) -> None:

@@ -13,15 +13,16 @@ import torch
 
 from everlong.errors import InputError, MemoryGateError, NumericalError
 from everlong.memory import consolidation, infinite_icl
-from everlong.memory.anchors import READING, UNRELATED
+from everlong.memory.anchors import READING, UNRELATED, continuations
 from everlong.memory.consolidation import loss_of, student
 from everlong.memory.elicitation import Generator
 from everlong.memory.infinite_icl import InfiniteICL
 from everlong.memory.lessons import Elicited, Lesson, Teacher
 from everlong.memory.pairs import Pair
 from everlong.memory.progress import LearnProgress, Progress
-from everlong.memory.recipes import Recipe
+from everlong.memory.recipes import Carry, Recipe
 from everlong.memory.segments import Segment, segments
+from everlong.memory.writer import Writer
 from everlong.models.head import Head
 from everlong.reading.attached import AttachedModel
 from tests.memory.students import lesson, plain_logits, student_of
@@ -53,6 +54,7 @@ def recipe_of(**changes: Any) -> Recipe:
         "batch_tokens": 256,
         "anchors": 1,
         "ewc": 0.0,
+        "continuations": 0,
         "readings": 0,
     }
     return Recipe(**{**fields, **changes})
@@ -404,6 +406,31 @@ def test_hidden_states_are_taught_in_every_batch(
     monkeypatch.setattr(infinite_icl, "consolidate", lambda *args, **_: given.append(args[2]) or 0.0)
     learner_of(model, hidden_weight=1.0, targets="soft", generators=("cloze",)).learn(TEXT)
     assert given and all(one.hidden is not None for lessons in given for one in lessons)
+
+
+@pytest.mark.parametrize("carry", ["carried", "replay", "separate"])
+def test_what_follows_a_segment_is_the_base_models_whatever_was_learned(
+    model: AttachedModel, carry: Carry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[list[list[Lesson]]] = []
+    whole = infinite_icl.consolidate
+
+    def remember(*arguments: Any, anchors: list[list[Lesson]], **options: Any) -> float:
+        given.append(anchors)
+        return whole(*arguments, anchors=anchors, **options)
+
+    monkeypatch.setattr(infinite_icl, "consolidate", remember)
+    recipe = {"carry": carry, "continuations": 2, "anchors": 0, "passes": 3, "replay": 0.0}
+    learner_of(model, 5, **recipe).learn(TEXT)
+    parts = list(segments([TEXT], model.coder, 64))
+    assert len(given) == len(parts) > 1
+    for part, turns in zip(parts, given, strict=True):
+        expected = Teacher(model).teach(continuations(part, Writer(model), 6, 5 + part.number), gain=False)
+        found = [one for turn in turns for one in turn]
+        assert [len(turn) for turn in turns] == [2, 2, 2]
+        assert [one.pair for one in found] == [one.pair for one in expected]
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one.log_probs, other.log_probs, atol=1e-5, rtol=1e-5)
 
 
 def test_each_pass_has_its_own_anchors_and_readings(

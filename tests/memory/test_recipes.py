@@ -34,6 +34,7 @@ from everlong.memory.recipes import RECIPES, Recipe, make_recipe
         ({"coverage": -1}, "coverage=-1"),
         ({"anchors": -1}, "anchors=-1"),
         ({"readings": 1.5}, "readings=1.5"),
+        ({"continuations": -1}, "continuations=-1"),
         ({"ewc": -1.0}, "ewc=-1.0.*not negative"),
         ({"ewc": float("inf")}, "ewc=inf"),
         ({"budget": 0}, "budget=0 .*None or .*at least 1"),
@@ -59,8 +60,8 @@ def test_what_cannot_work_is_refused(settings: dict[str, Any], message: str) -> 
 def test_a_recipe_of_an_earlier_version_is_what_it_was() -> None:
     values = json.loads(json.dumps(Recipe(rank=32).values()))
     assert Recipe.restored(values) == Recipe(rank=32)
-    del values["ewc"], values["readings"]
-    assert Recipe.restored(values) == Recipe(rank=32, ewc=0.0, readings=0)
+    del values["ewc"], values["readings"], values["continuations"]
+    assert Recipe.restored(values) == Recipe(rank=32, ewc=0.0, readings=0, continuations=0)
     for wrong in ({"passes": 3}, {**values, "temperature": 1}):
         with pytest.raises((TypeError, KeyError)):
             Recipe.restored(wrong)

@@ -1,16 +1,18 @@
-"""What keeps a student what it was: texts that the model writes by itself, and reading.
+"""What keeps a student what it was: texts that the model writes by itself, or after a segment, and reading.
 
 A model that learns to answer without a text unlearns other things on the way. What it says of other matters
-changes: so it is held, by the base model's whole distribution, to what that writes. And it no longer looks at
-what stands before a question, for while it learned nothing did: though another text is before it, it answers
-from memory. So it goes on reading, of worlds in which its memory is wrong.
+changes: so it is held, by the base model's whole distribution, to what that writes. In texts of the kind of
+the one it learned it sees that one everywhere: so it is held, in what the base model writes having read it,
+to what that then expects. And it no longer looks at what stands before a question, as nothing did while it
+learned: though another text is before it, it answers from memory. So it goes on reading, of worlds in which
+its memory is wrong.
 """
 
 from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from everlong.memory.elicitation import WORD
 from everlong.memory.lessons import Elicited, Lesson
@@ -20,17 +22,21 @@ from everlong.memory.segments import Segment
 from everlong.memory.writer import Writer
 from everlong.reading.sampling import Sampling
 
-UNRELATED, READING = "unrelated", "reading"
+UNRELATED, CONTINUED, READING = "unrelated", "continued", "reading"
 """What their pairs call themselves."""
 
 _TOKENS = 48  # of an unrelated text
+_CONTINUED = 64  # tokens of what follows a segment
 _PASSAGE, _MOST = 48, 96  # words of what is read, about, and at most
 _ALIKE = 3  # pairs that are asked about one passage
 _WORD = re.compile(r"\w+")
-_OPENINGS = (
+_PROSE = (
     *("The", "In the morning", "There are many", "Once upon a time", "She said that", "According to", "My"),
     *("The number of", "When it rains", "A good way to", "He was born in", "It is", "For example", "We"),
     *("Water", "It was a", "They", "If you want to", "The river", "His father", "Note that", "Dear"),
+)
+_OPENINGS = (
+    *_PROSE,
     *("Question: What is the capital of France?\nAnswer:", "Question: Who", "Q: ", "User: ", "What is"),
     *("How do I", "1.", "- ", "Ingredients:\n-", "1. Preheat the oven to", "Chapter 1\n\n", "Title:"),
     *('"I don\'t know," said', "Mr.", "He looked at her and", "Hello,", "Thank you for", "Yesterday, the"),
@@ -53,16 +59,47 @@ def unrelated(writer: Writer, count: int) -> list[Elicited]:
     count : int
         How many, a few less where it writes nothing.
     """
-    openings = [_OPENINGS[number % len(_OPENINGS)] for number in range(count)]
-    if not openings:
-        return []
-    draws = [Sampling(temperature=1.0, seed=number) for number in range(count)]
-    texts = writer.write("", openings, _TOKENS, stop=(), sampling=draws)
     return [
         Elicited(Pair(opening, text, UNRELATED), "", None)
-        for opening, text in zip(openings, texts, strict=True)
-        if text.strip()
+        for opening, text in _drawn(writer, "", _OPENINGS, count, _TOKENS, 0)
     ]
+
+
+def continuations(segment: Segment, writer: Writer, count: int, seed: int) -> list[Elicited]:
+    """Return texts that the model writes after a segment, to be expected as it does that has read it.
+
+    So what the segment tells stays likely in them, where the base model alone would deny it.
+
+    Parameters
+    ----------
+    segment : Segment
+        The segment.
+    writer : Writer
+        Of the base model.
+    count : int
+        How many, a few less where it writes nothing.
+    seed : int
+        Of what is drawn.
+    """
+    beginning = segment.text + "\n\n"
+    return [
+        Elicited(Pair(opening, text, CONTINUED, segment.number), beginning, opening)
+        for opening, text in _drawn(writer, beginning, _PROSE, count, _CONTINUED, seed)
+    ]
+
+
+def _drawn(
+    writer: Writer, beginning: str, openings: Sequence[str], count: int, tokens: int, seed: int
+) -> Iterator[tuple[str, str]]:
+    """Yield texts of so many tokens, drawn from all that may follow: how they are begun, and go on."""
+    if not count:
+        return
+    begun = [openings[number % len(openings)] for number in range(count)]
+    draws = [Sampling(temperature=1.0, seed=seed + number) for number in range(count)]
+    texts = writer.write(beginning, begun, tokens, stop=(), sampling=draws)
+    for opening, text in zip(begun, texts, strict=True):
+        if text.strip():
+            yield opening, text
 
 
 def readings(

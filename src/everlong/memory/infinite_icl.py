@@ -19,7 +19,7 @@ from torch import Tensor
 from everlong.attention import StreamCache
 from everlong.errors import MemoryGateError
 from everlong.memory import cartridge
-from everlong.memory.anchors import readings
+from everlong.memory.anchors import continuations, readings
 from everlong.memory.consolidation import Schedule, Step, consolidate, student
 from everlong.memory.curvature import Curvature, measured
 from everlong.memory.elicitation import Cloze, Generator, make_generators
@@ -283,6 +283,7 @@ class InfiniteICL:
         beside = (
             rehearsed(state.pool, self._turns, recipe.replay * sum(map(len, lessons)), draws),
             dealt(self._anchors(), self._turns),
+            dealt(self._continuations(adapted, segment, state.account), self._turns),
             dealt(self._readings(learned, segment), self._turns),
         )
         schedule = Schedule(
@@ -326,6 +327,13 @@ class InfiniteICL:
     def _anchors(self) -> list[Lesson]:
         """Return the texts to which the student is held."""
         return (self._texts or [])[: self._turns * self.recipe.anchors]
+
+    def _continuations(self, adapted: Any, segment: Segment, account: Account) -> list[Lesson]:
+        """Return what the base model writes having read a segment, as it then expects it."""
+        count = self._turns * self.recipe.continuations
+        with account.timed("anchors"), self._without(adapted):
+            elicited = continuations(segment, Writer(self.model), count, self.seed + segment.number)
+            return self._taught_by(self.model).teach(elicited, gain=False)
 
     def _readings(self, lessons: list[Lesson], segment: Segment) -> list[Lesson]:
         """Return what the student goes on reading while it learns a segment: responses as they stand."""

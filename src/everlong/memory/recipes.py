@@ -56,6 +56,9 @@ class Recipe:
         Weight of elastic weight consolidation: of what the adapter changes, judged by its weights, in texts
         that the base model writes by itself, in nats per token. Each adapter alone, if each segment has its
         own; a cartridge has no such weights.
+    continuations : int
+        Texts that the base model writes having read the segment, on which the student is held in each pass
+        to what that then expects; others in the next.
     readings : int
         Pairs about the segment with their names and numbers exchanged, asked in each pass behind a passage
         that tells so; others in the next. They keep the student reading.
@@ -92,6 +95,7 @@ class Recipe:
     replay: float = 1.0
     anchors: int = 16
     ewc: float = 16.0
+    continuations: int = 8
     readings: int = 12
     kind: Kind = "lora"
     prefix: int = 64
@@ -120,7 +124,7 @@ class Recipe:
                 )
         for name, least in (
             *(("segment_tokens", 32), ("top_k", 1), ("alpha", 1), ("passes", 1), ("batch_tokens", 16)),
-            *(("coverage", 0), ("anchors", 0), ("readings", 0), ("prefix", 2)),
+            *(("coverage", 0), ("anchors", 0), ("continuations", 0), ("readings", 0), ("prefix", 2)),
         ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -163,7 +167,7 @@ class Recipe:
         return cls(**settings)
 
 
-_BEFORE_IT_WAS_SET: dict[str, Any] = {"readings": 0, "ewc": 0.0}
+_BEFORE_IT_WAS_SET: dict[str, Any] = {"readings": 0, "ewc": 0.0, "continuations": 0}
 """What settings that were added later would have been in earlier recipes."""
 
 
@@ -180,6 +184,7 @@ for _name, _recipe in {
         carry="carried",
         anchors=0,
         ewc=0.0,
+        continuations=0,
         readings=0,
         rank=64,
         alpha=64,
@@ -194,6 +199,7 @@ for _name, _recipe in {
         carry="carried",
         anchors=0,
         ewc=0.0,
+        continuations=0,
         readings=0,
         rank=128,
         alpha=256,
@@ -208,6 +214,7 @@ for _name, _recipe in {
         carry="carried",
         anchors=0,
         ewc=0.0,
+        continuations=0,
         readings=0,
     ),
 }.items():
