@@ -32,7 +32,10 @@ from everlong.reading.attached import AttachedModel
 
 SHARE = 0.1  # of a text that is read beside a memory
 COSTS = ("pairs", "seconds")
-RAW_TEXT: dict[str, Any] = {"generators": ("text",), "selection": "all", "targets": "hard"}
+RAW_TEXT: dict[str, Any] = {
+    **{"generators": ("text",), "selection": "all", "targets": "hard"},
+    "continuations": 0,  # what they teach is how it is to have read the text
+}
 """Changes to the recipe "infinite-icl" that make it next-token training on the text."""
 AS_MANY_STEPS = 10
 """Passes through a raw text of some 250 tokens, beside the anchors, for as many steps as a memory takes."""

@@ -5,14 +5,15 @@
 
 Documents of 30 facts about people who exist nowhere else, each asked for as a completion, as a differently
 worded question, and in reverse. Every document is learned in several ways, all else equal: by InfiniteICL
-with the teacher's distributions (soft labels) and with the responses as they stand (hard labels); from 300
-tokens of responses, chosen by gain and at random; and by next-token training on the text, for as many
-passes and for as many steps. Then the probes
-are asked with an empty context; and with the whole text, its last tenth, and the tenth of it that a lexical
-search finds for each probe, with and without the memory; and with the memory of another document. Examples
-stand before questions where the text does: two kinds, of the questions' own form, and of another. Intervals
-are of 95 % over the probes of all documents. With several seeds, documents take them in turn: the first is
-learned with 0, the next with 1. It can be interrupted and taken up again; about 12 minutes a document.
+with the teacher's distributions (soft labels) and with the responses as they stand (hard labels), also
+without what the base model writes having read the text (continuations); from 300 tokens of responses, chosen
+by gain and at random; and by next-token training on the text, for as many passes and for as many steps. Then
+the probes are asked with an empty context; and with the whole text, its last tenth, and the tenth of it that
+a lexical search finds for each probe, with and without the memory; and with the memory of another document.
+Examples stand before questions where the text does: two kinds, of the questions' own form, and of another.
+Intervals are of 95 % over the probes of all documents. With several seeds, documents take them in turn: the
+first is learned with 0, the next with 1. It can be interrupted and taken up again; about 12 minutes a
+document.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from everlong.models.loading import LoadedModel, load_model
 FORMS = ("completion", "question", "reverse")
 WAYS: dict[str, dict[str, Any]] = {
     "hard labels": {"targets": "hard"},
+    "hard labels, no continuations": {"targets": "hard", "continuations": 0},
     "soft labels": {"targets": "soft"},
     "300 tokens, by gain": {"targets": "soft", "budget": 300},
     "300 tokens, at random": {"targets": "soft", "budget": 300, "selection": "random"},

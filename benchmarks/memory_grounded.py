@@ -34,7 +34,11 @@ from everlong.models.loading import LoadedModel, load_model
 TOKENS, WORDS = 256, 12  # of a passage; left out of it
 MOST = 20  # passages, from which others are drawn
 NOTHING = "nothing"
-WAYS: dict[str, dict[str, Any]] = {"a memory": {}, "raw text": {**RAW_TEXT, "passes": AS_MANY_STEPS}}
+WAYS: dict[str, dict[str, Any]] = {
+    "a memory": {},
+    "a memory, no continuations": {"continuations": 0},
+    "raw text": {**RAW_TEXT, "passes": AS_MANY_STEPS},
+}
 """How a passage is learned: changes to the recipe "infinite-icl"."""
 CONTROLLED = "a memory"
 """Which of them is asked with the passage's end too, and about another passage."""
@@ -50,6 +54,7 @@ def main() -> None:
     parser.add_argument("--model", default="gemma-3-270m")
     parser.add_argument("--passages", type=int, default=4, help=f"at most {MOST}")
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=["a memory", "raw text"], metavar="WAY")
     parser.add_argument("--output", type=Path, default=RESULTS / "memory_grounded.json")
     options = parser.parse_args()
     if options.passages > MOST:
@@ -63,7 +68,7 @@ def main() -> None:
         one, other, seed = every[number], every[wrong[number]], number % options.seeds
         rows.get(f"read {number}", lambda p=one: reading(loaded, p))
         rows.get(f"read {wrong[number]}", lambda p=other: reading(loaded, p))
-        for way in WAYS:
+        for way in options.ways:
             rows.get(
                 f"learned {number}, seed {seed}, {way}",
                 lambda p=one, o=other, s=seed, w=way: learning(loaded, p, o, s, w),

@@ -29,7 +29,7 @@ from everlong.evaluation.facts import fact_documents
 from everlong.evaluation.probes import Probe, is_answer
 from everlong.evaluation.texts import standard_library
 from everlong.memory.passing import Learning
-from everlong.memory.recipes import make_recipe
+from everlong.memory.recipes import Recipe, make_recipe
 
 _TOGETHER = 16  # probes asked at a time
 
@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "memory_passing.json")
     options = parser.parse_args()
     setting = {key: value for key, value in vars(options).items() if key != "output"}
+    setting["recipe"] = recipe_of(options).values()
     rows = Rows(options.output, setting)
     with everlong.load(options.model, LMInfinite(window=options.window)) as llm:
         stream = Stream(llm, options)
@@ -57,6 +58,11 @@ def main() -> None:
         rows.get("all in the window", stream.everything)
         rows.get("window + memory", stream.window_and_memory)
     rows.write_table("Memory in passing", page(options, rows.rows))
+
+
+def recipe_of(options: argparse.Namespace) -> Recipe:
+    """Return how what leaves the window is learned."""
+    return make_recipe(segment_tokens=options.segment_tokens)
 
 
 class Stream:
@@ -89,8 +95,7 @@ class Stream:
     def window_and_memory(self) -> dict[str, Any]:
         """Read all, learning in passing, and ask; and ask another session with that memory alone."""
         options = self._options
-        recipe = make_recipe(segment_tokens=options.segment_tokens)
-        learning = Learning("facts", recipe, force=options.force)
+        learning = Learning("facts", recipe_of(options), force=options.force)
         with tempfile.TemporaryDirectory() as folder:
             store = MemoryStore(folder)
             session = self._llm.session(store=store)

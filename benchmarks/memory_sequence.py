@@ -6,11 +6,11 @@
 A text of invented facts is learned by InfiniteICL's default recipe in segments of about 100 tokens and a
 dozen facts, with one of three ways to carry what was learned into the next: one adapter through all of them
 with earlier pairs rehearsed ("replay"), without that ("carried"), or one for each, combined in the end
-("separate"); "replay" also without readings, or without elastic weight consolidation. After every segment all
-so far are asked about, with an empty context, as completions and questions. Before the first and after the
-last: the perplexity of an unrelated text (a file, or Python's own sources), and an unrelated task, another
-document's facts answered with it in the context. Intervals are of 95 %. It can be interrupted and taken up
-again after each way and seed; six segments take about 35 minutes with one thread.
+("separate"); "replay" also without continuations, readings, or elastic weight consolidation. After every
+segment all so far are asked about, with an empty context, as completions and questions. Before the first and
+after the last: the perplexity of an unrelated text (a file, or Python's own sources), and an unrelated task,
+another document's facts answered with it in the context. Intervals are of 95 %. It can be interrupted and
+taken up again after each way and seed; six segments take about 35 minutes with one thread.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "replay": {},
     "carried": {"carry": "carried"},
     "separate": {"carry": "separate"},
+    "replay, no continuations": {"continuations": 0},
     "replay, no readings": {"readings": 0},
     "replay, no ewc": {"ewc": 0.0},
 }

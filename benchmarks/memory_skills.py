@@ -31,7 +31,11 @@ from everlong.models.loading import LoadedModel, load_model
 
 DEMONSTRATIONS, TESTS = 32, 24
 MOST = 20  # skills of a kind, from which others are drawn
-WAYS: dict[str, dict[str, Any]] = {"a memory": {}, "raw text": {**RAW_TEXT, "passes": AS_MANY_STEPS}}
+WAYS: dict[str, dict[str, Any]] = {
+    "a memory": {},
+    "a memory, no continuations": {"continuations": 0},
+    "raw text": {**RAW_TEXT, "passes": AS_MANY_STEPS},
+}
 """How demonstrations are learned: changes to the recipe "infinite-icl"."""
 CONTROLLED = "a memory"
 """Which of them is asked with some of the demonstrations too, and about another skill."""
@@ -48,6 +52,7 @@ def main() -> None:
     )
     parser.add_argument("--skills", type=int, default=2, help=f"of each kind, at most {MOST}")
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=["a memory", "raw text"], metavar="WAY")
     parser.add_argument("--output", type=Path, default=RESULTS / "memory_skills.json")
     options = parser.parse_args()
     if options.skills > MOST:
@@ -60,7 +65,7 @@ def main() -> None:
         seed = number % options.seeds
         one, other = (skill(which, kind, DEMONSTRATIONS, TESTS) for which in (number, wrong[number]))
         rows.get(f"read {kind} {number}", lambda s=one: reading(loaded, s))
-        for way in WAYS:
+        for way in options.ways:
             rows.get(
                 f"learned {kind} {number}, seed {seed}, {way}",
                 lambda s=one, o=other, n=seed, w=way: learning(loaded, s, o, n, w),

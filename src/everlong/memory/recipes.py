@@ -95,7 +95,7 @@ class Recipe:
     replay: float = 1.0
     anchors: int = 16
     ewc: float = 16.0
-    continuations: int = 8
+    continuations: int = 4
     readings: int = 12
     kind: Kind = "lora"
     prefix: int = 64
