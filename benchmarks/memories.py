@@ -177,13 +177,13 @@ def answered(
 
 
 def cost_table(learned: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """Return the table of what each way of learning took, on the median of its rows."""
+    """Return the table of how many texts were learned in each way, and what that took on the median."""
     cells = [
-        [way, *(f"{median(row[what] for row in rows):,.0f}" for what in COSTS)]
+        [way, str(len(rows)), *(f"{median(row[what] for row in rows):,.0f}" for what in COSTS)]
         for way, rows in learned.items()
         if rows
     ]
-    return table(["learned by", *COSTS], cells)
+    return table(["learned by", "texts", *COSTS], cells)
 
 
 def share(found: Sequence[Sequence[int]]) -> str:

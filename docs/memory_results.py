@@ -24,9 +24,8 @@ BESIDE = {
 
 def memories() -> list[str]:
     """What a memory recalls of invented facts."""
-    saved = load("memory_facts")
-    rows, model = saved["rows"], saved["setting"]["model"]
-    every = list(rows.values())
+    saved, every = load("memory_facts"), of_what_was_learned("memory_facts", "hard labels")
+    model = saved["setting"]["model"]
     shown = {
         "no context": "nothing",
         "whole text, no examples": "the whole text",
@@ -36,6 +35,7 @@ def memories() -> list[str]:
         "raw text": "an adapter trained on the raw text",
         "soft labels": "a memory, learned with soft labels",
         "hard labels": "a memory, learned with hard labels",
+        "hard labels, no continuations": "such a memory, learned without continuations",
         "hard labels of another document": "such a memory of another document",
         "hard labels + last 10 %": "such a memory, and the last tenth",
         "hard labels + 10 % by lexical search": "such a memory, and the tenth that is found",
@@ -45,7 +45,7 @@ def memories() -> list[str]:
         for key, name in shown.items()
         if any(key in row for row in every)
     ]
-    documents = sum(key.startswith("read") for key in rows)
+    documents = sum("hard labels" in row for row in every)
     return [
         f"**Remembering.** Facts about invented people that {model} gives, of {documents} documents with 30 "
         "each, by what it has before it or has learned:",
@@ -59,14 +59,14 @@ def memories() -> list[str]:
 
 def skills() -> list[str]:
     """What a memory of demonstrations does with inputs that are not among them."""
-    saved = load("memory_skills")
-    rows = list(saved["rows"].values())
+    saved, rows = load("memory_skills"), of_what_was_learned("memory_skills", "a memory")
     shown = {
         "nothing": "nothing",
         "all demonstrations": "all demonstrations",
         "the last 10 %": "the last tenth of them",
         "raw text": "an adapter trained on the raw text",
         "a memory": "a memory of them",
+        "a memory, no continuations": "such a memory, learned without continuations",
         "a memory + the last 10 %": "such a memory, and the last tenth",
         "a memory of another skill": "such a memory of another skill",
     }
@@ -91,7 +91,7 @@ def skills() -> list[str]:
 
 def grounded() -> list[str]:
     """What a memory knows of a real passage."""
-    saved, rows = load("memory_grounded"), of_what_was_learned("memory_grounded")
+    saved, rows = load("memory_grounded"), of_what_was_learned("memory_grounded", "a memory")
     found = answered(rows, ["cloze"])
     shown = {
         "nothing": "nothing",
@@ -99,8 +99,10 @@ def grounded() -> list[str]:
         "its last 10 %": "its last tenth",
         "raw text": "an adapter trained on the raw text",
         "a memory": "a memory of it",
+        "a memory, no continuations": "such a memory, learned without continuations",
         "a memory + its last 10 %": "such a memory, and the last tenth",
         "a memory of another passage": "such a memory of another passage",
+        "a memory, no continuations of another passage": "the same, learned without continuations",
     }
     setting = saved["setting"]
     cells = []
@@ -114,7 +116,7 @@ def grounded() -> list[str]:
         "",
         *table(["what it has", "words", "what follows"], cells),
         "",
-        "Percent, with intervals of 95 %. A memory of prose spoils other prose of its kind: "
+        "Percent, with intervals of 95 %. What it costs other prose, and what was done about it: "
         "[docs/memory.md](docs/memory.md#what-is-measured).",
         source("memory_grounded", saved),
     ]
@@ -125,7 +127,7 @@ def beside_the_whole() -> list[str]:
     cells = [["a memory"], ["a memory, and a tenth of the text"]]
     means: list[list[float]] = [[], []]
     for name, forms, whole, ways in BESIDE.values():
-        found = answered(of_what_was_learned(name), forms)
+        found = answered(of_what_was_learned(name, ways[0]), forms)
         best = max(mean(by_form) for had, by_form in found.items() if had.startswith(whole))
         for number, way in enumerate(ways):
             means[number].append(100 * mean(found[way]) / best)
@@ -139,10 +141,10 @@ def beside_the_whole() -> list[str]:
     ]
 
 
-def of_what_was_learned(name: str) -> list[dict[str, Any]]:
-    """Return the rows of what was learned, and of the same read; other texts are read, too."""
+def of_what_was_learned(name: str, way: str) -> list[dict[str, Any]]:
+    """Return the rows of texts that were learned in one way, and of the same learned otherwise, or read."""
     rows: dict[str, dict[str, Any]] = load(name)["rows"]
-    texts = {_text_of(key) for key in rows if key.startswith("learned")}
+    texts = {_text_of(key) for key in rows if key.startswith("learned") and key.endswith(f", {way}")}
     return [
         row for key, row in rows.items() if key.startswith(("read", "learned")) and _text_of(key) in texts
     ]
