@@ -126,16 +126,19 @@ def beside_the_whole() -> list[str]:
     """How a memory compares with the best prompt that holds everything."""
     cells = [["a memory"], ["a memory, and a tenth of the text"]]
     means: list[list[float]] = [[], []]
+    texts = []
     for name, forms, whole, ways in BESIDE.values():
-        found = answered(of_what_was_learned(name, ways[0]), forms)
+        rows = of_what_was_learned(name, ways[0])
+        texts.append(sum(ways[0] in row for row in rows))
+        found = answered(rows, forms)
         best = max(mean(by_form) for had, by_form in found.items() if had.startswith(whole))
         for number, way in enumerate(ways):
             means[number].append(100 * mean(found[way]) / best)
     for line, some in zip(cells, means, strict=True):
         line += [f"{percent:.0f}" for percent in (*some, sum(some) / len(some))]
     return [
-        "Together, in percent of what the best prompt gives that holds the whole text; of the latter two, "
-        "little is measured yet:",
+        "Together, in percent of what the best prompt gives that holds the whole text; of "
+        f"{texts[0]}, {texts[1]} and {texts[2]} texts, which is little yet:",
         "",
         *table(["", *BESIDE, "mean"], cells),
     ]
