@@ -38,7 +38,7 @@ RAW_TEXT: dict[str, Any] = {
 }
 """Changes to the recipe "infinite-icl" that make it next-token training on the text."""
 AS_MANY_STEPS = 10
-"""Passes through a raw text of some 250 tokens, beside the anchors, for as many steps as a memory takes."""
+"""Passes through a raw text of some 250 tokens, beside anchors, for about as many steps as a memory takes."""
 
 
 @contextmanager
@@ -141,6 +141,8 @@ def counts(found: Recall) -> dict[str, list[int]]:
 def recall_table(rows: Sequence[dict[str, Any]], forms: Sequence[str], whole: str) -> list[str]:
     """Return the table of what was answered, in percent, a line for each thing that a model had.
 
+    Of how many texts stands there, too, of the form that has most: lines may be of different ones.
+
     Parameters
     ----------
     rows : sequence of dict
@@ -156,13 +158,14 @@ def recall_table(rows: Sequence[dict[str, Any]], forms: Sequence[str], whole: st
     cells = [
         [
             name,
+            str(max(map(len, by_form.values()))),
             *(share(by_form[form]) for form in forms),
             f"{100 * means[name]:.0f}",
             f"{100 * means[name] / best:.0f}" if best else "",
         ]
         for name, by_form in found.items()
     ]
-    return table(["what the model has", *forms, "mean", "of the best with the whole"], cells)
+    return table(["what the model has", "texts", *forms, "mean", "of the best with the whole"], cells)
 
 
 def answered(

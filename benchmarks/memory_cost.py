@@ -6,10 +6,10 @@
 Both ways learn the same text of invented facts by InfiniteICL's default generators, selection and schedule,
 with the teacher's distributions as targets: Everlong's keeps the 64 likeliest tokens and the rest as one,
 the naive loop (naive.py) all of them. The naive loop writes each text by itself, its teacher reads the
-segment anew for each pair, and all logits are whole, in float32. Anchors and the gate are left out of both,
-packed weights too. Each way runs in a process of its own, and the peak of each step is what was resident at
-most in it. That both elicit the same pairs with the same gains is part of the table. About 20 minutes on 2
-CPU cores, of which the naive loop takes nearly all.
+segment anew for each pair, and all logits are whole, in float32. Anchors, continuations, readings, elastic
+weight consolidation and the gate are left out of both, packed weights too. Each way runs in a process of its
+own, and the peak of each step is what was resident at most in it. That both elicit the same pairs with the
+same gains is part of the table. About 20 minutes on 2 CPU cores, of which the naive loop takes nearly all.
 """
 
 from __future__ import annotations

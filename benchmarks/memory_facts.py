@@ -54,7 +54,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "raw text, as many steps": {**RAW_TEXT, "passes": AS_MANY_STEPS},
 }
 """How a document is learned: changes to the recipe "infinite-icl"."""
-CONTROLLED = "hard labels"
+CONTROLLED = ("hard labels", "hard labels, no continuations")
 """Which of them is asked with a part of the text too, and about another document."""
 
 GATED = 3  # documents of which the gate is asked
@@ -110,7 +110,7 @@ def learning(
     """Learn a document, and ask."""
     with learned(loaded, document.text, seed, **WAYS[way]) as (known, cost):
         found: dict[str, Any] = {way: score(known, document)}
-        if way == CONTROLLED:
+        if way in CONTROLLED:
             parts = [retrieved(document, probe.prompt) for probe in document.probes()]
             found[f"{way} + last 10 %"] = score(known, document, context_tail(document.text, SHARE))
             found[f"{way} + 10 % by lexical search"] = score(known, document, parts)

@@ -3,13 +3,14 @@
     python benchmarks/memory_grounded.py TEXT.txt                             # 4 passages
     python benchmarks/memory_grounded.py TEXT.txt --passages 20 --seeds 3     # the whole: some hours
 
-Passages of 256 tokens from all over a text. Each is learned by InfiniteICL's default recipe, and by next-
-token training for as many steps. Asked for are the content words that its sentences go on with (cloze),
-greedily; how well the passage is predicted; and how well the 256 tokens that follow it there are, which
-nobody learned. All that with nothing before it; with the passage (not the passage's own tokens: to copy them
-says nothing), and its last tenth; and with the memory of another passage. Intervals are of 95 %: over the
-words of all passages, and, of perplexities, over passages, as changes against nothing. With several seeds,
-passages take them in turn. It can be interrupted and taken up again; about 4 minutes a passage.
+Passages of 256 tokens from all over a text. Each is learned by InfiniteICL's default recipe, also without
+continuations, and by next-token training for about as many steps. Asked for are the content words that its
+sentences go on with (cloze), greedily; how well the passage is predicted; and how well the 256 tokens that
+follow it there are, which nobody learned. All that with nothing before it; with the passage (not the
+passage's own tokens: to copy them says nothing), and its last tenth; and with the memory of another passage.
+Intervals are of 95 %: over the words of all passages, and, of perplexities, over passages, as changes
+against nothing. With several seeds, passages take them in turn. It can be interrupted and taken up again;
+about 15 minutes a passage, of which `--ways` leaves out some.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "raw text": {**RAW_TEXT, "passes": AS_MANY_STEPS},
 }
 """How a passage is learned: changes to the recipe "infinite-icl"."""
-CONTROLLED = "a memory"
+CONTROLLED = ("a memory", "a memory, no continuations")
 """Which of them is asked with the passage's end too, and about another passage."""
 LOSSES = {"passage": "perplexity of the passage", "continuation": "of what follows"}
 
@@ -54,7 +55,7 @@ def main() -> None:
     parser.add_argument("--model", default="gemma-3-270m")
     parser.add_argument("--passages", type=int, default=4, help=f"at most {MOST}")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=["a memory", "raw text"], metavar="WAY")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY")
     parser.add_argument("--output", type=Path, default=RESULTS / "memory_grounded.json")
     options = parser.parse_args()
     if options.passages > MOST:
@@ -94,7 +95,7 @@ def learning(loaded: LoadedModel, passage: Passage, other: Passage, seed: int, w
     """Learn a passage, and score."""
     with learned(loaded, passage.text, seed, **WAYS[way]) as (known, cost):
         found: dict[str, Any] = {way: score(known, passage)}
-        if way == CONTROLLED:
+        if way in CONTROLLED:
             found[f"{way} + its last 10 %"] = with_tail(known, passage)
             found[f"{way} of another passage"] = score(known, other)
         return found | cost
@@ -124,20 +125,10 @@ def words(loaded: LoadedModel, passage: Passage, context: str = "") -> list[int]
 
 def page(options: Any, rows: dict[str, Any], wrong: Sequence[int]) -> list[str]:
     """Return the lines of the page."""
-    bare = {int(key.split()[1]): row[NOTHING] for key, row in rows.items() if key.startswith("read")}
     by_way = {way: [row for key, row in rows.items() if key.endswith(f", {way}")] for way in WAYS}
-    asked: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
-    for key, row in rows.items():
-        number = int(key.replace(",", " ").split()[1])
-        if key.startswith("read") and number >= options.passages:
-            continue  # another's memory is asked about it
-        for name, found in row.items():
-            if name not in COSTS:
-                about = wrong[number] if name.endswith("of another passage") else number
-                asked.setdefault(name, []).append((found, bare[about]))
     cells = [
         [name, share([found["cloze"] for found, _ in some]), *(perplexity(some, loss) for loss in LOSSES)]
-        for name, some in asked.items()
+        for name, some in beside_nothing(rows, options.passages, wrong).items()
     ]
     return [
         f"{options.model}; {options.text.stem}; {options.passages} passages of {TOKENS} tokens, "
@@ -148,6 +139,27 @@ def page(options: Any, rows: dict[str, Any], wrong: Sequence[int]) -> list[str]:
         "",
         *cost_table(by_way),
     ]
+
+
+def beside_nothing(
+    rows: dict[str, Any], passages: int, wrong: Sequence[int]
+) -> dict[str, list[tuple[dict[str, Any], dict[str, Any]]]]:
+    """Return, by what the model had, what it scored on each of the first passages, and with nothing there."""
+    bare = {number_of(key): row[NOTHING] for key, row in rows.items() if key.startswith("read")}
+    found: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
+    for key, row in rows.items():
+        number = number_of(key)
+        if number < passages:  # of others only a memory of these is asked
+            for name, scored in row.items():
+                if name not in COSTS:
+                    about = wrong[number] if name.endswith("of another passage") else number
+                    found.setdefault(name, []).append((scored, bare[about]))
+    return found
+
+
+def number_of(key: str) -> int:
+    """Return of which passage a row is: 2 of "learned 2, seed 0, a memory"."""
+    return int(key.replace(",", " ").split()[1])
 
 
 def perplexity(some: Sequence[tuple[dict[str, Any], dict[str, Any]]], loss: str) -> str:

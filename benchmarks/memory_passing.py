@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=3072, help="of the real text")
     parser.add_argument("--learned", type=int, default=768, help="of those, read with memorize=")
     parser.add_argument("--segment-tokens", type=int, default=256)
+    parser.add_argument("--continuations", type=int, default=make_recipe().continuations, help="of a pass")
     parser.add_argument("--force", action="store_true", help="learn whatever the text is worth")
     parser.add_argument("--output", type=Path, default=RESULTS / "memory_passing.json")
     options = parser.parse_args()
@@ -62,7 +63,7 @@ def main() -> None:
 
 def recipe_of(options: argparse.Namespace) -> Recipe:
     """Return how what leaves the window is learned."""
-    return make_recipe(segment_tokens=options.segment_tokens)
+    return make_recipe(segment_tokens=options.segment_tokens, continuations=options.continuations)
 
 
 class Stream:
@@ -165,7 +166,8 @@ def page(options: Any, rows: dict[str, Any]) -> list[str]:
         *table(["what the model has", *FORMS, "mean", "tokens held", "s per 1000 tokens, read only"], cells),
         "",
         f"Learned in passing: {learning['tokens']:,} tokens in {learning['segments']} segments, while "
-        f"{learning['read']:,} were read, in {learning['seconds']:,.0f} s: "
+        f"{learning['read']:,} were read, with {options.continuations} continuations a pass, in "
+        f"{learning['seconds']:,.0f} s: "
         f"{1000 * learning['seconds'] / learning['tokens']:,.0f} s per 1000 tokens learned.",
     ]
 

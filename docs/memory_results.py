@@ -12,6 +12,9 @@ from saved_results import load, source  # puts the scripts on the path
 from common import table
 from memories import answered, mean, share
 from memory_facts import FORMS
+from memory_grounded import MOST, beside_nothing
+
+from everlong.evaluation.forgetting import wrong_documents
 
 SKILLS = ("labels", "format")
 BESIDE = {
@@ -35,10 +38,10 @@ def memories() -> list[str]:
         "raw text": "an adapter trained on the raw text",
         "soft labels": "a memory, learned with soft labels",
         "hard labels": "a memory, learned with hard labels",
-        "hard labels, no continuations": "such a memory, learned without continuations",
         "hard labels of another document": "such a memory of another document",
         "hard labels + last 10 %": "such a memory, and the last tenth",
         "hard labels + 10 % by lexical search": "such a memory, and the tenth that is found",
+        "hard labels, no continuations": "a memory, learned without continuations",
     }
     cells = [
         [name, *(share([row[key][form] for row in every if key in row]) for form in FORMS)]
@@ -66,9 +69,9 @@ def skills() -> list[str]:
         "the last 10 %": "the last tenth of them",
         "raw text": "an adapter trained on the raw text",
         "a memory": "a memory of them",
-        "a memory, no continuations": "such a memory, learned without continuations",
         "a memory + the last 10 %": "such a memory, and the last tenth",
         "a memory of another skill": "such a memory of another skill",
+        "a memory, no continuations": "a memory of them, learned without continuations",
     }
     cells = [
         [name, *(share([row[key][kind] for row in rows if kind in row.get(key, ())]) for kind in SKILLS)]
@@ -91,28 +94,31 @@ def skills() -> list[str]:
 
 def grounded() -> list[str]:
     """What a memory knows of a real passage."""
-    saved, rows = load("memory_grounded"), of_what_was_learned("memory_grounded", "a memory")
-    found = answered(rows, ["cloze"])
+    saved = load("memory_grounded")
+    rows, setting = saved["rows"], saved["setting"]
+    passages = sum("a memory" in row for row in rows.values())
+    found = beside_nothing(rows, passages, wrong_documents(MOST, 0))
     shown = {
         "nothing": "nothing",
         "the passage": "the passage",
         "its last 10 %": "its last tenth",
         "raw text": "an adapter trained on the raw text",
         "a memory": "a memory of it",
-        "a memory, no continuations": "such a memory, learned without continuations",
         "a memory + its last 10 %": "such a memory, and the last tenth",
         "a memory of another passage": "such a memory of another passage",
-        "a memory, no continuations of another passage": "the same, learned without continuations",
+        "a memory, no continuations": "a memory of it, learned without continuations",
+        "a memory, no continuations of another passage": "one of another passage, learned without them",
     }
-    setting = saved["setting"]
     cells = []
     for key, name in shown.items():
-        losses = [row[key]["continuation"] for row in rows if key in row]
-        cells.append([name, share(found[key]["cloze"]), f"{math.exp(fmean(losses)):.0f}"])
+        losses = [(own["continuation"], bare["continuation"]) for own, bare in found[key]]
+        after, before = (fmean(some) for some in zip(*losses, strict=True))
+        change = f", {100 * math.expm1(after - before):+.0f} %" if after != before else ""
+        cells.append([name, share([own["cloze"] for own, _ in found[key]]), f"{math.exp(after):.0f}{change}"])
     return [
-        f"**Learning what one reads.** Words left out of {sum('a memory' in row for row in rows)} passages "
-        f"of *{setting['text'].title()}*, {setting['tokens']} tokens each, and the perplexity of the "
-        f"{setting['tokens']} tokens that follow, which nobody learned:",
+        f"**Learning what one reads.** Words left out of {passages} passages of *{setting['text'].title()}*, "
+        f"{setting['tokens']} tokens each, and the perplexity of the {setting['tokens']} tokens that follow, "
+        "which nobody learned, with its change against nothing:",
         "",
         *table(["what it has", "words", "what follows"], cells),
         "",
@@ -181,6 +187,7 @@ def passing() -> list[str]:
         "",
         f"Percent, with intervals of 95 %. {passed['learning']['tokens']:,} tokens were learned, which left "
         f"the window while the first {passed['learning']['read']:,} were read, in "
-        f"{passed['learning']['seconds'] / 60:.0f} minutes; the others were only read.",
+        f"{passed['learning']['seconds'] / 60:.0f} minutes, with {setting['continuations']} continuations a "
+        "pass; the others were only read.",
         source("memory_passing", saved),
     ]

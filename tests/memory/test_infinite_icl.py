@@ -21,6 +21,7 @@ from everlong.memory.lessons import Elicited, Lesson, Teacher
 from everlong.memory.pairs import Pair
 from everlong.memory.progress import LearnProgress, Progress
 from everlong.memory.recipes import Carry, Recipe
+from everlong.memory.record import Kind
 from everlong.memory.segments import Segment, segments
 from everlong.memory.writer import Writer
 from everlong.models.head import Head
@@ -408,9 +409,10 @@ def test_hidden_states_are_taught_in_every_batch(
     assert given and all(one.hidden is not None for lessons in given for one in lessons)
 
 
-@pytest.mark.parametrize("carry", ["carried", "replay", "separate"])
+@pytest.mark.parametrize("kind", ["lora", "cartridge"])
+@pytest.mark.parametrize("carry", ["carried", "replay"])
 def test_what_follows_a_segment_is_the_base_models_whatever_was_learned(
-    model: AttachedModel, carry: Carry, monkeypatch: pytest.MonkeyPatch
+    model: AttachedModel, kind: Kind, carry: Carry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[list[list[Lesson]]] = []
     whole = infinite_icl.consolidate
@@ -420,7 +422,7 @@ def test_what_follows_a_segment_is_the_base_models_whatever_was_learned(
         return whole(*arguments, anchors=anchors, **options)
 
     monkeypatch.setattr(infinite_icl, "consolidate", remember)
-    recipe = {"carry": carry, "continuations": 2, "anchors": 0, "passes": 3, "replay": 0.0}
+    recipe = {"kind": kind, "carry": carry, "continuations": 2, "anchors": 0, "passes": 3, "replay": 0.0}
     learner_of(model, 5, **recipe).learn(TEXT)
     parts = list(segments([TEXT], model.coder, 64))
     assert len(given) == len(parts) > 1

@@ -66,7 +66,7 @@ def unrelated(writer: Writer, count: int) -> list[Elicited]:
 
 
 def continuations(segment: Segment, writer: Writer, count: int, seed: int) -> list[Elicited]:
-    """Return texts that the model writes after a segment, to be expected as it does that has read it.
+    """Return texts that the model writes after a segment, to be expected as by the model that has read it.
 
     So what the segment tells stays likely in them, where the base model alone would deny it.
 
@@ -91,7 +91,7 @@ def continuations(segment: Segment, writer: Writer, count: int, seed: int) -> li
 def _drawn(
     writer: Writer, beginning: str, openings: Sequence[str], count: int, tokens: int, seed: int
 ) -> Iterator[tuple[str, str]]:
-    """Yield texts of so many tokens, drawn from all that may follow: how they are begun, and go on."""
+    """Yield the opening of each text, and what was drawn to follow it, so many tokens."""
     if not count:
         return
     begun = [openings[number % len(openings)] for number in range(count)]
