@@ -73,7 +73,7 @@ def test_every_document_is_read_and_learned_once_and_shown_with_its_controls(
     asked = len(documents(0, 20, 2, 2)[0].facts)
     right, of = facts.rows["read 0"]["no context"]["completion"]
     assert of == asked and 0 <= right <= of
-    assert all("(" in cell and "to" in cell for row in facts.table(0) for cell in row[1:4])
+    assert all("(" in cell and "to" in cell for row in facts.table(0) for cell in row[2:5])
     assert names_of(facts, 1) == list(ways)
     assert facts.rows["learned 0, seed 0, hard labels"]["pairs"] == 1
     assert "The gate, asked about 1 of them" in facts.output.with_suffix(".md").read_text()
@@ -122,8 +122,11 @@ def test_shares_are_of_all_rows_together_and_the_best_with_the_whole_is_100() ->
     _, _, *lines = memories.recall_table(rows, ["a", "b"], "whole")
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert [row[0] for row in cells] == ["nothing", "whole", "whole, shown", "ours"]
-    assert [row[3:] for row in cells] == [["0", "0"], ["25", "50"], ["50", "100"], ["38", "75"]]
-    assert cells[0][2] == "" and cells[3][2].startswith("0 (")
+    assert [row[1] for row in cells] == ["1", "1", "1", "1"], "of a form"
+    assert [row[4:] for row in cells] == [["0", "0"], ["25", "50"], ["50", "100"], ["38", "75"]]
+    assert cells[0][3] == "" and cells[3][3].startswith("0 (")
+    rows.append({"ours": {"a": [1, 4]}})
+    assert "| ours | 2 | 50 (" in "\n".join(memories.recall_table(rows, ["a", "b"], "whole"))
 
 
 # --- skills -------------------------------------------------------------------------------------------
@@ -146,7 +149,7 @@ def test_every_skill_is_tried_with_all_controls(script: Any, capsys: pytest.Capt
         *("a memory", "a memory + the last 10 %", "a memory of another skill", "raw text"),
     ]
     assert skills.rows["read format 0"]["nothing"]["format"][1] == 2
-    assert all("to" in cell for row in skills.table(0) for cell in row[1:3])
+    assert all("to" in cell for row in skills.table(0) for cell in row[2:4])
     assert names_of(skills, 1) == list(ways)
 
 

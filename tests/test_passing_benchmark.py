@@ -28,7 +28,7 @@ def test_the_stream_is_read_in_each_way_once_and_shown(
         **{"generators": ("text",), "selection": "all", "passes": 1, "rank": 8},
         **{"anchors": 0, "continuations": 0, "readings": 0},
     }
-    monkeypatch.setattr(script.module, "make_recipe", lambda **changes: make_recipe(**fast, **changes))
+    monkeypatch.setattr(script.module, "make_recipe", lambda **changes: make_recipe(**{**fast, **changes}))
     script.run(*OPTIONS)
     expected = ["no context", "window alone", "all in the window", "window + memory"]
     assert measured(capsys) == expected == list(script.rows)
