@@ -12,8 +12,8 @@ the probes are asked with an empty context; and with the whole text, its last te
 a lexical search finds for each probe, with and without the memory; and with the memory of another document.
 Examples stand before questions where the text does: two kinds, of the questions' own form, and of another.
 Intervals are of 95 % over the probes of all documents. With several seeds, documents take them in turn: the
-first is learned with 0, the next with 1. It can be interrupted and taken up again; about 12 minutes a
-document.
+first is learned with 0, the next with 1. It can be interrupted and taken up again; with one thread, some 7
+minutes a document and way.
 """
 
 from __future__ import annotations
