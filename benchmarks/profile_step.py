@@ -5,7 +5,7 @@
 SmolLM2 in full windows, with weights of each kind, threads that spin briefly (as the ``everlong`` command has
 them). Operators are timed by PyTorch's profiler, which makes the small ones look
 somewhat longer than they are; what a step takes is measured without it, and what is left of that is Python,
-and threads waking. About a minute on 2 CPU cores, which must be quiet.
+and threads waking. About 5 minutes on 2 CPU cores, which must be quiet.
 """
 
 from __future__ import annotations

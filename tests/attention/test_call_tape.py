@@ -11,6 +11,7 @@ from everlong.attention.call_tape import CallTapes
 from everlong.errors import UnsupportedUseError
 
 X = torch.tensor([[1.0, -2.0, 3.0, 0.5]])
+INDEX = torch.tensor([2, 0])
 
 
 def recorded(run):
@@ -154,17 +155,37 @@ def test_what_somebody_else_holds_on_to_is_left_alone():
 
 
 def test_what_only_the_next_call_reads_is_handed_on_to_it():
-    index = torch.tensor([2, 0])
-
     def run(x):
-        return F.embedding(index, x.T * 2).tanh()
+        return F.embedding(INDEX, x.T * 2).tanh()
 
     given, replay, result, calls = recorded(run)
     assert len(calls) == 2, "doubled; and looked up, which no tensor can be given for, on the way to the rest"
-    assert len(recorded(lambda x: (rows := F.embedding(index, x.T * 2)).tanh() + rows)[3]) == 4
+    assert len(recorded(lambda x: (rows := F.embedding(INDEX, x.T * 2)).tanh() + rows)[3]) == 4
     given.copy_(X.roll(1, -1))
     replay()
     assert torch.equal(result, run(given))
+
+
+@pytest.mark.parametrize(
+    ("run", "calls_left"),
+    [
+        (lambda x: torch.topk(x, 4)[0].view(2, 2) @ X.view(2, 2), 1),
+        (lambda x: torch.topk(x, 4)[1].view(2, 2).float().exp(), 2),
+        (lambda x: F.embedding(INDEX, x.T).view(1, 2).exp(), 1),
+        (lambda x: torch.topk(x, 4)[0].view(2, 2).T @ X.view(2, 2), 2),
+        (lambda x: torch.topk(x, 4)[0][:, 1:].exp(), 2),
+        (lambda x: (found := torch.topk(x, 4))[0] * found[1], 2),
+        (lambda x: (found := torch.topk(x, 4)[0]).view(2, 2) @ found.view(2, 2), 2),
+    ],
+    ids=["in another shape", "a later one", "a single one", "turned", "a part of it", "both", "read twice"],
+)
+def test_one_of_several_outputs_is_handed_on_whole_or_kept(run, calls_left):
+    given, replay, result, calls = recorded(run)
+    assert len(calls) == calls_left
+    for numbers in (-X, X.roll(1, -1)):
+        given.copy_(numbers)
+        replay()
+        torch.testing.assert_close(result, run(numbers), atol=0, rtol=0)
 
 
 def test_weights_may_change_and_move():
@@ -193,10 +214,11 @@ def test_weights_may_change_and_move():
         lambda x: (x * 1).t_().sum(),
         lambda x: torch.topk(x, 2, out=(x.new_empty(1, 2), torch.empty(1, 2, dtype=torch.long)))[0],
         lambda x: torch._foreach_add_([x * 1], 1) or x,
+        lambda x: torch.histogramdd(x.view(2, 2), [2, 2])[0],
     ],
     ids=[
         *("if", "item", "mask", "float", "tolist", "nonzero", "where", "repeat_interleave"),
-        *("in another shape", "several given to write to", "a list written to"),
+        *("in another shape", "several given to write to", "a list written to", "lists in a list"),
     ],
 )
 def test_what_depends_on_numbers_or_changes_more_than_one_is_refused(look):

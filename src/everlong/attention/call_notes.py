@@ -36,7 +36,7 @@ class Note:
     copied : dict of int to Tensor
         What its outputs are copied into, by their numbers; empty: it writes by itself.
     is_single : bool
-        Whether its output is a tensor, not a sequence of them.
+        Whether its output is a tensor, not a tuple or list of them.
     """
 
     call: partial[Any]
@@ -60,17 +60,30 @@ class Note:
         """Return what repeats the call and keeps its outputs."""
         if not self.copied:
             return self.call
-        call, copied = self.call, list(self.copied.items())
+        call, ((number, into), *others) = self.call, self.copied.items()
         if self.is_single:
-            into = self.copied[0]
             return lambda: into.copy_(call())
+        if not others:
+            return lambda: into.copy_(call()[number])
 
         def repeat() -> None:
-            outputs = list(tensors_in(call()))
-            for number, into in copied:
+            outputs = call()
+            for number, into in self.copied.items():
                 into.copy_(outputs[number])
 
         return repeat
+
+    def giving(self, like: Tensor) -> Call:
+        """Return what repeats the call and returns the one output that is wanted, in the shape of `like`."""
+        call, number, shape = self.call, next(iter(self.copied)), like.shape
+        if self.copied[number].shape != shape:
+            return lambda: _of(call(), number).view(shape)
+        return call if self.is_single else lambda: call()[number]
+
+
+def _of(output: Any, number: int) -> Tensor:
+    found: Tensor = output if isinstance(output, Tensor) else output[number]
+    return found
 
 
 def shortest(notes: list[Note], made: dict[int, Tensor], result: Tensor) -> list[Call]:
@@ -124,17 +137,25 @@ def _handed_on(notes: list[Note], inner: Iterable[int]) -> dict[int, int]:
             readers[storage].append(number)
     places: dict[int, int] = {}
     for number, (note, then) in enumerate(pairwise(notes)):
-        if not note.is_single or not note.copied or then.copied:
+        if len(note.copied) != 1 or then.copied:
             continue
-        output = note.copied[0]
+        (output,) = note.copied.values()
         storage = storage_of(output)
         if readers.get(storage) != [number + 1] or storage in then.written:
             continue
         given = [tensor for tensor in then.tensors if storage_of(tensor) == storage]
         where = [place for place, x in enumerate(then.call.args) if x is given[0]]
-        if len(given) == len(where) == 1 and _lies(given[0]) == _lies(output):
+        if len(given) == len(where) == 1 and _is_whole(given[0], output):
             places[number] = where[0]
     return places
+
+
+def _is_whole(view: Tensor, output: Tensor) -> bool:
+    """Whether `view` is all of `output`, in the same order: it may have another shape."""
+    if _lies(view) == _lies(output):
+        return True
+    in_order = view.is_contiguous() and output.is_contiguous() and view.numel() == output.numel()
+    return in_order and view.dtype == output.dtype and view.storage_offset() == output.storage_offset()
 
 
 def _share_memory(notes: list[Note], inner: dict[int, list[Tensor]]) -> None:
@@ -183,7 +204,8 @@ def _joined(notes: list[Note], handed_on: dict[int, int]) -> list[Call]:
     calls: list[Call] = []
     for number, note in enumerate(notes):
         if number - 1 in handed_on:
-            calls.append(_given(note.call, handed_on[number - 1], notes[number - 1].call))
+            place = handed_on[number - 1]
+            calls.append(_given(note.call, place, notes[number - 1].giving(note.call.args[place])))
         elif note.copied and number not in handed_on:
             calls.append(note.storing())
         elif not note.copied:

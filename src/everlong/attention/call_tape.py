@@ -87,11 +87,11 @@ class _Tape(TorchFunctionMode):
         is_single = isinstance(output, Tensor)
         if is_single and (call := self._into(made[0], func, args, kwargs)) is not None:
             self._note(call, read, made)
-        elif len(made) == len(list(tensors_in(output))):
+        elif is_single or len(made) == len(output) == sum(isinstance(x, Tensor) for x in output):
             copied = dict(enumerate(made))
             self._note(partial(func, *args, **kwargs), read, made, copied, is_single)
         else:
-            raise UnsupportedUseError(f"{name}() returns new tensors beside old ones: it cannot be recorded")
+            raise UnsupportedUseError(f"{name}() returns more than new tensors: it cannot be recorded")
         return output
 
     def _own(self, tensor: Tensor) -> Tensor:

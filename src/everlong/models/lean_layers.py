@@ -14,6 +14,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from types import MethodType
 from typing import Any
 
@@ -300,6 +301,12 @@ def _given_the_same(group: list[Any]) -> _Linears | None:
     return _Linears(group, product) if [which for _, which in found] == list(range(len(group))) else None
 
 
+@cache
+def _number(value: float) -> Tensor:
+    """Return a number as a tensor: one for all layers, which is found in a cache of the processor's."""
+    return torch.tensor(value)
+
+
 def _norm(module: Any) -> Any:
     """Return a module's norm, if that is what it computes; None: it is something else."""
     weight, eps = (
@@ -315,7 +322,7 @@ def _norm(module: Any) -> Any:
     with torch.no_grad():
         expected = module(x)
         for adds_one in (False, True):
-            norm = _Norm(module, adds_one, torch.tensor(float(eps)), 1 / len(weight))
+            norm = _Norm(module, adds_one, _number(float(eps)), 1 / len(weight))
             if torch.allclose(norm(x), expected, rtol=tolerance, atol=tolerance / 10):
                 return norm
     return None
