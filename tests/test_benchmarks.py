@@ -46,6 +46,7 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "memories",
         "naive",
         "passkey",
+        "methods",
         "needle",
         "reading_rate",
         "prefetch",
@@ -333,6 +334,50 @@ def test_passkeys_are_looked_for_text_by_text(
     monkeypatch.setattr(script.module, "look", None)
     script.run()
     assert measured(capsys) == []
+
+
+@linux
+@pytest.mark.usefixtures("scripts")
+def test_methods_are_measured_by_the_command_and_shown_side_by_side(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = [
+        "--model",
+        str(folder / "tiny"),
+        "--lengths",
+        "900,1000",
+        "--samples",
+        "2",
+        "--tasks",
+        "passkey,fwe",
+    ]
+    options += [
+        "--methods",
+        "recall,snap-kv",
+        "--set",
+        "window=400",
+        "--set",
+        "budget=400",
+        "--set",
+        "sinks=4",
+    ]
+    script = Script("methods", monkeypatch, tmp_path / "methods.html", *options)
+    script.run()
+    ways = ["stock", "last", "first-and-last", "recall", "snap-kv"]
+    for told in (script.table(0), script.table(2)):
+        assert [way for way, *_ in told] == [*ways[:-1], "snap-kv*"], "it knew the question"
+        assert {cell for _, *cells in told for cell in cells} == {"0"}
+    for length, costs in (("900", script.table(1)), ("1,000", script.table(3))):
+        assert [(way, read) for way, read, *_ in costs] == [
+            *zip(ways, [length, "400", "400", length, length], strict=True)
+        ]
+    page = script.output.with_suffix(".md").read_text()
+    assert "## 1,000 tokens, 2 texts of each kind" in page and page.startswith("# Methods side by side")
+    assert script.output.read_text().startswith("<!DOCTYPE html>")
+    monkeypatch.setattr(script.module.subprocess, "run", lambda *_, **__: None)
+    script.output.with_suffix(".md").unlink()
+    script.run()
+    assert script.output.with_suffix(".md").read_text() == page, "of what was measured into the file"
 
 
 @pytest.mark.usefixtures("scripts")

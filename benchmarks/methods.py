@@ -1,0 +1,94 @@
+"""Every method side by side, in long texts of several kinds: what `everlong bench methods` measures.
+
+    python benchmarks/methods.py                                        # SmolLM2, 4,096 tokens
+    python benchmarks/methods.py --model gemma-3-270m
+    python benchmarks/methods.py --lengths 4k,8k,16k,32k                # the whole: many hours
+
+The command writes its own page, with pictures, and what was measured beside it, as JSON; this script calls it
+and writes a page of tables from that. All registered methods that can run with the model have a window of
+2,048 tokens and read the same texts; stock, which sees all there is, and the stock model on cut texts are
+always among them. Other options are the command's. It can be interrupted and taken up again after each text.
+The first of these takes about 45 minutes with one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS, table
+from passkey import costs
+
+from everlong.evaluation.finding import Found, FoundShare, shares
+from everlong.evaluation.resources import machine_line
+
+TASKS = "passkey,niah,niah_multikey_2,fwe"
+AWARE = "*"
+
+
+def main() -> None:
+    """Measure what is missing, and write the tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--lengths", default="4k")
+    parser.add_argument("--samples", type=int, default=2)
+    parser.add_argument("--tasks", default=TASKS)
+    parser.add_argument("--output", type=Path, help="HTML file (default: results/methods_MODEL.html)")
+    options, others = parser.parse_known_args()
+    output: Path = options.output or RESULTS / f"methods_{Path(options.model).name.partition('-')[0]}.html"
+    command = [sys.executable, "-m", "everlong", "bench", "methods", "--output", output]
+    for name in ("model", "lengths", "samples", "tasks"):
+        command += [f"--{name}", getattr(options, name)]
+    done = subprocess.run([*map(str, command), *others])
+    if done.returncode:
+        raise SystemExit(done.returncode)  # the command has said why
+    saved = json.loads(output.with_suffix(".json").read_text())
+    text = "\n".join(page(saved))
+    output.with_suffix(".md").write_text(text + "\n")
+    print(text)
+
+
+def page(saved: dict[str, Any]) -> list[str]:
+    """Return the lines of the page, of all that was ever measured into one file."""
+    every = shares([Found.restored(row) for row in saved["rows"].values()])
+    lines = [
+        "# Methods side by side",
+        "",
+        *(line for machine in saved["machines"] for line in (machine_line(machine), "")),
+        f"{saved['setting']['model']}; windows of 2,048 tokens, unless a name says otherwise. Percent told "
+        "of what was asked for, mean of the texts; of a passkey, of its digits before the first mistake. "
+        "Stock sees all there is; last and first-and-last are the stock model, the text cut to the window. "
+        f"{AWARE} chose what to keep when it had read the question.",
+    ]
+    for length in sorted({share.length for share in every}):
+        some = [share for share in every if share.length == length]
+        first, samples = some[0].task, some[0].told.samples
+        lines += ["", f"## {length:,} tokens, {samples} texts of each kind", "", *told(some)]
+        lines += ["", f"What that takes ({first}, medians):", ""]
+        lines += table(
+            ["", "read", "seen by a token", "forgotten", "window", "tier", "tokens/s", "ms to write a token"],
+            [costs(share) for share in some if share.task == first],
+        )
+    return lines
+
+
+def told(some: Sequence[FoundShare]) -> list[str]:
+    """Return a table of what was told, a row for each way to read."""
+    tasks = list(dict.fromkeys(share.task for share in some))
+    found = {(share.way, share.task): f"{100 * share.told.mean:.0f}" for share in some}
+    marked = {share.way: share.way + AWARE * share.is_query_aware for share in some}
+    return table(
+        ["", *tasks],
+        [[shown, *(found.get((way, task), "") for task in tasks)] for way, shown in marked.items()],
+    )
+
+
+if __name__ == "__main__":
+    main()
