@@ -374,7 +374,7 @@ def test_methods_are_measured_by_the_command_and_shown_side_by_side(
     page = script.output.with_suffix(".md").read_text()
     assert "## 1,000 tokens, 2 texts of each kind" in page and page.startswith("# Methods side by side")
     assert script.output.read_text().startswith("<!DOCTYPE html>")
-    monkeypatch.setattr(script.module.subprocess, "run", lambda *_, **__: None)
+    monkeypatch.setattr(script.module.subprocess, "run", lambda _: subprocess.CompletedProcess([], 0))
     script.output.with_suffix(".md").unlink()
     script.run()
     assert script.output.with_suffix(".md").read_text() == page, "of what was measured into the file"
