@@ -30,7 +30,7 @@ STEPS, REPEATS = 40, 5
 WEIGHTS = ("float", "int8", "int4")
 KINDS = {
     "products": ("aten::addmm", "aten::mm", "aten::_weight_int8pack_mm", "aten::_weight_int4pack_mm_for_cpu"),
-    "attention": ("aten::_scaled_dot_product_flash_attention_for_cpu",),
+    "attention": ("aten::_scaled_dot_product_flash_attention_for_cpu", "aten::bmm", "aten::_softmax"),
     "head": ("quantized::linear_dynamic_fp16",),
 }
 OTHERS, REST = "other operators", "Python, waking threads"

@@ -68,8 +68,10 @@ def test_each_layer_attends_to_a_window_of_its_own(monkeypatch: pytest.MonkeyPat
 
 def test_both_ways_of_attending_give_the_same() -> None:
     queries, keys, values = torch.randn(1, 6, 1, 8), torch.randn(1, 2, 30, 8), torch.randn(1, 2, 30, 8)
-    folded, grouped = (way(queries, keys, values) for way in (rooflines._folded, rooflines._grouped))
+    ways = rooflines._folded, rooflines._grouped, rooflines._ours
+    folded, grouped, ours = (way(queries, keys, values) for way in ways)
     assert torch.allclose(folded.view(grouped.shape), grouped, atol=1e-6)
+    assert torch.allclose(ours, grouped, atol=1e-6)
 
 
 def test_a_way_of_attending_that_a_device_lacks_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,9 +83,13 @@ def test_a_way_of_attending_that_a_device_lacks_is_left_out(monkeypatch: pytest.
     assert KernelFloor(model, work_of(model), held=20).measure().window > 0
 
 
-def test_the_floor_is_medians_and_the_faster_way_of_attending(monkeypatch: pytest.MonkeyPatch) -> None:
-    windows = {rooflines._folded: iter([5.0, 9.0, 6.0]), rooflines._grouped: iter([8.0, 2.0, 7.0])}
-    products = iter([1.0, 2.0, 3.0, 3.0, 9.0, 3.0])
+def test_the_floor_is_medians_and_the_fastest_way_of_attending(monkeypatch: pytest.MonkeyPatch) -> None:
+    windows = {
+        rooflines._folded: iter([5.0, 9.0, 6.0]),
+        rooflines._grouped: iter([8.0, 2.0, 7.0]),
+        rooflines._ours: iter([9.0, 9.0, 1.0]),
+    }
+    products = iter([1.0, 2.0, 3.0, 3.0, 9.0, 3.0, 3.0, 3.0, 3.0])
     monkeypatch.setattr(
         KernelFloor, "_one_pass", lambda self, way: Floor(next(products), next(windows[way]), 0.5)
     )

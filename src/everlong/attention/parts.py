@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from everlong.attention import few_queries
 from everlong.attention.cuda_parts import fused
 from everlong.attention.positions import working_dtype
 
@@ -116,12 +117,13 @@ def attend(parts: Sequence[Part | Partial], **logits: Unpack[Logits]) -> Tensor:
 
 def attend_all(query: Tensor, keys: Tensor, values: Tensor, **logits: Unpack[Logits]) -> Tensor:
     """Attend to a single part of which every query sees all; parameters and result as of :func:`attend`."""
-    part = Part(query, keys, values)
-    is_plain = logits.get("softcap") is None and logits.get("sink_logits") is None
-    if is_plain and _flash_fits(part) and _flash_takes_grouped_heads():
-        scale = logits["scaling"]
-        output: Tensor = _FLASH_CPU(query, keys, values, 0.0, False, attn_mask=None, scale=scale)[0]
-        return output
+    part, scaling = Part(query, keys, values), logits["scaling"]
+    if logits.get("softcap") is None and logits.get("sink_logits") is None and _flash_fits(part):
+        if few_queries.pays(query, keys, values):
+            return few_queries.attend_few(query, keys, values, scaling)
+        if _flash_takes_grouped_heads():
+            output: Tensor = _FLASH_CPU(query, keys, values, 0.0, False, attn_mask=None, scale=scaling)[0]
+            return output
     return attend([part], **logits)
 
 

@@ -1,0 +1,93 @@
+"""Attention of a few queries to many keys on a CPU: two products, each of which reads its numbers once.
+
+PyTorch's flash kernel lets every head read the keys by itself, also where several heads share them: that is
+most of what it costs to write a token. Products over key-value heads read them once, if they are put as keys
+times queries; for queries times keys MKL has no kernel that keeps up with memory.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+
+import torch
+from torch import Tensor
+
+_MOST_ROWS = 16  # queries of one key-value head
+_LEAST = {"alone": 2**19, "spinning": 2**19, "sleeping": 2**22}
+"""Products of numbers from which on this is faster, by how threads wait: three calls wake them, for one."""
+_LEAST_RUN = 256  # keys of a piece
+
+
+def pays(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
+    """Whether :func:`attend_few` takes tensors like these, and is the faster way.
+
+    Parameters
+    ----------
+    queries : Tensor
+        Shape (batch, heads, n, d).
+    keys, values : Tensor
+        Shape (batch, key-value heads, m, d); nothing needs a gradient.
+    """
+    batch, heads, n, size = queries.shape
+    kv_heads, m = keys.shape[1:3]
+    return (
+        batch * heads * n * m * size >= _LEAST[_waiting()]
+        and heads // kv_heads * n <= _MOST_ROWS
+        and queries.dtype == torch.float32 == keys.dtype
+        and queries.device.type == "cpu"
+        and torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+        and all(batch == 1 or x.stride(0) == kv_heads * x.stride(1) for x in (keys, values))
+    )
+
+
+def attend_few(queries: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+    """Attend to keys all of which every query sees; parameters as of :func:`pays`.
+
+    Returns
+    -------
+    Tensor
+        Shape (batch, heads, n, d).
+    """
+    batch, heads, n, size = queries.shape
+    kv_heads, m = keys.shape[1:3]
+    groups, rows, pieces = batch * kv_heads, heads // kv_heads * n, _pieces(keys, values)
+    keys, values = (_cut(x, pieces) for x in (keys, values))
+    asking = (queries * scaling).reshape(groups, rows, size)
+    if pieces > 1:
+        asking = asking[:, None].expand(-1, pieces, -1, -1).reshape(groups * pieces, rows, size)
+    logits = torch.bmm(keys, asking.transpose(1, 2)).view(groups, m, rows)
+    weights = torch.softmax(logits.transpose(1, 2), -1)
+    if pieces > 1:
+        weights = weights.view(groups, rows, pieces, -1).transpose(1, 2).reshape(groups * pieces, rows, -1)
+    output = torch.bmm(weights, values)
+    if pieces > 1:
+        output = output.view(groups, pieces, rows, -1).sum(1)
+    return output.view(batch, heads, n, -1)
+
+
+def _pieces(keys: Tensor, values: Tensor) -> int:
+    """Return into how many runs the keys of each head are cut, so that threads have equally many of them."""
+    threads, m = torch.get_num_threads(), keys.shape[2]
+    pieces = threads // math.gcd(threads, keys.shape[0] * keys.shape[1])
+    is_whole = all(x.stride(1) == m * x.stride(2) for x in (keys, values))
+    return pieces if is_whole and m % pieces == 0 and m // pieces >= _LEAST_RUN else 1
+
+
+def _cut(x: Tensor, pieces: int) -> Tensor:
+    """Return a view of `x`, shape (batch, heads, m, d), as (batch · heads · pieces, m / pieces, d)."""
+    flat = x.flatten(0, 1)
+    return flat if pieces == 1 else flat.view(len(flat) * pieces, -1, x.shape[3])
+
+
+@functools.cache
+def _sleeps() -> bool:
+    """Whether OpenMP's threads sleep as soon as they have nothing to do: set before PyTorch was imported."""
+    return os.environ.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE"
+
+
+def _waiting() -> str:
+    if torch.get_num_threads() == 1:
+        return "alone"
+    return "sleeping" if _sleeps() else "spinning"
