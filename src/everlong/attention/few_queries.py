@@ -54,9 +54,8 @@ def attend_few(queries: Tensor, keys: Tensor, values: Tensor, scaling: float) ->
     kv_heads, m = keys.shape[1:3]
     groups, rows, pieces = batch * kv_heads, heads // kv_heads * n, _pieces(keys, values)
     keys, values = (_cut(x, pieces) for x in (keys, values))
-    asking = (queries * scaling).reshape(groups, rows, size)
-    if pieces > 1:
-        asking = asking[:, None].expand(-1, pieces, -1, -1).reshape(groups * pieces, rows, size)
+    asking = queries.reshape(groups, 1, rows, size).expand(-1, pieces, -1, -1) * scaling
+    asking = asking.reshape(groups * pieces, rows, size)
     logits = torch.bmm(keys, asking.transpose(1, 2)).view(groups, m, rows)
     weights = torch.softmax(logits.transpose(1, 2), -1)
     if pieces > 1:
