@@ -18,7 +18,7 @@ from passkey import WAYS, counted, found_in
 from real_text import excess_of, number
 from weights import cells
 
-from everlong.evaluation.finding import FoundShare, shares
+from everlong.evaluation.finding import Found, FoundShare, shares
 from everlong.evaluation.needles import Passkey
 from everlong.models.files import human_bytes
 
@@ -33,6 +33,8 @@ SHOWN = {
     "Λ mask without ceiling, 2048": "ablation: Λ mask without ceiling",
 }
 FAR = ("passkey_far", "passkey_farther")
+METHODS = ("methods_smollm2",)
+BASELINES = ("stock", "last", "first-and-last")
 POSITIONS = (2048, 8192, 12288, 16384, 24576, 32768)
 
 
@@ -53,6 +55,8 @@ def with_results(readme: str) -> str:
             *passkeys(),
             "",
             *far_passkeys(),
+            "",
+            *side_by_side(),
             "",
             *speed(),
             "",
@@ -163,6 +167,34 @@ def told_of(digits: int, saved: dict[str, Any]) -> list[FoundShare]:
 def of_texts(share: FoundShare | None) -> str:
     """Say of how many texts all was told."""
     return "" if share is None else counted(share)
+
+
+def side_by_side() -> list[str]:
+    """Every method, in the texts that all have read."""
+    every = [load(name) for name in METHODS]
+    columns: dict[str, dict[str, str]] = {}
+    for saved in every:
+        for share in shares([Found.restored(row) for row in saved["rows"].values()]):
+            column = f"{saved['setting']['model']}: {share.task}, {share.length:,} tokens"
+            columns.setdefault(column, {})[share.way] = f"{100 * share.told.mean:.0f}"
+    ways = sorted({way for column in columns.values() for way in column}, key=_baselines_first)
+    return [
+        "**Side by side.** Every method with a window of 2,048 tokens, as `everlong bench methods` measures "
+        "them: percent told of what was asked for, of a passkey",
+        "of its digits before the first mistake; two texts of each kind, so that all but a few differences are "
+        "within chance. `snap-kv` and `pyramid-kv` knew the question.",
+        "",
+        *table(["", *columns], [[way, *(of.get(way, "") for of in columns.values())] for way in ways]),
+        "",
+        *(
+            source(name, {"machine": saved["machines"][-1]}, "methods")
+            for name, saved in zip(METHODS, every, strict=True)
+        ),
+    ]
+
+
+def _baselines_first(way: str) -> tuple[int, str]:
+    return (BASELINES.index(way) if way in BASELINES else len(BASELINES)), way
 
 
 def speed() -> list[str]:
