@@ -172,19 +172,24 @@ def of_texts(share: FoundShare | None) -> str:
 def side_by_side() -> list[str]:
     """Every method, in the texts that all have read."""
     every = [load(name) for name in METHODS]
-    columns: dict[str, dict[str, str]] = {}
+    columns: dict[str, dict[str, FoundShare]] = {}
     for saved in every:
         for share in shares([Found.restored(row) for row in saved["rows"].values()]):
             column = f"{saved['setting']['model']}: {share.task}, {share.length:,} tokens"
-            columns.setdefault(column, {})[share.way] = f"{100 * share.told.mean:.0f}"
+            columns.setdefault(column, {})[share.way] = share
     ways = sorted({way for column in columns.values() for way in column}, key=_baselines_first)
+    shown = [
+        [way, *(f"{100 * of[way].told.mean:.0f}" if way in of else "" for of in columns.values())]
+        for way in ways
+    ]
+    samples = min(share.told.samples for of in columns.values() for share in of.values())
     return [
         "**Side by side.** Every method with a window of 2,048 tokens, as `everlong bench methods` measures "
         "them: percent told of what was asked for, of a passkey",
-        "of its digits before the first mistake; two texts of each kind, so that all but a few differences are "
-        "within chance. `snap-kv` and `pyramid-kv` knew the question.",
+        f"of its digits before the first mistake. That is of {samples} texts of each kind: small differences "
+        "say nothing. `snap-kv` and `pyramid-kv` knew the question.",
         "",
-        *table(["", *columns], [[way, *(of.get(way, "") for of in columns.values())] for way in ways]),
+        *table(["", *columns], shown),
         "",
         *(
             source(name, {"machine": saved["machines"][-1]}, "methods")
