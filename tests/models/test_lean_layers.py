@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from everlong.attention import FullAttention, LMInfinite, attach
+from everlong.models import lean_layers
 from everlong.models.lean_layers import LeanLayer
 from everlong.models.packed_weights import kernels_missing
 from everlong.models.packing import pack
@@ -201,6 +202,13 @@ def test_norms_and_biases_are_read_as_they_are(family, ran, monkeypatch):
         assert ran and not torch.allclose(before, lean, atol=0.1)
         monkeypatch.setattr(LeanLayer, "_is_whole", lambda self: False)
         close(lean, written(handle))
+
+
+def test_a_number_of_all_norms_is_a_plain_one_wherever_it_was_first_needed():
+    with torch.inference_mode(), torch.device("meta"):
+        number = lean_layers._number(0.12345)
+    assert lean_layers._number(0.12345) is number and number == torch.tensor(0.12345)
+    assert (number.device.type, number.dtype, number.is_inference()) == ("cpu", torch.float32, False)
 
 
 def test_weights_that_are_packed_anew_or_no_longer_are_heeded(ran):

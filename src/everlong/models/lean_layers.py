@@ -303,8 +303,9 @@ def _given_the_same(group: list[Any]) -> _Linears | None:
 
 @cache
 def _number(value: float) -> Tensor:
-    """Return a number as a tensor: one for all layers, which is found in a cache of the processor's."""
-    return torch.tensor(value)
+    """Return a number as a tensor: one for all layers, which the processor's cache holds."""
+    with torch.inference_mode(False):  # it outlives whatever mode it is made in
+        return torch.tensor(value, dtype=torch.float32, device="cpu")
 
 
 def _norm(module: Any) -> Any:
