@@ -5,10 +5,10 @@
     python benchmarks/methods.py --lengths 4k,8k,16k,32k                # the whole: many hours
 
 The command writes its own page, with pictures, and what was measured beside it, as JSON; this script calls it
-and writes a page of tables from that. All registered methods that can run with the model have a window of
-2,048 tokens and read the same texts; stock, which sees all there is, and the stock model on cut texts are
-always among them. Other options are the command's. It can be interrupted and taken up again after each text.
-The first of these takes about 45 minutes with one thread.
+and writes a page of tables from that. All registered methods that can run with the model read the same texts,
+those that have a window with one of 2,048 tokens; stock, which sees all there is, and the stock model on cut
+texts are always among them. Other options are the command's. It can be interrupted and taken up again after
+each text. The first of these takes about half an hour with one thread.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from common import RESULTS, table
-from passkey import costs
+from passkey import costs, counted
 
 from everlong.evaluation.finding import Found, FoundShare, shares
 from everlong.evaluation.resources import machine_line
 
-TASKS = "passkey,niah,niah_multikey_2,fwe"
+TASKS = "passkey,niah"
 AWARE = "*"
 
 
@@ -42,39 +42,48 @@ def main() -> None:
     parser.add_argument("--tasks", default=TASKS)
     parser.add_argument("--output", type=Path, help="HTML file (default: results/methods_MODEL.html)")
     options, others = parser.parse_known_args()
-    output: Path = options.output or RESULTS / f"methods_{Path(options.model).name.partition('-')[0]}.html"
-    command = [sys.executable, "-m", "everlong", "bench", "methods", "--output", output]
+    output: Path = options.output or RESULTS / f"methods_{Path(options.model).name}.html"
+    command = ["everlong", "bench", "methods", *others]
     for name in ("model", "lengths", "samples", "tasks"):
-        command += [f"--{name}", getattr(options, name)]
-    done = subprocess.run([*map(str, command), *others])
+        command += [f"--{name}", str(getattr(options, name))]
+    done = subprocess.run([sys.executable, "-m", *command, "--output", str(output)])
     if done.returncode:
         raise SystemExit(done.returncode)  # the command has said why
     saved = json.loads(output.with_suffix(".json").read_text())
-    text = "\n".join(page(saved))
+    text = "\n".join(page(saved, " ".join(command)))
     output.with_suffix(".md").write_text(text + "\n")
     print(text)
 
 
-def page(saved: dict[str, Any]) -> list[str]:
-    """Return the lines of the page, of all that was ever measured into one file."""
+def page(saved: dict[str, Any], command: str) -> list[str]:
+    """Return the lines of the page, of all that was ever measured into one file.
+
+    Raises
+    ------
+    SystemExit
+        Some of it was measured otherwise: by another number of texts, or with other options.
+    """
+    plans = {key.rpartition(", ")[0] + key.rpartition(" of ")[2] for key in saved["rows"]}
     every = shares([Found.restored(row) for row in saved["rows"].values()])
+    if len(plans) > len(every):
+        raise SystemExit("the file holds rows of several plans: give another --output, or move it away")
     lines = [
         "# Methods side by side",
         "",
         *(line for machine in saved["machines"] for line in (machine_line(machine), "")),
-        f"{saved['setting']['model']}; windows of 2,048 tokens, unless a name says otherwise. Percent told "
-        "of what was asked for, mean of the texts; of a passkey, of its digits before the first mistake. "
-        "Stock sees all there is; last and first-and-last are the stock model, the text cut to the window. "
+        f"{saved['setting']['model']}, by `{command}`. Methods that have a window have one of 2,048 tokens, "
+        "unless the command says otherwise. Of how many texts all was told that was asked for; in brackets "
+        "the mean percentage told, of a passkey of its digits before the first mistake. Stock sees all there "
+        "is; last and first-and-last are the stock model, the text cut to the window. "
         f"{AWARE} chose what to keep when it had read the question.",
     ]
     for length in sorted({share.length for share in every}):
         some = [share for share in every if share.length == length]
-        first, samples = some[0].task, some[0].told.samples
-        lines += ["", f"## {length:,} tokens, {samples} texts of each kind", "", *told(some)]
-        lines += ["", f"What that takes ({first}, medians):", ""]
+        lines += ["", f"## {length:,} tokens", "", *told(some)]
+        lines += ["", f"What that takes ({some[0].task}; medians, by the clock, whatever else ran):", ""]
         lines += table(
             ["", "read", "seen by a token", "forgotten", "window", "tier", "tokens/s", "ms to write a token"],
-            [costs(share) for share in some if share.task == first],
+            [costs(share) for share in some if share.task == some[0].task],
         )
     return lines
 
@@ -82,7 +91,7 @@ def page(saved: dict[str, Any]) -> list[str]:
 def told(some: Sequence[FoundShare]) -> list[str]:
     """Return a table of what was told, a row for each way to read."""
     tasks = list(dict.fromkeys(share.task for share in some))
-    found = {(share.way, share.task): f"{100 * share.told.mean:.0f}" for share in some}
+    found = {(share.way, share.task): f"{counted(share)} [{100 * share.told.mean:.0f}]" for share in some}
     marked = {share.way: share.way + AWARE * share.is_query_aware for share in some}
     return table(
         ["", *tasks],

@@ -65,7 +65,8 @@ def main() -> None:
         f"{options.model}, full windows, recorded steps as generate() runs them (stream() looks at the model "
         "after each piece besides), threads that spin briefly, whatever the line above "
         f"says: milliseconds a step, and calls. Medians of {REPEATS} turns, each of {STEPS} steps timed and "
-        f"{STEPS} profiled; the float head is among the products. Besides: the share of a step that is "
+        f"{STEPS} profiled; the float head is among the products, and what attention does between its "
+        "products and its softmax is among the other operators. Besides: the share of a step that is "
         "neither products nor attention nor head, of the same turn.",
         "",
         *table(

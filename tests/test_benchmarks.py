@@ -366,18 +366,26 @@ def test_methods_are_measured_by_the_command_and_shown_side_by_side(
     ways = ["stock", "last", "first-and-last", "recall", "snap-kv"]
     for told in (script.table(0), script.table(2)):
         assert [way for way, *_ in told] == [*ways[:-1], "snap-kv*"], "it knew the question"
-        assert {cell for _, *cells in told for cell in cells} == {"0"}
+        assert {cell for _, *cells in told for cell in cells} == {"0 of 2 [0]"}
     for length, costs in (("900", script.table(1)), ("1,000", script.table(3))):
         assert [(way, read) for way, read, *_ in costs] == [
             *zip(ways, [length, "400", "400", length, length], strict=True)
         ]
     page = script.output.with_suffix(".md").read_text()
-    assert "## 1,000 tokens, 2 texts of each kind" in page and page.startswith("# Methods side by side")
+    assert "## 1,000 tokens" in page and page.startswith("# Methods side by side")
+    assert "--set window=400" in page, "what was measured, as a command"
     assert script.output.read_text().startswith("<!DOCTYPE html>")
     monkeypatch.setattr(script.module.subprocess, "run", lambda _: subprocess.CompletedProcess([], 0))
     script.output.with_suffix(".md").unlink()
     script.run()
     assert script.output.with_suffix(".md").read_text() == page, "of what was measured into the file"
+    data = script.output.with_suffix(".json")
+    saved = json.loads(data.read_text())
+    row = next(key for key in saved["rows"] if key.startswith("recall") and key.endswith("1 of 2"))
+    for other in (row.replace("1 of 2", "1 of 5"), row.replace("recall [", "recall [0")):
+        data.write_text(json.dumps({**saved, "rows": {**saved["rows"], other: saved["rows"][row]}}))
+        with pytest.raises(SystemExit, match="several plans"):
+            script.run()
 
 
 @pytest.mark.usefixtures("scripts")

@@ -176,8 +176,18 @@ def test_what_only_the_next_call_reads_is_handed_on_to_it():
         (lambda x: torch.topk(x, 4)[0][:, 1:].exp(), 2),
         (lambda x: (found := torch.topk(x, 4))[0] * found[1], 2),
         (lambda x: (found := torch.topk(x, 4)[0]).view(2, 2) @ found.view(2, 2), 2),
+        (lambda x: (F.embedding(INDEX, torch.complex(x, x * 2).T).view(1, 2).conj() * 1).imag + 0, 5),
     ],
-    ids=["in another shape", "a later one", "a single one", "turned", "a part of it", "both", "read twice"],
+    ids=[
+        "in another shape",
+        "a later one",
+        "a single one",
+        "turned",
+        "a part of it",
+        "both",
+        "read twice",
+        "conjugate",
+    ],
 )
 def test_one_of_several_outputs_is_handed_on_whole_or_kept(run, calls_left):
     given, replay, result, calls = recorded(run)

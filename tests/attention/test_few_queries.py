@@ -62,14 +62,24 @@ def test_keys_are_cut_where_threads_would_have_unequal_shares_and_only_what_lies
     threads(2)
     assert pieces(*tensors(1, (3, 3), m=510)[1:]) == 1, "too short to be cut"
     assert pieces(*tensors(1, (3, 3), m=2047)[1:]) == 1
+    threads(16)
+    assert pieces(*tensors(1, (3, 3), m=2048)[1:]) == 8, "as many as are long enough"
 
 
 @pytest.mark.parametrize(
-    ("waiting", "count", "least"),
-    [("", 1, 2**19), ("", 2, 2**19), ("passive", 2, 2**22), ("PASSIVE", 1, 2**19)],
+    ("waiting", "turns", "count", "least"),
+    [
+        *(("", None, 1, 2**19), ("", None, 2, 2**19), ("passive", None, 2, 2**22)),
+        *(("PASSIVE", None, 1, 2**19), ("PASSIVE", "5000", 2, 2**19), ("", "0", 2, 2**22)),
+    ],
 )
-def test_it_pays_from_some_work_on_and_later_where_threads_sleep(waiting, count, least, threads, monkeypatch):
+def test_it_pays_from_some_work_on_and_later_where_threads_sleep(
+    waiting, turns, count, least, threads, monkeypatch
+):
     monkeypatch.setenv("OMP_WAIT_POLICY", waiting)
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    if turns is not None:
+        monkeypatch.setenv("GOMP_SPINCOUNT", turns)
     few_queries._sleeps.cache_clear()
     try:
         threads(count)
@@ -87,17 +97,20 @@ def test_it_pays_from_some_work_on_and_later_where_threads_sleep(waiting, count,
     [
         lambda queries, keys, values: (queries.double(), keys.double(), values.double()),
         lambda queries, keys, values: (queries.bfloat16(), keys.bfloat16(), values.bfloat16()),
+        lambda queries, keys, values: (queries, keys, values.bfloat16()),
         lambda queries, keys, values: (queries.expand(-1, -1, 30, -1), keys, values),
         lambda queries, keys, values: (queries, keys.transpose(0, 1).contiguous().transpose(0, 1), values),
         lambda queries, keys, values: (queries.to("meta"), keys.to("meta"), values.to("meta")),
     ],
-    ids=["float64", "bfloat16", "many queries", "rows that lie apart", "another device"],
+    ids=["float64", "bfloat16", "other values", "many queries", "rows that lie apart", "another device"],
 )
 def test_other_tensors_are_left_to_other_kernels(other, monkeypatch):
     monkeypatch.setattr(few_queries, "_LEAST", dict.fromkeys(few_queries._LEAST, 0))
     given = tensors(2, (4, 2))
     assert pays(*given) == HAS_MKL
     assert not pays(*other(*given))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not pays(*given), "its products would be in bfloat16"
 
 
 def test_caps_sinks_and_gradients_are_left_to_other_kernels(monkeypatch):
@@ -113,25 +126,29 @@ def test_caps_sinks_and_gradients_are_left_to_other_kernels(monkeypatch):
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
 @pytest.mark.parametrize("rows", [1, 2])
-@pytest.mark.parametrize("count", [1, 2])
-def test_steps_give_what_they_give_by_the_flash_kernel(family, rows, count, threads, monkeypatch):
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_steps_give_what_they_give_by_the_flash_kernel_recorded_too(
+    family, rows, count, threads, monkeypatch
+):
     threads(count)
-    model, ids = tiny.build(family), tiny.random_ids(rows, 80)
-    taken = []
+    model, ids = tiny.build(family), tiny.random_ids(rows, 90)
+    cut = []
 
-    def noting(*given):
-        taken.append(given)
-        return attend_few(*given)
+    def noting(keys, values, pieces=few_queries._pieces):
+        cut.append(pieces(keys, values))
+        return cut[-1]
 
     def written():
         with attach(model, LMInfinite(window=16, sinks=2)) as handle, torch.no_grad():
             cache = handle.new_cache()
             handle.model(ids[:, :20], **tiny.cached(cache))
-            steps = [handle.model(ids[:, at : at + 1], **tiny.cached(cache)).logits for at in range(20, 80)]
+            steps = [handle.step(cache, ids[:, at : at + 1]) for at in range(20, 90)]
+            assert cache.recorded.replay is not None
         return torch.cat(steps, 1)
 
     expected = written()
     monkeypatch.setattr(few_queries, "pays", lambda *_: True)
-    monkeypatch.setattr(few_queries, "attend_few", noting)
+    monkeypatch.setattr(few_queries, "_LEAST_RUN", 1)
+    monkeypatch.setattr(few_queries, "_pieces", noting)
     torch.testing.assert_close(written(), expected, atol=1e-4, rtol=1e-4)
-    assert taken
+    assert (max(cut) > 1) == (count > 1)

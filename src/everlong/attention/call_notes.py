@@ -155,7 +155,7 @@ def _is_whole(view: Tensor, output: Tensor) -> bool:
     if _lies(view) == _lies(output):
         return True
     in_order = view.is_contiguous() and output.is_contiguous() and view.numel() == output.numel()
-    return in_order and view.dtype == output.dtype and view.storage_offset() == output.storage_offset()
+    return in_order and _is_read(view) == _is_read(output)
 
 
 def _share_memory(notes: list[Note], inner: dict[int, list[Tensor]]) -> None:
@@ -258,11 +258,9 @@ def storage_of(tensor: Tensor) -> int:
 
 def _lies(tensor: Tensor) -> tuple[Any, ...]:
     """Return how a tensor lies in its memory, and is to be understood."""
-    return (
-        tensor.storage_offset(),
-        tensor.shape,
-        tensor.stride(),
-        tensor.dtype,
-        tensor.is_conj(),
-        tensor.is_neg(),
-    )
+    return tensor.shape, tensor.stride(), *_is_read(tensor)
+
+
+def _is_read(tensor: Tensor) -> tuple[Any, ...]:
+    """Return where a tensor begins in its memory, and how its numbers are to be understood."""
+    return tensor.storage_offset(), tensor.dtype, tensor.is_conj(), tensor.is_neg()
