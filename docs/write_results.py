@@ -182,8 +182,8 @@ def side_by_side() -> list[str]:
     return [
         "**Side by side.** Every method as `everlong bench methods` measures it, those that have a window "
         "with one of 2,048 tokens: of how many texts all was told",
-        "that was asked for. So few texts tell methods that find from those that do not, no more. `snap-kv` and "
-        "`pyramid-kv` knew the question; `linear` and `yarn`",
+        "that was asked for. So few texts tell methods that find from those that do not, no more. `snap-kv` "
+        "and `pyramid-kv` knew the question; `linear` and `yarn`",
         "stretch positions four times, which these models do not need at this length.",
         "",
         *table(["", *columns], shown),
