@@ -33,7 +33,7 @@ SHOWN = {
     "Λ mask without ceiling, 2048": "ablation: Λ mask without ceiling",
 }
 FAR = ("passkey_far", "passkey_farther")
-METHODS = ("methods_smollm2-135m",)
+METHODS = ("methods_smollm2-135m", "methods_gemma-3-270m")
 BASELINES = ("stock", "last", "first-and-last")
 POSITIONS = (2048, 8192, 12288, 16384, 24576, 32768)
 
