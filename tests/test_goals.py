@@ -84,7 +84,7 @@ def test_goals_measures_ours_and_says_that_llama_is_not_there(
     assert stock[1].startswith(f"{seconds[0] / seconds[1]:.1f}x (")
     assert reached["state of one session", "stock cache at 1,500"] == ["≤ 1/15", "1/30.0"]
     step = reached["a step of writing", "its kernels alone"]
-    assert step[1].startswith(f"{rows[1]['step_to_floor']:.2f}x (memory bus: ")
+    assert step[1].startswith(f"{rows[1]['step_to_floor']:.2f}x as Python calls them (memory bus: ")
     assert goals.table(1)[0][0].startswith("llama.cpp: not measured")
     assert [row[0] for row in goals.table(1)[1:]] == [
         "ours, a full window of 30",
@@ -129,6 +129,21 @@ def test_a_million_tokens_are_another_scripts(tmp_path: Path) -> None:
     row = {"milliseconds": [2.0, 2.5]}
     saved = {"rows": {"LM-Infinite": row}, "setting": {"tokens": 1000, "settled": 20}}
     assert million(saved).startswith("1.25x (the 1,000th against the 20th")
+
+
+@pytest.mark.usefixtures("scripts")
+def test_a_step_is_set_beside_what_its_kernels_take_within_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    goals = importlib.import_module("goals")
+    monkeypatch.setattr(goals, "RESULTS", tmp_path)
+    options = types.SimpleNamespace(model="a-model", weights="int4", window=2048)
+    assert goals.within_a_step(options) == "", "not profiled"
+    saved = {"setting": {"model": "a-model"}, "rows": {"int4, 2048": {"besides": 0.2}}}
+    (tmp_path / "profile_step.json").write_text(json.dumps(saved))
+    assert goals.within_a_step(options).startswith(", 1.25x of what they take within it, [profile_step.md]")
+    for other in ({"model": "another"}, {"weights": "int8"}, {"window": 1024}):
+        assert goals.within_a_step(types.SimpleNamespace(**{**vars(options), **other})) == ""
 
 
 # --- guessing ahead -----------------------------------------------------------------------------------
