@@ -193,7 +193,7 @@ def asking(
                     "prompt": one.prompt,
                     "kind": one.kind,
                     "document": one.document,
-                    "memories": answer.memories,
+                    "memories": list(answer.memories),  # as they are kept
                     "answer": answer.text.strip(),
                     "right": None if one.probe is None else is_answer(answer.text, one.probe),
                 }

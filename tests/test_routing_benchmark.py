@@ -31,8 +31,10 @@ def test_every_way_is_asked_once_and_what_it_chose_is_shown(
     script.run("--documents", "2", "--probes", "2")
     asked = [f"{what}, {way}" for way in module.WAYS for what in ("asked", "read")]
     assert measured(capsys) == ["learned 0", "learned 1", *asked] == list(script.rows)
+    page = script.output.with_suffix(".md").read_text()
     script.run("--documents", "2", "--probes", "2")
     assert not measured(capsys)
+    assert script.output.with_suffix(".md").read_text() == page, "of kept rows as of fresh ones"
 
     by_pairs = [row for row in script.rows[f"asked, {module.BY_PAIRS}"] if row["document"] is not None]
     assert all(row["memories"] == [f"document-{row['document']}"] for row in by_pairs if row["memories"])
