@@ -93,7 +93,7 @@ def main() -> None:
     found["together"] = rows.get("together", lambda: once("together"))
     for method in METHODS:
         found[f"whole {method}"] = rows.get(f"whole {method}", lambda m=method: once(f"whole {m}"))
-    rows.write_table("Goals of speed, and what was reached", page(options, found, bounded(), why))
+    rows.write_table("Goals of speed, and what was reached", page(options, found, bounded(options), why))
 
 
 def gguf_of(model: str) -> Path | None:
@@ -185,9 +185,9 @@ ONCE: dict[str, Callable[[Any], Any]] = {
 """What is measured in a process of its own."""
 
 
-def bounded() -> Any:
-    """Return what `bounded.py` measured, if it has."""
-    path = RESULTS / "bounded.json"
+def bounded(options: Any) -> Any:
+    """Return what `bounded.py` measured, if it has, on this machine: it lies beside our own output."""
+    path = options.output.with_name("bounded.json")
     return json.loads(path.read_text()) if path.exists() else None
 
 
@@ -305,7 +305,7 @@ def goals(options: Any, found: dict[str, Any], bounded: Any, why: str | None) ->
 
 def within_a_step(options: Any) -> str:
     """Say how much longer a step is than its kernels take within it, by another script's measurement."""
-    path, key = RESULTS / "profile_step.json", f"{options.weights}, {options.window}"
+    path, key = options.output.with_name("profile_step.json"), f"{options.weights}, {options.window}"
     saved = json.loads(path.read_text()) if path.exists() else {"setting": None, "rows": {}}
     if saved["setting"] != {"model": options.model} or key not in saved["rows"]:
         return ""

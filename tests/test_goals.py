@@ -124,20 +124,20 @@ def test_goals_measures_llama_as_soon_as_it_is_there(
 
 @pytest.mark.usefixtures("scripts")
 def test_a_million_tokens_are_another_scripts(tmp_path: Path) -> None:
-    million = importlib.import_module("goals").million
-    assert million(None) == "not measured: run bounded.py"
+    goals = importlib.import_module("goals")
+    options = types.SimpleNamespace(output=tmp_path / "goals.json")
+    assert goals.million(goals.bounded(options)) == "not measured: run bounded.py"
     row = {"milliseconds": [2.0, 2.5]}
     saved = {"rows": {"LM-Infinite": row}, "setting": {"tokens": 1000, "settled": 20}}
-    assert million(saved).startswith("1.25x (the 1,000th against the 20th")
+    (tmp_path / "bounded.json").write_text(json.dumps(saved))
+    assert goals.million(goals.bounded(options)).startswith("1.25x (the 1,000th against the 20th")
 
 
 @pytest.mark.usefixtures("scripts")
-def test_a_step_is_set_beside_what_its_kernels_take_within_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_is_set_beside_what_its_kernels_take_within_it(tmp_path: Path) -> None:
     goals = importlib.import_module("goals")
-    monkeypatch.setattr(goals, "RESULTS", tmp_path)
-    options = types.SimpleNamespace(model="a-model", weights="int4", window=2048)
+    output = tmp_path / "goals.json"
+    options = types.SimpleNamespace(model="a-model", weights="int4", window=2048, output=output)
     assert goals.within_a_step(options) == "", "not profiled"
     saved = {"setting": {"model": "a-model"}, "rows": {"int4, 2048": {"besides": 0.2}}}
     (tmp_path / "profile_step.json").write_text(json.dumps(saved))

@@ -21,6 +21,13 @@ def threads():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(params=[True, False], ids=["keys times queries", "queries times keys"])
+def keys_first(request, monkeypatch):
+    """Let the products be those of one or the other processor."""
+    monkeypatch.setattr(few_queries, "_has_avx512", lambda: request.param)
+    return request.param
+
+
 def tensors(batch=2, heads=(6, 3), n=1, m=512, size=8, room=0):
     """Queries, keys and values, in memory for some keys more."""
     torch.manual_seed(0)
@@ -42,13 +49,20 @@ def one_softmax(queries, keys, values):
 @pytest.mark.parametrize(
     ("m", "room"), [(1024, 0), (1023, 0), (1024, 5), (3, 0)], ids=["cut", "odd", "a part", "few keys"]
 )
-def test_it_is_one_softmax_however_keys_are_cut(m, room, n, count, heads, threads):
+def test_it_is_one_softmax_however_keys_are_cut(m, room, n, count, heads, threads, keys_first):
     threads(count)
     for batch in (1, 2):
         given = tensors(batch, heads, n, m, room=room)
         expected = one_softmax(*given)
         assert attend_few(*given, SCALING).shape == expected.shape
         torch.testing.assert_close(attend_few(*given, SCALING).double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_products_are_those_that_are_fast_here(keys_first, monkeypatch):
+    monkeypatch.setattr(few_queries, "_keys_by_queries", lambda asking, *_: torch.zeros_like(asking))
+    monkeypatch.setattr(few_queries, "_queries_by_keys", lambda asking, *_: torch.ones_like(asking))
+    for size, expected in ((64, 0 if keys_first else 1), (65, 0)):
+        assert (attend_few(*tensors(size=size), SCALING) == expected).all()
 
 
 def test_keys_are_cut_where_threads_would_have_unequal_shares_and_only_what_lies_whole(threads):
@@ -128,7 +142,7 @@ def test_caps_sinks_and_gradients_are_left_to_other_kernels(monkeypatch):
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("count", [1, 3, 8])
 def test_steps_give_what_they_give_by_the_flash_kernel_recorded_too(
-    family, rows, count, threads, monkeypatch
+    family, rows, count, threads, monkeypatch, keys_first
 ):
     threads(count)
     model, ids = tiny.build(family), tiny.random_ids(rows, 90)
@@ -151,4 +165,4 @@ def test_steps_give_what_they_give_by_the_flash_kernel_recorded_too(
     monkeypatch.setattr(few_queries, "_LEAST_RUN", 1)
     monkeypatch.setattr(few_queries, "_pieces", noting)
     torch.testing.assert_close(written(), expected, atol=1e-4, rtol=1e-4)
-    assert (max(cut) > 1) == (count > 1)
+    assert (max(cut, default=1) > 1) == (keys_first and count > 1)

@@ -1,8 +1,8 @@
 """Attention of a few queries to many keys on a CPU: two products, each of which reads its numbers once.
 
 PyTorch's flash kernel lets every head read the keys by itself, also where several heads share them: that is
-most of what it costs to write a token. Products over key-value heads read them once, if they are put as keys
-times queries; for queries times keys MKL has no kernel that keeps up with memory.
+most of what it costs to write a token. Products over key-value heads read them once, if they are put as MKL
+has a fast kernel for them: keys times queries with AVX-512 or for large heads, queries times keys otherwise.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ _LEAST = {"alone": 2**19, "spinning": 2**19, "sleeping": 2**22}
 """Products of numbers from which on this is faster, by how threads wait: three calls wake them, for one.
 Tried on a CPU of two cores with AVX-512, with one thread and with two, in recorded steps."""
 _LEAST_RUN = 256  # keys of a piece
+_SMALL_HEAD = 64
 
 
 def pays(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
@@ -53,19 +54,30 @@ def attend_few(queries: Tensor, keys: Tensor, values: Tensor, scaling: float) ->
         Shape (batch, heads, n, d).
     """
     batch, heads, n, size = queries.shape
-    kv_heads, m = keys.shape[1:3]
-    groups, rows, pieces = batch * kv_heads, heads // kv_heads * n, _pieces(keys, values)
+    asking = queries.reshape(batch * keys.shape[1], -1, size)
+    by_products = _keys_by_queries if size > _SMALL_HEAD or _has_avx512() else _queries_by_keys
+    return by_products(asking, keys, values, scaling).view(batch, heads, n, -1)
+
+
+def _queries_by_keys(asking: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+    """Attend; `asking` has shape (batch · key-value heads, rows, d), as has what is returned."""
+    keys, values = keys.flatten(0, 1), values.flatten(0, 1)
+    weights = torch.softmax(torch.bmm(asking * scaling, keys.transpose(1, 2)), -1)
+    return torch.bmm(weights, values)
+
+
+def _keys_by_queries(asking: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+    """Attend; the keys of each head are cut where threads would have unequal shares."""
+    (groups, rows, size), m, pieces = asking.shape, keys.shape[2], _pieces(keys, values)
     keys, values = (_cut(x, pieces) for x in (keys, values))
-    asking = queries.reshape(groups, 1, rows, size).expand(-1, pieces, -1, -1) * scaling
+    asking = asking.unsqueeze(1).expand(-1, pieces, -1, -1) * scaling
     asking = asking.reshape(groups * pieces, rows, size)
     logits = torch.bmm(keys, asking.transpose(1, 2)).view(groups, m, rows)
     weights = torch.softmax(logits.transpose(1, 2), -1)
     if pieces > 1:
         weights = weights.view(groups, rows, pieces, -1).transpose(1, 2).reshape(groups * pieces, rows, -1)
     output = torch.bmm(weights, values)
-    if pieces > 1:
-        output = output.view(groups, pieces, rows, -1).sum(1)
-    return output.view(batch, heads, n, -1)
+    return output if pieces == 1 else output.view(groups, pieces, rows, -1).sum(1)
 
 
 def _pieces(keys: Tensor, values: Tensor) -> int:
@@ -82,6 +94,11 @@ def _cut(x: Tensor, pieces: int) -> Tensor:
     """Return a view of `x`, shape (batch, heads, m, d), as (batch · heads · pieces, m / pieces, d)."""
     flat = x.flatten(0, 1)
     return flat if pieces == 1 else flat.view(len(flat) * pieces, -1, x.shape[3])
+
+
+@functools.cache
+def _has_avx512() -> bool:
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 @functools.cache

@@ -57,8 +57,9 @@ class _Norm:
     share: float
 
     def __call__(self, x: Tensor) -> Tensor:
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=self.eps.dtype)
-        inverse = torch.addcmul(self.eps, length, length, value=self.share).rsqrt_()
+        rows = x.to(self.eps.dtype).reshape(-1, 1, x.shape[-1])
+        squares = torch.baddbmm(self.eps, rows, rows.transpose(1, 2), alpha=self.share)  # one call, not two
+        inverse = squares.rsqrt_().view(*x.shape[:-1], 1)
         weight = self.module._parameters["weight"]
         assert weight is not None
         return (x * inverse).mul_(1 + weight if self.adds_one else weight).to(x.dtype)
