@@ -33,6 +33,7 @@ SHOWN = {
     "Λ mask without ceiling, 2048": "ablation: Λ mask without ceiling",
 }
 FAR = ("passkey_far", "passkey_farther")
+PROCESSORS = {"goals": "AVX-512", "avx2/goals": "AVX2"}
 METHODS = ("methods_smollm2-135m", "methods_gemma-3-270m")
 BASELINES = ("stock", "last", "first-and-last")
 POSITIONS = (2048, 8192, 12288, 16384, 24576, 32768)
@@ -286,20 +287,33 @@ def writing() -> list[str]:
 
 
 def goals() -> list[str]:
-    """What speed is to reach, and what it has reached."""
-    page = (RESULTS / "goals.md").read_text().splitlines()
-    start = next(number for number, line in enumerate(page) if line.startswith("|"))
-    shown = page[start : page.index("", start)]
+    """What speed is to reach, and what it has reached, on processors with and without AVX-512."""
+    (heading, *with_it), (_, *without) = map(reached, PROCESSORS)
+    assert [cells[:3] for cells in with_it] == [cells[:3] for cells in without]
     return [
         "**Goals of speed**, LM-Infinite in 4 bits and a window of 2,048, threads as the command line sets "
-        "them:",
+        "them; two machines of 2 cores each, one with AVX-512 and one with AVX2 only:",
         "",
-        *(re.sub(r"\]\((\w+\.md)\)", r"](benchmarks/results/\1)", line) for line in shown),
+        *table(
+            [*heading[:3], *(f"{heading[3]}, {name}" for name in PROCESSORS.values())],
+            [[*ours, other[3]] for ours, other in zip(with_it, without, strict=True)],
+        ),
         "",
-        "Where a step's time goes: [profile_step.md](benchmarks/results/profile_step.md). What guessing",
+        "Where a step's time goes: [with AVX-512](benchmarks/results/profile_step.md), "
+        "[with AVX2](benchmarks/results/avx2/profile_step.md). What guessing",
         "ahead saves: [speculation.md](benchmarks/results/speculation.md).",
-        source("goals", load("goals")),
+        *(source(name, load(name), "goals") for name in PROCESSORS),
     ]
+
+
+def reached(name: str) -> list[list[str]]:
+    """Return the cells of a page of goals, its links as seen from the README; the headings first."""
+    path = RESULTS / f"{name}.md"
+    lines = path.read_text().splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("|"))
+    heading, _, *rows = lines[start : lines.index("", start)]
+    linked = (re.sub(r"\]\((\w+\.md)\)", rf"]({path.parent.relative_to(ROOT)}/\1)", row) for row in rows)
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in (heading, *linked)]
 
 
 def bounded() -> list[str]:

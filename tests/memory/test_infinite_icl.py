@@ -318,11 +318,10 @@ def test_a_text_with_nothing_in_it_is_refused(model: AttachedModel, text: str) -
 # --- accounts -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("selection", ["gain", "random", "all"])
-def test_the_accounts_add_up(model: AttachedModel, selection: str) -> None:
-    recipe = recipe_of(
-        generators=("cloze",), selection=selection, passes=1, targets="soft", budget=60, coverage=0
-    )
+@pytest.mark.parametrize(("selection", "written"), [("gain", 0), ("random", 0), ("all", 0), ("gain", 1)])
+def test_the_accounts_add_up(model: AttachedModel, selection: str, written: int) -> None:
+    given = {"selection": selection, "continuations": written, "budget": 60, "coverage": 0}
+    recipe = recipe_of(generators=("cloze",), passes=1, targets="soft", **given)
     seen: list[LearnProgress] = []
     progress = InfiniteICL(model, recipe, force=True).learn(TEXT, on_progress=seen.append)
     account = progress.account
@@ -346,7 +345,8 @@ def test_the_accounts_add_up(model: AttachedModel, selection: str) -> None:
     assert (last.pairs, last.kept, last.dropped) == (account.elicited, account.kept, dict(account.dropped))
     fractions = [one.fraction for one in seen]
     assert fractions == sorted(fractions) and fractions[0] >= 0
-    assert {one.stage for one in seen} == {"elicit", "teach", "learn", "done"}
+    stages = ["elicit", "teach", *(["write"] if written else []), "learn"]
+    assert list(dict.fromkeys(one.stage for one in seen)) == [*stages, "done"]
     assert all((one.loss is not None) == (one.stage == "learn") for one in seen)
 
 

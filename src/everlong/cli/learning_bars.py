@@ -13,7 +13,13 @@ from everlong.cli.terminal import duration
 if TYPE_CHECKING:
     from everlong.memory.progress import LearnProgress
 
-_WORDS = {"elicit": "asking", "teach": "answering", "learn": "learning", "done": "learned"}
+_WORDS = {
+    "elicit": "asking",
+    "teach": "answering",
+    "write": "writing on",
+    "learn": "learning",
+    "done": "learned",
+}
 
 
 @contextmanager

@@ -280,6 +280,8 @@ class InfiniteICL:
         recipe, draws = self.recipe, random.Random(self.seed + segment.number)
         held = draws.sample(range(len(lessons)), int(recipe.held_out * len(lessons)))
         learned = [lesson for number, lesson in enumerate(lessons) if number not in held]
+        if recipe.continuations:
+            report("write", segment.number, 0.35)
         beside = (
             rehearsed(state.pool, self._turns, recipe.replay * sum(map(len, lessons)), draws),
             dealt(self._anchors(), self._turns),

@@ -16,7 +16,7 @@ from everlong.memory.lessons import Lesson, lessons_restored, lessons_state
 from everlong.memory.pairs import Pair
 from everlong.memory.segments import Segment
 
-Stage = Literal["elicit", "teach", "learn", "done"]
+Stage = Literal["elicit", "teach", "write", "learn", "done"]
 """What is being done with a segment."""
 
 
@@ -26,7 +26,7 @@ class LearnProgress:
 
     Attributes
     ----------
-    stage : {"elicit", "teach", "learn", "done"}
+    stage : {"elicit", "teach", "write", "learn", "done"}
         What is being done with the segment.
     segment, segments : int
         Its number, and how many there are.
