@@ -9,8 +9,9 @@ threads; and the whole prefill of 32,768 tokens, once each. About 20 minutes on 
 quiet. Every row is kept, so it can be interrupted.
 
 llama.cpp (the package llama-cpp-python) is looked for in ``.venv-llama``; ``--build-llama`` builds it there,
-which takes minutes and a compiler. Without it the page says so. What a million tokens cost is taken from what
-``bounded.py`` measured.
+which takes minutes and a compiler. Without it the page says so. What a million tokens cost, and what kernels
+take within a step, is taken from what ``bounded.py`` and ``profile_step.py`` wrote beside our output; another
+machine has a folder of its own (``--output benchmarks/results/avx2/goals.json``, and theirs there, too).
 """
 
 from __future__ import annotations
@@ -186,7 +187,7 @@ ONCE: dict[str, Callable[[Any], Any]] = {
 
 
 def bounded(options: Any) -> Any:
-    """Return what `bounded.py` measured, if it has, on this machine: it lies beside our own output."""
+    """Return what `bounded.py` measured, if that lies beside our own output."""
     path = options.output.with_name("bounded.json")
     return json.loads(path.read_text()) if path.exists() else None
 

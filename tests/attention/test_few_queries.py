@@ -146,7 +146,11 @@ def test_steps_give_what_they_give_by_the_flash_kernel_recorded_too(
 ):
     threads(count)
     model, ids = tiny.build(family), tiny.random_ids(rows, 90)
-    cut = []
+    cut, ways = [], []
+
+    def noted(name):
+        way = getattr(few_queries, name)
+        monkeypatch.setattr(few_queries, name, lambda *given: ways.append(name) or way(*given))
 
     def noting(keys, values, pieces=few_queries._pieces):
         cut.append(pieces(keys, values))
@@ -164,5 +168,8 @@ def test_steps_give_what_they_give_by_the_flash_kernel_recorded_too(
     monkeypatch.setattr(few_queries, "pays", lambda *_: True)
     monkeypatch.setattr(few_queries, "_LEAST_RUN", 1)
     monkeypatch.setattr(few_queries, "_pieces", noting)
+    for name in ("_keys_by_queries", "_queries_by_keys"):
+        noted(name)
     torch.testing.assert_close(written(), expected, atol=1e-4, rtol=1e-4)
+    assert set(ways) == {"_keys_by_queries" if keys_first else "_queries_by_keys"}
     assert (max(cut, default=1) > 1) == (keys_first and count > 1)

@@ -1,7 +1,10 @@
 import json
+from typing import get_args
 
 import pytest
 
+from everlong.cli import learning_bars
+from everlong.memory.progress import Stage
 from everlong.memory.store import MemoryStore
 
 TEXT = "Orla Finch keeps bees in Sligo. She sells honey to Bennet. Her brother paints boats."
@@ -32,6 +35,13 @@ def test_files_become_a_memory_that_the_other_commands_use(everlong, home, handb
         result = everlong(command[0], *command[1:], *words)
         assert result.code == 0, result.err
     assert everlong("chat", *words, stdin="Who?\n").code == 0
+
+
+def test_every_stage_of_learning_is_told(everlong, home, handbook):
+    assert set(learning_bars._WORDS) == set(get_args(Stage))
+    done = everlong("memorize", handbook, "--name", "handbook", *FAST, "--set", "continuations=1")
+    told = [done.err.find(f"segment 1 of 1: {word};") for word in learning_bars._WORDS.values()]
+    assert told == sorted(told) and told[0] >= 0, done.err
 
 
 def test_what_is_not_covered_is_told(everlong, home, handbook):

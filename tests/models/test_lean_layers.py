@@ -129,6 +129,16 @@ def test_a_norm_of_another_kind_is_left_to_the_model(ran):
     assert not ran
 
 
+def test_autocast_takes_the_models_own_code(ran):
+    model = tiny.build("llama")
+    with torch.autocast("cpu", torch.bfloat16), attached(model) as handle:
+        written(handle)
+        assert not ran, "its norms would be rounded"
+        with torch.autocast("cpu", enabled=False):
+            written(handle)
+        assert ran, "they were found nevertheless"
+
+
 def test_several_tokens_and_gradients_take_the_models_own_code(ran):
     model = tiny.build("llama")
     with attached(model) as handle:

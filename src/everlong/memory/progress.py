@@ -27,7 +27,7 @@ class LearnProgress:
     Attributes
     ----------
     stage : {"elicit", "teach", "write", "learn", "done"}
-        What is being done with the segment.
+        What is being done with the segment; "write": the model writes on after it, to be held to that.
     segment, segments : int
         Its number, and how many there are.
     pairs, kept : int

@@ -58,7 +58,9 @@ class _Norm:
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.to(self.eps.dtype).reshape(-1, 1, x.shape[-1])
-        squares = torch.baddbmm(self.eps, rows, rows.transpose(1, 2), alpha=self.share)  # one call, not two
+        squares = torch.baddbmm(
+            self.eps, rows, rows.transpose(1, 2), alpha=self.share
+        )  # and eps, in one call
         inverse = squares.rsqrt_().view(*x.shape[:-1], 1)
         weight = self.module._parameters["weight"]
         assert weight is not None
@@ -152,6 +154,7 @@ class LeanLayer:
             or rows > MOST_ROWS
             or attend is None
             or torch.is_grad_enabled()
+            or torch.is_autocast_enabled("cpu")  # norms are products here, which it would round
             or hidden_states.device.type != "cpu"
             or not self._is_whole()
         ):
@@ -321,7 +324,7 @@ def _norm(module: Any) -> Any:
         return None
     x = torch.linspace(-2, 3, 2 * len(weight), device=weight.device).to(weight.dtype).view(2, -1)
     tolerance = 1e-5 if weight.dtype == torch.float32 else 2.0**-6
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
         expected = module(x)
         for adds_one in (False, True):
             norm = _Norm(module, adds_one, _number(float(eps)), 1 / len(weight))
