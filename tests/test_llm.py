@@ -10,6 +10,7 @@ import torch
 from everlong.attention import FullAttention, LMInfinite, Recall, StreamingLLM
 from everlong.errors import ConfigurationError, UnknownNameError, UnsupportedUseError
 from everlong.llm import load
+from everlong.models.packing import Weights
 from tests.tiny import byte_llama, random_ids
 
 
@@ -84,8 +85,9 @@ def test_a_folder_is_loaded_and_its_sessions_are_restored(tmp_path: Path) -> Non
 
 
 @pytest.mark.model
-def test_the_default_model_reads_answers_and_writes() -> None:
-    with load("smollm2-135m", device="cpu") as llm:
+@pytest.mark.parametrize(("weights", "margin"), [("float", 1e-3), ("auto", 0.5)])  # packed ones round
+def test_the_default_model_reads_answers_and_writes(weights: Weights, margin: float) -> None:
+    with load("smollm2-135m", device="cpu", weights=weights) as llm:
         session = llm.session(surprisal=True)
         report = session.read("The capital of France is Paris. The capital of Italy is Rome. " * 4)
         assert report.perplexity is None or report.perplexity < 50
@@ -93,10 +95,9 @@ def test_the_default_model_reads_answers_and_writes() -> None:
         ids = torch.tensor([list(session._tape.driver.recent)])
         with torch.inference_mode():
             logits = llm.model(input_ids=ids, use_cache=False).logits[0]
-        assert (
-            answer.text
-            and logits[-1 - answer.tokens : -1].argmax(-1).tolist() == ids[0, -answer.tokens :].tolist()
-        )
+        logits, written = logits[-1 - answer.tokens : -1], ids[0, -answer.tokens :]
+        behind = logits.amax(-1) - logits.gather(1, written[:, None])[:, 0]
+        assert answer.text and behind.max() <= margin
         messages = [{"role": "user", "content": "Hello"}]
         chat = llm.session()
         chat.chat("Hello", max_new_tokens=1)
