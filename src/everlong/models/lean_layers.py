@@ -58,10 +58,8 @@ class _Norm:
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.to(self.eps.dtype).reshape(-1, 1, x.shape[-1])
-        squares = torch.baddbmm(
-            self.eps, rows, rows.transpose(1, 2), alpha=self.share
-        )  # and eps, in one call
-        inverse = squares.rsqrt_().view(*x.shape[:-1], 1)
+        mean = torch.baddbmm(self.eps, rows, rows.transpose(1, 2), alpha=self.share)  # of squares, with eps
+        inverse = mean.rsqrt_().view(*x.shape[:-1], 1)
         weight = self.module._parameters["weight"]
         assert weight is not None
         return (x * inverse).mul_(1 + weight if self.adds_one else weight).to(x.dtype)
