@@ -8,7 +8,18 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "everlong"
 ORDER = [
-    *("cli", "serving", "scaling", "evaluation", "llm", "memory", "reading", "attention", "models"),
+    *(
+        "cli",
+        "serving",
+        "scaling",
+        "evaluation",
+        "llm",
+        "memory",
+        "reading",
+        "attention",
+        "models",
+        "kernels",
+    ),
     *("registry", "errors"),
 ]
 FILES = sorted(SOURCE.rglob("*.py"))

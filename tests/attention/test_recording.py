@@ -19,6 +19,7 @@ from everlong.attention.call_tape import CallTapes
 from everlong.attention.layer_memory import LayerMemory
 from everlong.attention.static_step import StaticStep
 from everlong.errors import StateError
+from everlong.kernels.calls import turn_and_put
 from everlong.models import lean_layers
 from tests.attention.test_row_adapters import LORAS
 from tests.attention.test_row_adapters import load as load_adapters
@@ -365,17 +366,28 @@ def test_recording_can_be_switched_off(handle):
 # --- what fails ---------------------------------------------------------------------------------------
 
 
+SOME_SLOT = torch.tensor([7])
+
+
 def _baked_slot(monkeypatch):
     def put_there(memory, slot, keys, values):
         at = memory.slot(memory.seen)  # a number of Python's, as it is while recording
         memory.keys.narrow(2, at, 1).copy_(keys)
         memory.values.narrow(2, at, 1).copy_(values)
 
+    def turn_and_put_there(*given):
+        return turn_and_put(*given[:5], SOME_SLOT, *given[6:])
+
     monkeypatch.setattr(LayerMemory, "put_at", put_there)
+    monkeypatch.setattr("everlong.attention.token_step.turn_and_put", turn_and_put_there)
 
 
 def _nothing_put(monkeypatch):
+    def turn_alone(*given):
+        return turn_and_put(*given[:6], given[6].clone(), given[7].clone(), *given[8:])
+
     monkeypatch.setattr(LayerMemory, "put_at", lambda *_: None)
+    monkeypatch.setattr("everlong.attention.token_step.turn_and_put", turn_alone)
 
 
 def _baked_angles(monkeypatch):

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from everlong.attention.call_tape import CallTapes
+from everlong.kernels import loading
 
 REFUSED = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "lift_fresh", "masked_select"}
 
@@ -47,6 +48,7 @@ class CountedTapes(CallTapes):
     eager_steps = TraceRecorder.eager_steps
 
     def __init__(self) -> None:
+        super().__init__()
         self.recorded = 0
         self.replayed = 0
 
@@ -61,7 +63,25 @@ class CountedTapes(CallTapes):
         return counted, result
 
 
-RECORDERS = {"a device's": TraceRecorder, "a CPU's": CountedTapes}
+class PlainTapes(CountedTapes):
+    """The same where there are no compiled kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.follows_tensors = True
+
+    def record(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        def without_kernels() -> Tensor:
+            token = loading._records.set(False)
+            try:
+                return run()
+            finally:
+                loading._records.reset(token)
+
+        return super().record(without_kernels)
+
+
+RECORDERS = {"a device's": TraceRecorder, "a CPU's": CountedTapes, "a CPU's without kernels": PlainTapes}
 
 
 class Trace(TorchDispatchMode):

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from everlong.kernels.calls import KernelFunction
+
 Call = Callable[[], Any]
 
 _holders_of: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
@@ -200,7 +202,7 @@ def _one_of_all(tensors: Iterable[Tensor]) -> Callable[[Tensor], Tensor]:
 
 def _joined(notes: list[Note], handed_on: dict[int, int]) -> list[Call]:
     """Return what repeats the calls: those that are the same by the same object."""
-    known: dict[Any, partial[Any]] = {}
+    known: dict[Any, Call] = {}
     calls: list[Call] = []
     for number, note in enumerate(notes):
         if number - 1 in handed_on:
@@ -209,8 +211,16 @@ def _joined(notes: list[Note], handed_on: dict[int, int]) -> list[Call]:
         elif note.copied and number not in handed_on:
             calls.append(note.storing())
         elif not note.copied:
-            calls.append(known.setdefault(_described(note.call), note.call))
+            calls.append(known.setdefault(_described(note.call), _by_itself(note.call)))
     return calls
+
+
+def _by_itself(call: partial[Any]) -> Call:
+    """Return what repeats a call of a kernel: what lies between is left out."""
+    function = call.func
+    if not isinstance(function, KernelFunction):
+        return call
+    return function.repeated(*call.args, **call.keywords)
 
 
 def _given(call: partial[Any], place: int, made: Call) -> Call:

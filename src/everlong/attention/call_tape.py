@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from everlong.attention.call_notes import Call, Note, mapped, shortest, storage_of, tensors_in
 from everlong.errors import UnsupportedUseError
+from everlong.kernels.loading import installed, recording
 from everlong.models.collector import paused
 
 _LOOKS = {"item", "tolist", "numpy", "equal", "allclose", "is_nonzero"} | {
@@ -36,11 +37,13 @@ class CallTapes:
     """Records steps on a CPU; see :class:`~everlong.attention.recording.Recorder`."""
 
     eager_steps = 32
-    follows_tensors = True
+
+    def __init__(self) -> None:
+        self.follows_tensors = not installed()  # kernels go by addresses
 
     def record(self, run: Callable[[], Tensor]) -> tuple[Call, Tensor]:
         """Run something, and keep the calls that its result, and what it writes to, depend on."""
-        with torch.inference_mode(), paused():
+        with torch.inference_mode(), paused(), recording():
             with _Tape() as tape:
                 result = run()
             calls = tape.calls(result)
@@ -86,7 +89,7 @@ class _Tape(TorchFunctionMode):
         self._made.update({storage_of(tensor): tensor for tensor in made})
         is_single = isinstance(output, Tensor)
         if is_single and (call := self._into(made[0], func, args, kwargs)) is not None:
-            self._note(call, read, made)
+            self._note(call, read, [*made, *(args[place] for place in getattr(func, "writes", ()))])
         elif is_single or len(made) == len(output) == sum(isinstance(x, Tensor) for x in output):
             copied = dict(enumerate(made))
             self._note(partial(func, *args, **kwargs), read, made, copied, is_single)

@@ -17,6 +17,8 @@ from everlong.attention.layer_memory import LayerMemory
 from everlong.attention.parts import Logits, attend_all
 from everlong.attention.policy import Policy
 from everlong.attention.positions import Angles, Rotation
+from everlong.kernels.calls import fit, turn_and_put, window_fits
+from everlong.kernels.loading import in_use
 from everlong.models.rotary import Positions
 
 
@@ -86,6 +88,8 @@ class TokenStep:
         self, memory: LayerMemory, query: Tensor, key: Tensor, value: Tensor, **logits: Unpack[Logits]
     ) -> Tensor:
         """Put the token into a layer's memory, and attend; parameters as of :meth:`Forward.attend`."""
+        if self.slot is not None and in_use() and self._fits_kernels(memory, query, key, value):
+            return self._attend_compiled(memory, query, key, value, **logits)
         turned_query, turned_key = turned(query, key, self.rotation, self.here)
         if self.slot is None:
             memory.put(turned_key, value, key, self.pads)
@@ -100,6 +104,30 @@ class TokenStep:
                 values.narrow(2, 0, memory.sinks).copy_(memory.sink_values)
         if self.slots < keys.shape[2]:
             keys, values = keys.narrow(2, 0, self.slots), values.narrow(2, 0, self.slots)
+        return attend_all(turned_query, keys, values, **logits)
+
+    def _fits_kernels(self, memory: LayerMemory, query: Tensor, key: Tensor, value: Tensor) -> bool:
+        """Whether compiled kernels take this step."""
+        keys, values = memory.keys, memory.values
+        return (
+            keys is not None
+            and values is not None
+            and self.here is not None
+            and self.rotation.layout == "halves"
+            and self.pads is None
+            and fit(*(x[0] for x in (query, key, value)), *self.here, *self.sinks.values())
+            and window_fits(keys, values)
+        )
+
+    def _attend_compiled(
+        self, memory: LayerMemory, query: Tensor, key: Tensor, value: Tensor, **logits: Unpack[Logits]
+    ) -> Tensor:
+        """Do the same by compiled kernels."""
+        keys, values = memory.keys, memory.values
+        assert keys is not None and values is not None and self.here is not None and self.slot is not None
+        turned_query = turn_and_put(
+            query, key, value, *self.here, self.slot, keys, values, self.sinks.get(id(memory))
+        )
         return attend_all(turned_query, keys, values, **logits)
 
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from everlong.attention.parts import attend_all
 from everlong.evaluation.speed import wait_for
 from everlong.evaluation.work import Work
+from everlong.kernels.loading import recording
 from everlong.models.anatomy import decoder_of
 from everlong.models.packing import PackedLinear
 
@@ -116,7 +117,7 @@ class KernelFloor:
             )
             for layer in work.layers
         ]
-        self._ways = [way for way in (_folded, _grouped, _ours) if _works(way, self._windows[0])]
+        self._ways = [way for way in (_folded, _grouped, _ours, _recorded) if _works(way, self._windows[0])]
         self.weight_bytes = sum(nbytes for _, nbytes in products.values()) + head_bytes
         """Bytes of the weights a step reads, head included."""
 
@@ -160,6 +161,12 @@ def _folded(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 def _ours(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Attend as a step of writing does."""
     return attend_all(queries, keys, values, scaling=keys.shape[-1] ** -0.5)
+
+
+def _recorded(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Attend as a recorded step does, by a compiled kernel where there is one."""
+    with recording():
+        return _ours(queries, keys, values)
 
 
 @torch.inference_mode()

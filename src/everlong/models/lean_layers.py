@@ -11,6 +11,7 @@ model's own code gives. Every other call, and every other layer, is the model's 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from everlong.kernels.calls import fit, gated, rms_norm
+from everlong.kernels.loading import in_use
 from everlong.models.cache_argument import CACHE_ARGUMENTS
 from everlong.models.packing import MOST_ROWS, PackedLinear, Product
 
@@ -33,6 +36,7 @@ _MANNERS = ("scaling", "softcap", "s_aux")
 _FAR = 2**20  # tokens
 _ROUNDED = 2.0**-6  # of what a layer adds, at most: products of bfloat16 numbers, summed in two orders
 _EXACT = 1e-4  # of float32 numbers
+_FORMS = (1.0, 0.0), (math.sqrt(8 / math.pi), 0.044715)  # SiLU; GELU by tanh
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,24 +49,29 @@ class _Norm:
         Has the weight, shape (d,).
     adds_one : bool
         Whether that is what is added to 1.
-    eps : Tensor
-        A number, in the dtype to compute in.
-    share : float
-        1 / d.
+    eps : float
+        Added to the mean square.
     """
 
     module: nn.Module
     adds_one: bool
-    eps: Tensor
-    share: float
+    eps: float
 
-    def __call__(self, x: Tensor) -> Tensor:
-        rows = x.to(self.eps.dtype).reshape(-1, 1, x.shape[-1])
-        mean = torch.baddbmm(self.eps, rows, rows.transpose(1, 2), alpha=self.share)  # of squares, with eps
-        inverse = mean.rsqrt_().view(*x.shape[:-1], 1)
+    def __call__(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the norm of `x`, as `dtype`; None: its own."""
         weight = self.module._parameters["weight"]
         assert weight is not None
-        return (x * inverse).mul_(1 + weight if self.adds_one else weight).to(x.dtype)
+        dtype = dtype or x.dtype
+        if in_use() and fit(x, weight):
+            rows = x.view(-1, x.shape[-1])
+            return rms_norm(rows, weight, self.eps, float(self.adds_one), dtype).view(x.shape)
+        rows = x.float().reshape(-1, 1, x.shape[-1])
+        share = 1 / x.shape[-1]
+        mean = torch.baddbmm(
+            _number(self.eps), rows, rows.transpose(1, 2), alpha=share
+        )  # of squares, with eps
+        inverse = mean.rsqrt_().view(*x.shape[:-1], 1)
+        return (x * inverse).mul_(1 + weight if self.adds_one else weight).to(dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,20 +88,30 @@ class _Linears:
             return self.product.is_in_use
         return all(type(layer) is nn.Linear for layer in self.layers)
 
-    def __call__(self, x: Tensor) -> list[Tensor]:
-        """Return each one's output for `x`, shape (rows, in); a single one's is in its kernel's dtype."""
+    @property
+    def takes(self) -> torch.dtype | None:
+        """The dtype of what they multiply; None: whatever comes."""
+        return None if self.product is None else self.product.packed.takes
+
+    def __call__(self, x: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        """Return each one's output for `x`, shape (rows, in), as `dtype`; a single one's as it comes."""
         if self.product is None:
             return [F.linear(x, layer.weight, layer.bias) for layer in self.layers]
-        packed = self.product.packed
-        together = packed.multiply(x.to(packed.takes))
+        together = self.together(x)
         outputs = [together]
         if len(self.layers) > 1:
-            outputs = [*together.to(x.dtype).split_with_sizes(self.product.sizes, 1)]
+            outputs = [*together.to(dtype).split_with_sizes(self.product.sizes, 1)]
         biases = [layer._parameters["bias"] for layer in self.layers]
         return [
-            output if bias is None else output.to(x.dtype) + bias
+            output if bias is None else output.to(dtype) + bias
             for output, bias in zip(outputs, biases, strict=True)
         ]
+
+    def together(self, x: Tensor) -> Tensor:
+        """Return the outputs of packed layers without their biases, one behind the other, as they come."""
+        assert self.product is not None
+        packed = self.product.packed
+        return packed.multiply(x.to(packed.takes))
 
 
 @dataclass(eq=False)
@@ -135,6 +154,8 @@ class LeanLayer:
         self._agrees: bool | None = None
         self._manner: dict[str, Any] = {}
         self._size = int(self.attention.head_dim)
+        has_biases = any(layer.bias is not None for layer in self.mlp_in.layers)
+        self._form = None if has_biases else _form(self.activation)
         self._linears = self.heads_in, self.heads_out, self.mlp_in, self.mlp_out
         self._holders = [holder._modules for holder in (self.layer, self.attention, self.mlp)]
         self._found = [tuple(modules.values()) for modules in self._holders]
@@ -168,22 +189,30 @@ class LeanLayer:
         rows, dtype = hidden_states.shape[0], hidden_states.dtype
         hidden = hidden_states.view(rows, -1)
         query, key, value = (
-            heads.view(rows, -1, 1, self._size) for heads in self.heads_in(self.before(hidden))
+            heads.view(rows, -1, 1, self._size)
+            for heads in self.heads_in(self.before(hidden, self.heads_in.takes), dtype)
         )
         if self.of_queries is not None:
             query = self.of_queries(query)
         if self.of_keys is not None:
             key = self.of_keys(key)
         output, _ = attend(self.attention, query, key, value, None, **self._manner)
-        (output,) = self.heads_out(output.view(rows, -1))
+        (output,) = self.heads_out(output.view(rows, -1), dtype)
         if self.after_attention is not None:
             output = self.after_attention(output.to(dtype))
         hidden = hidden + output
-        gate, up = self.mlp_in(self.between(hidden))
-        (output,) = self.mlp_out(self.activation(gate) * up)
+        (output,) = self.mlp_out(self._gated(self.between(hidden, self.mlp_in.takes), dtype), dtype)
         if self.after_mlp is not None:
             output = self.after_mlp(output.to(dtype))
         return (hidden + output).view(hidden_states.shape)
+
+    def _gated(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the middle of the MLP for what its norm gave, shape (rows, d)."""
+        form = self._form
+        if form is not None and self.mlp_in.takes == self.mlp_out.takes == torch.bfloat16 and in_use():
+            return gated(self.mlp_in.together(x), *form)
+        gate, up = self.mlp_in(x, dtype)
+        return self.activation(gate) * up
 
     def _is_whole(self) -> bool:
         """Whether nothing was put in the place of a part, or hooked to one, or packed anew."""
@@ -303,6 +332,16 @@ def _given_the_same(group: list[Any]) -> _Linears | None:
     return _Linears(group, product) if [which for _, which in found] == list(range(len(group))) else None
 
 
+def _form(activation: Callable[[Tensor], Tensor]) -> tuple[float, float] | None:
+    """Return slope and cube if an activation is x · sigmoid(slope · (x + cube · x³)), or None."""
+    x = torch.linspace(-8, 8, 65)
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        for slope, cube in _FORMS:
+            if torch.allclose(activation(x), x * torch.sigmoid(slope * (x + cube * x**3)), 1e-4, 1e-5):
+                return slope, cube
+    return None
+
+
 @cache
 def _number(value: float) -> Tensor:
     """Return a number as a tensor: one for all layers, which the processor's cache holds."""
@@ -325,7 +364,7 @@ def _norm(module: Any) -> Any:
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         expected = module(x)
         for adds_one in (False, True):
-            norm = _Norm(module, adds_one, _number(float(eps)), 1 / len(weight))
+            norm = _Norm(module, adds_one, float(eps))
             if torch.allclose(norm(x), expected, rtol=tolerance, atol=tolerance / 10):
                 return norm
     return None

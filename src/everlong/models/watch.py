@@ -69,6 +69,11 @@ class ModelWatch:
             self._number += 1
         return self._number if self._snapshot.can_be_recorded else None
 
+    @property
+    def rounds(self) -> bool:
+        """Whether layers multiply with packed weights, whose kernels round what they are given."""
+        return any(type(module) is PackedLinear for module in self._model.modules())
+
     def glance(self) -> tuple[int, int, bool]:
         """Return what changes, among much else, when Everlong or PyTorch changes what a model computes.
 

@@ -1,0 +1,314 @@
+"""The kernels, in the part of Python that Numba compiles; imported only where that is installed.
+
+Each is given the address of whole numbers: addresses of tensors, sizes, and the bits of float64 numbers, in
+the order in which it reads them. Tensors are of float32 numbers, or of bfloat16 ones, whose bits are uint16.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import llvmlite.binding
+import numpy as np
+from llvmlite import ir
+from numba import carray, cfunc, njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from everlong.kernels.team import THREAD, THREADS, symbols
+
+RUN = 128
+"""Keys that a thread attends to at once: with their values they fit into its own cache."""
+
+_LINE = 64  # bytes that memory hands over at once
+_AHEAD = 4096  # bytes: of 1,024 to 8,192 the best for heads of 64 numbers, on a processor with AVX2
+
+for _name, _address in symbols().items():
+    llvmlite.binding.add_symbol(_name, _address)
+_thread = types.ExternalFunction(THREAD, types.int32())
+_threads = types.ExternalFunction(THREADS, types.int32())
+
+_FAST = {"reassoc", "contract"}  # sums in any order; but what is not a number stays that
+_kernel = cfunc(types.void(types.CPointer(types.int64)), cache=True, fastmath=_FAST)
+_part = njit(fastmath=_FAST)
+_f, _u = np.float32, np.uint32
+
+
+def _pointer(kind: Any) -> Any:
+    """Return what makes a pointer to numbers of some kind of an address."""
+    pointer = types.CPointer(kind)
+
+    @intrinsic
+    def made(_context: Any, address: Any) -> Any:
+        def code(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+            return builder.inttoptr(arguments[0], context.get_value_type(pointer))
+
+        return pointer(types.int64), code
+
+    return made
+
+
+_floats, _halves, _longs = map(_pointer, (types.float32, types.uint16, types.int64))
+
+
+@intrinsic
+def _fetch(_context: Any, address: Any) -> Any:
+    """Ask for what lies at an address, before it is read."""
+
+    def code(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
+        fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        to_read, into_all_caches, of_data = (ir.Constant(number, value) for value in (0, 3, 1))
+        where = builder.inttoptr(arguments[0], pointer)
+        builder.call(fetch, [where, to_read, into_all_caches, of_data])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), code
+
+
+@_part
+def _number(bits):
+    """Return the number whose bits, as of float64, a whole number has."""
+    return _f(np.int64(bits).view(np.float64))
+
+
+@_part
+def _rounded(x):
+    """Return the bits of the bfloat16 number that is nearest, of two the even one."""
+    bits = _f(x).view(_u)
+    nearest = _u(bits + _u(0x7FFF) + _u(_u(bits >> _u(16)) & _u(1))) >> _u(16)
+    return np.uint16(0x7FC0) if (bits & _u(0x7FFFFFFF)) > _u(0x7F800000) else np.uint16(nearest)
+
+
+@_part
+def _widened(half):
+    """Return a bfloat16 number, given as its bits."""
+    return _u(_u(half) << _u(16)).view(_f)
+
+
+@_part
+def _exp(x):
+    """Return e to the x, to about 1e-7 of it: e to the rest of x / log 2, a polynomial, times 2 to its floor.
+
+    The coefficients are Cephes' (expf).
+    """
+    x = _f(-87) if x < _f(-87) else x
+    x = _f(88) if x > _f(88) else x
+    whole = np.floor(x * _f(1.44269504) + _f(0.5))
+    rest = x - whole * _f(0.693359375) + whole * _f(2.12194440e-4)
+    sum = _f(1.9875691500e-4)
+    sum = sum * rest + _f(1.3981999507e-3)
+    sum = sum * rest + _f(8.3334519073e-3)
+    sum = sum * rest + _f(4.1665795894e-2)
+    sum = sum * rest + _f(1.6666665459e-1)
+    sum = sum * rest + _f(5.0000001201e-1)
+    power = np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)).view(_f)
+    return (sum * rest * rest + rest + _f(1)) * power
+
+
+# --- norms, and the MLP's middle ---------------------------------------------------------------------
+
+
+@_kernel
+def rms_norm(given):
+    """Norm rows, shape (rows, d). Given: x, weight, output, rows, d, eps, plus (to the weight), is half."""
+    a = carray(given, (8,))
+    rows, d, eps, plus = a[3], a[4], _number(a[5]), _number(a[6])
+    x, weight = carray(_floats(a[0]), (rows, d)), carray(_floats(a[1]), (d,))
+    for row in range(rows):
+        squares = _f(0)
+        for i in range(d):
+            squares += x[row, i] * x[row, i]
+        inverse = _f(1) / np.sqrt(squares / _f(d) + eps)
+        if a[7]:
+            half = carray(_halves(a[2]), (rows, d))
+            for i in range(d):
+                half[row, i] = _rounded(x[row, i] * inverse * (weight[i] + plus))
+        else:
+            output = carray(_floats(a[2]), (rows, d))
+            for i in range(d):
+                output[row, i] = x[row, i] * inverse * (weight[i] + plus)
+
+
+@_kernel
+def gated(given):
+    """Write x · sigmoid(slope · (x + cube · x³)) · up of rows of gates x and ups, in bfloat16.
+
+    Given: gates and ups, shape (rows, 2, n), output, rows, n, slope, cube.
+    """
+    a = carray(given, (6,))
+    rows, n, slope, cube = a[2], a[3], _number(a[4]), _number(a[5])
+    given_rows, output = carray(_halves(a[0]), (rows, 2, n)), carray(_halves(a[1]), (rows, n))
+    for row in range(rows):
+        for i in range(n):
+            x = _widened(given_rows[row, 0, i])
+            sigmoid = _f(1) / (_f(1) + _exp(-slope * (x + cube * x * x * x)))
+            output[row, i] = _rounded(x * sigmoid * _widened(given_rows[row, 1, i]))
+
+
+# --- a token's place in the window -------------------------------------------------------------------
+
+
+@_part
+def _turn(x, cos, sin, output, width):
+    """Rotate one head, dimension i with i + width / 2; the dimensions from width on stay."""
+    middle = width // 2
+    for i in range(middle):
+        output[i] = x[i] * cos[i] + x[i + middle] * sin[i]
+        output[i + middle] = x[i + middle] * cos[i + middle] + x[i] * sin[i + middle]
+    for i in range(width, len(x)):
+        output[i] = x[i]
+
+
+@_kernel
+def turn_and_put(given):
+    """Rotate a token's queries and keys; put its keys and values, and rotated sinks, into a window.
+
+    Given: queries, keys, values, and each one's stride from row to row; cos, sin, slot; the window's keys and
+    values, and a head's stride in each; sinks, output; rows, heads, key-value heads, d, how many of these are
+    rotated, and how many sinks there are.
+    """
+    a = carray(given, (20,))
+    rows, heads, kv_heads, d, width, sinks = a[14], a[15], a[16], a[17], a[18], a[19]
+    cos, sin, slot = (
+        carray(_floats(a[6]), (width,)),
+        carray(_floats(a[7]), (width,)),
+        carray(_longs(a[8]), (1,))[0],
+    )
+    for row in range(rows):
+        queries = carray(_floats(a[0] + 4 * row * a[3]), (heads, d))
+        keys = carray(_floats(a[1] + 4 * row * a[4]), (kv_heads, d))
+        values = carray(_floats(a[2] + 4 * row * a[5]), (kv_heads, d))
+        output = carray(_floats(a[13] + 4 * row * heads * d), (heads, d))
+        for head in range(heads):
+            _turn(queries[head], cos, sin, output[head], width)
+        for head in range(kv_heads):
+            group = row * kv_heads + head
+            window_keys = carray(_floats(a[9] + 4 * group * a[11]), (slot + 1, d))
+            window_values = carray(_floats(a[10] + 4 * group * a[11]), (slot + 1, d))
+            sink_keys = carray(_floats(a[12] + 4 * group * sinks * d), (sinks, d))
+            for sink in range(sinks):
+                for i in range(d):
+                    window_keys[sink, i] = sink_keys[sink, i]
+            _turn(keys[head], cos, sin, window_keys[slot], width)
+            for i in range(d):
+                window_values[slot, i] = values[head, i]
+
+
+# --- attention ---------------------------------------------------------------------------------------
+
+
+@_part
+def _fetch_ahead(rows, d):
+    """Ask for the four rows of d numbers that are read some thousand bytes after those at an address."""
+    ahead = max(_AHEAD, 32 * d)
+    for line in range(0, 16 * d, _LINE):
+        _fetch(rows + ahead + line)
+
+
+@_part
+def _logits(queries, at, count, scaling, logits):
+    """Write the logits of a group's queries, shape (g, d), for `count` keys at an address, as (g, count)."""
+    group, d = queries.shape
+    keys = carray(_floats(at), (count, d))
+    fours = count // 4 * 4
+    for k in range(0, fours, 4):
+        _fetch_ahead(at + 4 * k * d, d)
+        for g in range(group):
+            s0, s1, s2, s3 = _f(0), _f(0), _f(0), _f(0)
+            for i in range(d):
+                x = queries[g, i]
+                s0 += x * keys[k, i]
+                s1 += x * keys[k + 1, i]
+                s2 += x * keys[k + 2, i]
+                s3 += x * keys[k + 3, i]
+            logits[g, k], logits[g, k + 1] = s0 * scaling, s1 * scaling
+            logits[g, k + 2], logits[g, k + 3] = s2 * scaling, s3 * scaling
+    for k in range(fours, count):
+        for g in range(group):
+            s0 = _f(0)
+            for i in range(d):
+                s0 += queries[g, i] * keys[k, i]
+            logits[g, k] = s0 * scaling
+
+
+@_part
+def _weighed(weights, at, count, d, output):
+    """Write the sum of `count` values at an address by the weights of a group's queries, shape (g, d)."""
+    group, values = len(output), carray(_floats(at), (count, d))
+    fours = count // 4 * 4
+    for g in range(group):
+        for i in range(d):
+            output[g, i] = _f(0)
+    for k in range(0, fours, 4):
+        _fetch_ahead(at + 4 * k * d, d)
+        for g in range(group):
+            w0, w1, w2, w3 = weights[g, k], weights[g, k + 1], weights[g, k + 2], weights[g, k + 3]
+            for i in range(d):
+                output[g, i] += (
+                    w0 * values[k, i] + w1 * values[k + 1, i] + w2 * values[k + 2, i] + w3 * values[k + 3, i]
+                )
+    for k in range(fours, count):
+        for g in range(group):
+            w0 = weights[g, k]
+            for i in range(d):
+                output[g, i] += w0 * values[k, i]
+
+
+@_kernel
+def attend_runs(given):
+    """Attend to a thread's share of the runs of keys that all heads have; run by every thread.
+
+    Given: queries, keys, values, what runs give, shape (groups, runs, g, d + 2), a place for each thread's
+    logits, output, groups, g, d, keys, a group's stride in keys and values, and scaling. Of a run and a query
+    remain the sum of its values, the largest logit, and the sum of the weights.
+    """
+    a = carray(given, (12,))
+    groups, g, d, count, scaling = a[6], a[7], a[8], a[9], _number(a[11])
+    runs = (count + RUN - 1) // RUN
+    thread, threads = _thread(), _threads()
+    logits = carray(_floats(a[4] + 4 * thread * g * RUN), (g, RUN))
+    for run in range(thread * groups * runs // threads, (thread + 1) * groups * runs // threads):
+        group, begin = run // runs, run % runs * RUN
+        there = min(count - begin, RUN)
+        where = 4 * (group * a[10] + begin * d)
+        output = carray(_floats(a[3] + 4 * run * g * (d + 2)), (g, d + 2))
+        _logits(carray(_floats(a[0] + 4 * group * g * d), (g, d)), a[1] + where, there, scaling, logits)
+        for i in range(g):
+            largest = logits[i, 0]
+            for k in range(there):
+                largest = logits[i, k] if logits[i, k] > largest else largest
+            total = _f(0)
+            for k in range(there):
+                weight = _exp(logits[i, k] - largest)
+                logits[i, k] = weight
+                total += weight
+            output[i, d], output[i, d + 1] = largest, total
+        _weighed(logits, a[2] + where, there, d, output)
+
+
+@_kernel
+def merge_runs(given):
+    """Merge what runs gave into one softmax; given as to :func:`attend_runs`."""
+    a = carray(given, (12,))
+    groups, g, d = a[6], a[7], a[8]
+    runs = (a[9] + RUN - 1) // RUN
+    given_runs = carray(_floats(a[3]), (groups, runs, g, d + 2))
+    output = carray(_floats(a[5]), (groups, g, d))
+    for group in range(groups):
+        for i in range(g):
+            largest = given_runs[group, 0, i, d]
+            for run in range(runs):
+                other = given_runs[group, run, i, d]
+                largest = other if other > largest else largest
+            total = _f(0)
+            for run in range(runs):
+                weight = _exp(given_runs[group, run, i, d] - largest)
+                given_runs[group, run, i, d] = weight
+                total += weight * given_runs[group, run, i, d + 1]
+            for j in range(d):
+                sum = _f(0)
+                for run in range(runs):
+                    sum += given_runs[group, run, i, d] * given_runs[group, run, i, j]
+                output[group, i, j] = sum / total

@@ -1,0 +1,56 @@
+"""Whether there are kernels, and whether what runs now may take them.
+
+They are taken only in steps that are recorded: there their results are held against PyTorch's before they are
+believed, and there what they save is not lost among the calls around them.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+SWITCH = "EVERLONG_KERNELS"
+"""Environment variable; 0: there are none."""
+
+_records: ContextVar[bool] = ContextVar("everlong_records", default=False)
+
+
+@contextmanager
+def recording() -> Iterator[None]:
+    """Let what runs meanwhile take kernels, if there are any."""
+    token = _records.set(True)
+    try:
+        yield
+    finally:
+        _records.reset(token)
+
+
+def in_use() -> bool:
+    """Whether to take kernels: in a recording, where they can be had. The first time they are compiled."""
+    return _records.get() and compiled() is not None
+
+
+def installed() -> bool:
+    """Whether there is what compiles kernels, and it is wanted."""
+    return os.environ.get(SWITCH) != "0" and find_spec("numba") is not None
+
+
+@functools.cache
+def compiled() -> Any:
+    """Return the module of the kernels; None: there are none."""
+    if not installed():
+        return None
+    try:
+        return import_module("everlong.kernels.compiled")
+    except Exception as error:  # of a compiler's many ways to fail none is worth a user's text
+        warnings.warn(
+            f"no compiled kernels, and writing is slower: {type(error).__name__}: {error}", stacklevel=2
+        )
+        return None

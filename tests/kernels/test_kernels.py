@@ -1,0 +1,217 @@
+"""Compiled kernels against what they compute, written down in float64."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from everlong.attention.call_tape import CallTapes
+from everlong.kernels import loading
+from everlong.kernels.calls import attend, attends, fit, gated, rms_norm, turn_and_put, window_fits
+from everlong.kernels.team import has_team
+from everlong.models.rotary import rotate
+
+pytestmark = pytest.mark.skipif(loading.compiled() is None, reason="Numba is not installed")
+with_team = pytest.mark.skipif(not has_team(), reason="PyTorch's threads are not GNU's OpenMP")
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def randn(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def apart(rows, heads, d, seed, room):
+    """Heads of one token a row, in memory that has other numbers between the rows."""
+    return randn(rows, heads + room, 1, d, seed=seed)[:, :heads]
+
+
+# --- norms, and the MLP's middle ---------------------------------------------------------------------
+
+
+def norm(x, weight, eps, plus):
+    x = x.double()
+    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * (weight.double() + plus)
+
+
+@pytest.mark.parametrize("plus", [0.0, 1.0])
+@pytest.mark.parametrize("d", [1, 7, 576, 2049])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_rows_are_normed(rows, d, plus):
+    x, weight = randn(rows, d) * 30, randn(d, seed=1)
+    found = rms_norm(x, weight, 1e-3, plus, torch.float32)
+    torch.testing.assert_close(found.double(), norm(x, weight, 1e-3, plus), atol=1e-5, rtol=1e-5)
+
+
+def test_eps_is_added_to_the_mean_square():
+    found = rms_norm(torch.full((1, 4), 1e-3), torch.ones(4), 1e-6, 0.0, torch.float32)
+    torch.testing.assert_close(found, torch.full((1, 4), math.sqrt(0.5)))
+
+
+def test_bfloat16_is_rounded_as_pytorch_rounds_it():
+    x = randn(1, 4096) * 100
+    ones, wide = torch.ones(4096), rms_norm(x, torch.ones(4096), 1e-5, 0.0, torch.float32)
+    assert torch.equal(rms_norm(x, ones, 1e-5, 0.0, torch.bfloat16), wide.to(torch.bfloat16))
+    halfway = torch.tensor([[1 + 2.0**-8, 1 + 3 * 2.0**-8, -1 - 2.0**-8, 0.0]])  # between two numbers
+    scale = halfway.square().mean().rsqrt()
+    exact = rms_norm(halfway, torch.ones(4) / scale, 0.0, 0.0, torch.float32)
+    rounded = rms_norm(halfway, torch.ones(4) / scale, 0.0, 0.0, torch.bfloat16)
+    assert torch.equal(rounded, exact.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_a_number_stays_that(bad):
+    x = randn(2, 8)
+    x[1, 3] = bad
+    for dtype in (torch.float32, torch.bfloat16):
+        found = rms_norm(x, torch.ones(8), 1e-5, 0.0, dtype)
+        assert found[0].isfinite().all() and found[1, 3].isnan()
+    gates = torch.full((1, 4), bad, dtype=torch.bfloat16)
+    assert not gated(gates, 1.0, 0.0).isfinite().any()
+
+
+@pytest.mark.parametrize("scale", [0.1, 3.0, 40.0])
+def test_the_middle_of_the_mlp_is_silu_or_gelu_times_what_it_gates(scale):
+    given = (randn(3, 2 * 96) * scale).to(torch.bfloat16)
+    gate, up = given.double().chunk(2, -1)
+    for form, activation in (
+        ((1.0, 0.0), F.silu),
+        ((math.sqrt(8 / math.pi), 0.044715), lambda x: F.gelu(x, approximate="tanh")),
+    ):
+        found, expected = gated(given, *form).double(), activation(gate) * up
+        torch.testing.assert_close(found, expected, atol=1e-12, rtol=2.0**-8)
+
+
+# --- a token's place in the window -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [8, 4])
+@pytest.mark.parametrize("sinks", [0, 3])
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("slot", [3, 10, 15])
+def test_a_token_is_rotated_and_put_into_its_slot(slot, rows, sinks, width):
+    heads, kv_heads, d, slots = 6, 2, 8, 16
+    query, key, value = (
+        apart(rows, heads, d, 1, 4),
+        apart(rows, kv_heads, d, 2, 8),
+        apart(rows, kv_heads, d, 3, 1),
+    )
+    angle = randn(1, width // 2, seed=4)
+    cos, sin = torch.cat((angle.cos(), angle.cos()), -1), torch.cat((-angle.sin(), angle.sin()), -1)
+    keys, values = (randn(rows, kv_heads, slots + 5, d, seed=seed)[:, :, :slots] for seed in (5, 6))
+    assert window_fits(keys, values)
+    held = randn(rows, kv_heads, sinks, d, seed=7) if sinks else None
+    expected_keys, expected_values = keys.clone(), values.clone()
+    expected_keys[:, :, slot : slot + 1] = rotate(key, cos, sin, "halves")
+    expected_values[:, :, slot : slot + 1] = value
+    if held is not None:
+        expected_keys[:, :, :sinks] = held
+        if slot < sinks:
+            pytest.skip("sinks keep their slots")
+    found = turn_and_put(query, key, value, cos, sin, torch.tensor([slot]), keys, values, held)
+    for ours, theirs in (
+        (found, rotate(query, cos, sin, "halves")),
+        (keys, expected_keys),
+        (values, expected_values),
+    ):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
+
+
+# --- attention ---------------------------------------------------------------------------------------
+
+
+def one_softmax(query, keys, values, scaling):
+    groups = query.shape[1] // keys.shape[1]
+    keys, values = (x.double().repeat_interleave(groups, 1) for x in (keys, values))
+    return (query.double() @ keys.transpose(-1, -2) * scaling).softmax(-1) @ values
+
+
+@with_team
+@pytest.mark.parametrize("room", [0, 5])
+@pytest.mark.parametrize("m", [1, 3, 127, 128, 130, 1000, 2048])
+@pytest.mark.parametrize(("heads", "d"), [((9, 3), 64), ((4, 1), 256), ((4, 4), 6), ((7, 7), 33)])
+def test_it_is_one_softmax_in_however_many_threads(heads, d, m, room, threads):
+    for rows in (1, 3):
+        query = randn(rows, heads[0], 1, d) * 3
+        keys, values = (randn(rows, heads[1], m + room, d, seed=seed)[:, :, :m] for seed in (1, 2))
+        assert attends(query, keys, values)
+        found = attend(query, keys, values, 0.3)
+        expected = one_softmax(query, keys, values, 0.3)
+        torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@with_team
+def test_large_logits_do_not_overflow_and_what_is_not_a_number_shows():
+    query, keys, values = randn(1, 2, 1, 8), randn(1, 1, 300, 8), randn(1, 1, 300, 8)
+    found = attend(query * 1e4, keys, values, 1.0)
+    torch.testing.assert_close(
+        found.double(), one_softmax(query * 1e4, keys, values, 1.0), atol=1e-5, rtol=1e-4
+    )
+    keys[0, 0, 7, 2] = math.nan
+    assert attend(query, keys, values, 1.0).isnan().all()
+
+
+def test_what_does_not_lie_as_the_kernels_take_it_is_left_to_pytorch():
+    query, window = randn(1, 4, 1, 8), randn(1, 2, 16, 8)
+    assert fit(query) and window_fits(window, window.clone())
+    assert not fit(query.double()) and not fit(randn(4, 8).T)
+    assert not window_fits(window, window.transpose(2, 3).contiguous().transpose(2, 3))
+    assert not window_fits(window.to(torch.bfloat16), window.to(torch.bfloat16))
+    assert not window_fits(*[randn(2, 3, 16, 8)[:, :2]] * 2)
+    assert not attends(randn(1, 4, 2, 8), window, window)
+
+
+# --- on a tape ---------------------------------------------------------------------------------------
+
+
+@with_team
+def test_a_tape_repeats_kernels_on_other_numbers():
+    weight, keys, values = randn(8, seed=1), randn(1, 1, 16, 8, seed=2), randn(1, 1, 16, 8, seed=3)
+    cos, sin, slot = torch.ones(1, 8), torch.zeros(1, 8), torch.tensor([4])
+
+    def step(x):
+        heads = rms_norm(x, weight, 1e-5, 0.0, torch.float32).view(1, 2, 1, 8)
+        query = turn_and_put(heads, heads[:, :1], heads[:, 1:], cos, sin, slot, keys, values, None)
+        return attend(query, keys, values, 1.0).view(2, 8) * 2
+
+    given = randn(2, 8)
+    replay, result = CallTapes().record(lambda: step(given))
+    for seed in (5, 6, 7):
+        given.copy_(randn(2, 8, seed=seed))
+        slot.fill_(seed)
+        replay()
+        found, kept = result.clone(), (keys.clone(), values.clone())
+        torch.testing.assert_close(found, step(given))
+        assert torch.equal(kept[0], keys) and torch.equal(kept[1], values)
+
+
+def test_kernels_are_taken_in_recordings_alone():
+    assert not loading.in_use()
+    with loading.recording():
+        assert loading.in_use()
+    assert not loading.in_use()
+
+
+def test_they_can_be_switched_off(monkeypatch):
+    monkeypatch.setenv(loading.SWITCH, "0")
+    assert not loading.installed()
+
+
+def test_a_compiler_that_fails_costs_a_warning_and_nothing_else(monkeypatch):
+    def fail(name):
+        raise ImportError("no such processor")
+
+    monkeypatch.setattr(loading, "import_module", fail)
+    loading.compiled.cache_clear()
+    try:
+        with loading.recording(), pytest.warns(UserWarning, match="no such processor"):
+            assert not loading.in_use()
+    finally:
+        loading.compiled.cache_clear()
