@@ -202,7 +202,7 @@ def test_what_is_besides_is_a_share_of_the_step_of_the_same_turn(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     profile_step = importlib.import_module("profile_step")
-    steps, spent = iter([9.9, 9.9, 0.010, 9.9, 0.020, 9.9, 0.040, 9.9]), iter([5.0, 19.0, 10.0])
+    steps, spent = iter([9.9, 9.9, 9.9, 9.9, 0.010, 9.9, 0.020, 9.9, 0.040, 9.9]), iter([5.0, 19.0, 10.0])
     monkeypatch.setattr(profile_step, "REPEATS", 3)
     monkeypatch.setattr(profile_step, "decode_seconds", lambda *_: [next(steps)])
     monkeypatch.setattr(
