@@ -5,8 +5,9 @@ import torch
 
 import tests.tiny as tiny
 from everlong.attention import LMInfinite, attach
+from everlong.kernels.loading import compiled
 from everlong.models.packing import pack
-from tests.attention.trace_recorder import RECORDERS
+from tests.attention.trace_recorder import RECORDERS, CountedTapes
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
 STEPS = 12
@@ -15,11 +16,13 @@ STEPS = 12
 def write(handle, ours, theirs, seed):
     """Write the same on both, and return how many steps were repeated."""
     recorder = handle.steps.recorder
+    takes_kernels = type(recorder) is CountedTapes and compiled() is not None
+    close = 1e-2 if takes_kernels else 1e-5  # kernels may round to another bfloat16 number
     before = recorder.replayed
     for token in tiny.random_ids(STEPS, 1, seed=seed):
         expected = handle.model(token[None], **tiny.cached(theirs)).logits
         found = handle.step(ours, token[None])
-        torch.testing.assert_close(found, expected, atol=1e-2 * float(expected.abs().max()), rtol=0)
+        torch.testing.assert_close(found, expected, atol=close * float(expected.abs().max()), rtol=0)
     return recorder.replayed - before
 
 

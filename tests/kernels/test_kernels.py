@@ -1,18 +1,31 @@
 """Compiled kernels against what they compute, written down in float64."""
 
 import math
+import subprocess
+import sys
+from threading import Thread
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 from everlong.attention.call_tape import CallTapes
-from everlong.kernels import loading
-from everlong.kernels.calls import attend, attends, fit, gated, rms_norm, turn_and_put, window_fits
+from everlong.errors import StateError
+from everlong.kernels import calls, loading
+from everlong.kernels.calls import (
+    Scratch,
+    attends,
+    fit,
+    gated,
+    rms_norm,
+    token_fits,
+    turn_and_put,
+    window_fits,
+)
 from everlong.kernels.team import has_team
 from everlong.models.rotary import rotate
 
-pytestmark = pytest.mark.skipif(loading.compiled() is None, reason="Numba is not installed")
+pytestmark = pytest.mark.skipif(not loading.wanted(), reason="Numba is not installed")
 with_team = pytest.mark.skipif(not has_team(), reason="PyTorch's threads are not GNU's OpenMP")
 
 
@@ -22,6 +35,10 @@ def threads(request):
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+def attend(query, keys, values, scaling):
+    return calls.attend(query, keys, values, scaling, Scratch())
 
 
 def randn(*shape, seed=0, dtype=torch.float32):
@@ -113,8 +130,6 @@ def test_a_token_is_rotated_and_put_into_its_slot(slot, rows, sinks, width):
     expected_values[:, :, slot : slot + 1] = value
     if held is not None:
         expected_keys[:, :, :sinks] = held
-        if slot < sinks:
-            pytest.skip("sinks keep their slots")
     found = turn_and_put(query, key, value, cos, sin, torch.tensor([slot]), keys, values, held)
     for ours, theirs in (
         (found, rotate(query, cos, sin, "halves")),
@@ -165,7 +180,49 @@ def test_what_does_not_lie_as_the_kernels_take_it_is_left_to_pytorch():
     assert not window_fits(window, window.transpose(2, 3).contiguous().transpose(2, 3))
     assert not window_fits(window.to(torch.bfloat16), window.to(torch.bfloat16))
     assert not window_fits(*[randn(2, 3, 16, 8)[:, :2]] * 2)
-    assert not attends(randn(1, 4, 2, 8), window, window)
+    assert not window_fits(window, randn(1, 2, 16, 6)) and not window_fits(*[window[:, :, :0]] * 2)
+    assert not attends(randn(1, 4, 2, 8), window, window) and not attends(randn(1, 3, 1, 8), window, window)
+    assert not attends(randn(2, 4, 1, 8), window, window) and not attends(randn(1, 4, 1, 6), window, window)
+    token = randn(1, 2, 1, 8)
+    assert token_fits(query, token, token, window)
+    assert not token_fits(query, token, randn(1, 2, 1, 6), window)
+    assert not token_fits(query, token.double(), token, window)
+    assert not token_fits(query, randn(1, 2, 2, 8), randn(1, 2, 2, 8), window)
+
+
+def test_what_a_kernel_does_not_take_is_refused_before_an_address_is_used():
+    window, scratch = randn(1, 2, 16, 8), Scratch()
+    with pytest.raises(StateError, match="attend does not take"):
+        calls.attend(randn(1, 4, 1, 6), window, window, 1.0, scratch)
+    with pytest.raises(StateError, match="rms_norm"):
+        rms_norm(randn(2, 8), randn(7), 1e-5, 0.0, torch.float32)
+    with pytest.raises(StateError, match="rms_norm"):
+        rms_norm(randn(2, 8), randn(8), 1e-5, 0.0, torch.float16)
+    with pytest.raises(StateError, match="gated"):
+        gated(randn(2, 8), 1.0, 0.0)
+    token, angles, slot = randn(1, 2, 1, 8), torch.ones(1, 8), torch.tensor([3])
+    with pytest.raises(StateError, match="turn_and_put"):
+        turn_and_put(token, token, token, angles, angles, slot, window, window, randn(1, 1, 3, 8))
+    with pytest.raises(StateError, match="turn_and_put"):
+        turn_and_put(token, token, token, angles, angles, slot.int(), window, window, None)
+
+
+@with_team
+def test_memory_does_not_follow_the_default_dtype():
+    query, window = randn(1, 4, 1, 8), randn(1, 2, 300, 8)
+    expected = attend(query, window, window, 1.0)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = attend(query, window, window, 1.0)
+        assert found.dtype == torch.float32 and torch.equal(found, expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_row_of_zeros_is_divided_by_as_pytorch_divides():
+    weight = torch.ones(8)
+    assert rms_norm(torch.zeros(1, 8), weight, 0.0, 0.0, torch.float32).isnan().all()
+    assert torch.equal(rms_norm(torch.zeros(1, 8), weight, 1e-5, 0.0, torch.float32), torch.zeros(1, 8))
 
 
 # --- on a tape ---------------------------------------------------------------------------------------
@@ -179,10 +236,12 @@ def test_a_tape_repeats_kernels_on_other_numbers():
     def step(x):
         heads = rms_norm(x, weight, 1e-5, 0.0, torch.float32).view(1, 2, 1, 8)
         query = turn_and_put(heads, heads[:, :1], heads[:, 1:], cos, sin, slot, keys, values, None)
-        return attend(query, keys, values, 1.0).view(2, 8) * 2
+        return calls.attend(query, keys, values, 1.0, scratch).view(2, 8) * 2
 
-    given = randn(2, 8)
+    given, scratch = randn(2, 8), Scratch()
     replay, result = CallTapes().record(lambda: step(given))
+    del scratch  # a recording holds on to what it uses
+    scratch = Scratch()
     for seed in (5, 6, 7):
         given.copy_(randn(2, 8, seed=seed))
         slot.fill_(seed)
@@ -190,6 +249,87 @@ def test_a_tape_repeats_kernels_on_other_numbers():
         found, kept = result.clone(), (keys.clone(), values.clone())
         torch.testing.assert_close(found, step(given))
         assert torch.equal(kept[0], keys) and torch.equal(kept[1], values)
+
+
+@with_team
+@pytest.mark.parametrize("later", [1, 2, 5])
+@torch.inference_mode()
+def test_threads_may_become_more_or_fewer_after_a_recording(later):
+    query, window, scratch = randn(1, 4, 1, 8), randn(1, 2, 1000, 8), Scratch()
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        replay, result = CallTapes().record(lambda: calls.attend(query, window, window, 1.0, scratch) + 0)
+        expected = result.clone()
+        torch.set_num_threads(later)
+        result.zero_()
+        replay()
+        torch.testing.assert_close(result, expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+@with_team
+def test_two_threads_may_repeat_two_recordings():
+    found = []
+
+    @torch.inference_mode()
+    def write(seed):
+        query, window, scratch = randn(1, 4, 1, 8, seed=seed), randn(1, 2, 1000, 8, seed=seed), Scratch()
+        replay, result = CallTapes().record(lambda: calls.attend(query, window, window, 1.0, scratch) + 0)
+        expected = one_softmax(query, window, window, 1.0).float()
+        for _ in range(200):
+            result.zero_()
+            replay()
+            found.append(torch.allclose(result, expected, atol=1e-5))
+
+    threads = [Thread(target=write, args=(seed,)) for seed in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 400 and all(found)
+
+
+def test_a_product_that_is_made_anew_is_handed_on_to_a_kernel():
+    numbers, scales = torch.randint(-127, 127, (64, 32), dtype=torch.int8), torch.ones(64).bfloat16() / 100
+
+    def step(x):
+        return gated(torch._weight_int8pack_mm(x.bfloat16(), numbers, scales), 1.0, 0.0).float() * 2
+
+    given = randn(2, 32)
+    replay, result = CallTapes().record(lambda: step(given))
+    for seed in (1, 2, 3):
+        given.copy_(randn(2, 32, seed=seed))
+        replay()
+        assert torch.equal(result, step(given))
+
+
+def test_a_recording_holds_on_to_the_memory_of_weights_that_are_moved():
+    weight = torch.nn.Parameter(torch.ones(8), requires_grad=False)
+    given = randn(1, 8)
+    replay, result = CallTapes().record(lambda: rms_norm(given, weight, 1e-5, 0.0, torch.float32) * 1)
+    expected = result.clone()
+    weight.data = torch.full((8,), 7.0)
+    others = [torch.full((8,), float(i)) for i in range(100)]  # would take the place of what was freed
+    replay()
+    assert torch.equal(result, expected) and len(others) == 100
+
+
+def test_they_compile_where_pytorch_has_no_team_and_no_folder_can_be_written():
+    code = """
+from everlong.kernels import loading, team
+team._candidates = lambda: iter(())
+import numba.core.caching as caching
+caching.CacheImpl._locator_classes = []
+import torch
+from everlong.kernels.calls import attends, rms_norm
+x, window = torch.randn(1, 8), torch.randn(1, 2, 16, 8)
+assert not attends(torch.randn(1, 4, 1, 8), window, window)
+found = rms_norm(x, torch.ones(8), 1e-5, 0.0, torch.float32)
+assert torch.allclose(found, torch.nn.functional.rms_norm(x, [8], eps=1e-5), atol=1e-6)
+"""
+    subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], check=True)
 
 
 def test_kernels_are_taken_in_recordings_alone():
@@ -201,7 +341,9 @@ def test_kernels_are_taken_in_recordings_alone():
 
 def test_they_can_be_switched_off(monkeypatch):
     monkeypatch.setenv(loading.SWITCH, "0")
-    assert not loading.installed()
+    assert not loading.wanted.__wrapped__()
+    monkeypatch.setenv(loading.SWITCH, "1")
+    assert loading.wanted.__wrapped__()
 
 
 def test_a_compiler_that_fails_costs_a_warning_and_nothing_else(monkeypatch):

@@ -211,7 +211,10 @@ def _joined(notes: list[Note], handed_on: dict[int, int]) -> list[Call]:
         elif note.copied and number not in handed_on:
             calls.append(note.storing())
         elif not note.copied:
-            calls.append(known.setdefault(_described(note.call), _by_itself(note.call)))
+            key = _described(note.call)
+            if key not in known:
+                known[key] = _by_itself(note.call)
+            calls.append(known[key])
     return calls
 
 
@@ -226,6 +229,8 @@ def _by_itself(call: partial[Any]) -> Call:
 def _given(call: partial[Any], place: int, made: Call) -> Call:
     """Return a call that is given what another makes in the place of one of its arguments."""
     function, before, after, named = call.func, call.args[:place], call.args[place + 1 :], call.keywords
+    if isinstance(function, KernelFunction):
+        return function.repeated_of(made, place, *call.args, **named)
     if not (after or named):
         return lambda: function(*before, made())
     return lambda: function(*before, made(), *after, **named)

@@ -2,7 +2,8 @@
 
 On a CPU a step of writing is a thousand small calls beside the few that take long. Repeated, they need no
 modules, no views, no decisions and no new memory: what remains of each is the operation itself. The tape
-holds the tensors that the calls were given, so it follows weights that are written to, or moved, in place.
+holds the tensors that the calls were given, so it follows weights that are written to in place. PyTorch's own
+calls follow those that are moved, too; compiled kernels go on with the memory that they were recorded with.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from everlong.attention.call_notes import Call, Note, mapped, shortest, storage_of, tensors_in
 from everlong.errors import UnsupportedUseError
-from everlong.kernels.loading import installed, recording
+from everlong.kernels.loading import recording, wanted
 from everlong.models.collector import paused
 
 _LOOKS = {"item", "tolist", "numpy", "equal", "allclose", "is_nonzero"} | {
@@ -39,7 +40,12 @@ class CallTapes:
     eager_steps = 32
 
     def __init__(self) -> None:
-        self.follows_tensors = not installed()  # kernels go by addresses
+        self.follows_tensors = not wanted()  # kernels go by addresses
+
+    def run(self, run: Callable[[], Tensor]) -> Tensor:
+        """Run something as it would be recorded."""
+        with torch.inference_mode(), recording():
+            return run()
 
     def record(self, run: Callable[[], Tensor]) -> tuple[Call, Tensor]:
         """Run something, and keep the calls that its result, and what it writes to, depend on."""
@@ -87,12 +93,13 @@ class _Tape(TorchFunctionMode):
         if not made:
             return output  # a view, or no tensor at all
         self._made.update({storage_of(tensor): tensor for tensor in made})
+        written = [*made, *(args[place] for place in getattr(func, "writes", ()))]
         is_single = isinstance(output, Tensor)
         if is_single and (call := self._into(made[0], func, args, kwargs)) is not None:
-            self._note(call, read, [*made, *(args[place] for place in getattr(func, "writes", ()))])
+            self._note(call, read, written)
         elif is_single or len(made) == len(output) == sum(isinstance(x, Tensor) for x in output):
             copied = dict(enumerate(made))
-            self._note(partial(func, *args, **kwargs), read, made, copied, is_single)
+            self._note(partial(func, *args, **kwargs), read, written, copied, is_single)
         else:
             raise UnsupportedUseError(f"{name}() returns more than new tensors: it cannot be recorded")
         return output

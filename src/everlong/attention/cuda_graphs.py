@@ -31,6 +31,10 @@ class CudaGraphs:
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
+    def run(self, run: Callable[[], Tensor]) -> Tensor:
+        """Run something as it would be recorded: as it is."""
+        return run()
+
     def record(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         """Warm `run` up on a stream of its own, and capture it; see :class:`Recorder`."""
         with _one_at_a_time, torch.cuda.device(self._device):

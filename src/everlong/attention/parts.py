@@ -19,9 +19,6 @@ from torch.nn import functional as F
 from everlong.attention import few_queries
 from everlong.attention.cuda_parts import fused
 from everlong.attention.positions import working_dtype
-from everlong.kernels.calls import attend as attend_compiled
-from everlong.kernels.calls import attends
-from everlong.kernels.loading import in_use
 
 _FLASH_CPU = torch._scaled_dot_product_flash_attention_for_cpu
 
@@ -122,8 +119,6 @@ def attend_all(query: Tensor, keys: Tensor, values: Tensor, **logits: Unpack[Log
     """Attend to a single part of which every query sees all; parameters and result as of :func:`attend`."""
     part, scaling = Part(query, keys, values), logits["scaling"]
     if logits.get("softcap") is None and logits.get("sink_logits") is None and _flash_fits(part):
-        if in_use() and attends(query, keys, values):
-            return attend_compiled(query, keys, values, scaling)
         if few_queries.pays(query, keys, values):
             return few_queries.attend_few(query, keys, values, scaling)
         if _flash_takes_grouped_heads():

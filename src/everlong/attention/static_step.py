@@ -155,15 +155,21 @@ class StaticStep(PolicyCache):
         for kind, aim in zip(self._kinds, found, strict=True):
             kind.aim_at(aim)
 
-    def blank(self, found: list[Aim]) -> None:
-        """Blank what a step writes, so that it shows if one does not."""
+    def written(self, found: list[Aim]) -> list[Tensor]:
+        """Return views of what a step writes at these places: a slot of each memory, and its sinks."""
+        views = []
         for aim in found:
             for memory in aim.memories.values():
                 assert memory.keys is not None and memory.values is not None
-                memory.keys[:, :, aim.place.slot] = 0
-                memory.values[:, :, aim.place.slot] = 0
+                views += [memory.keys[:, :, aim.place.slot], memory.values[:, :, aim.place.slot]]
                 if aim.place.sinks is not None:
-                    memory.keys[:, :, : memory.sinks] = 0
+                    views.append(memory.keys[:, :, : memory.sinks])
+        return views
+
+    def blank(self, found: list[Aim]) -> None:
+        """Blank what a step writes, so that it shows if one does not."""
+        for view in self.written(found):
+            view.zero_()
 
     def count(self) -> None:
         """Count the tokens that a step put in."""

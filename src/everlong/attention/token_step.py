@@ -7,7 +7,7 @@ common, and leaves each the least it can: rotate, put away, attend to the slots 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Unpack
 
 import torch
@@ -17,7 +17,7 @@ from everlong.attention.layer_memory import LayerMemory
 from everlong.attention.parts import Logits, attend_all
 from everlong.attention.policy import Policy
 from everlong.attention.positions import Angles, Rotation
-from everlong.kernels.calls import fit, turn_and_put, window_fits
+from everlong.kernels.calls import Scratch, attend, attends, fit, token_fits, turn_and_put, window_fits
 from everlong.kernels.loading import in_use
 from everlong.models.rotary import Positions
 
@@ -63,6 +63,8 @@ class TokenStep:
         The rows' padding.
     slot : Tensor, optional
         The slot to put the token into, shape (1,), in windows that are full; otherwise their memories say.
+    scratch : Scratch
+        Memory for compiled kernels.
     """
 
     rotation: Rotation
@@ -73,6 +75,7 @@ class TokenStep:
     sinks: dict[int, Tensor]
     pads: tuple[int, ...] | None
     slot: Tensor | None = None
+    scratch: Scratch = field(default_factory=Scratch)
 
     def fits(self, memory: LayerMemory, layer: int) -> bool:
         """Whether the memory of a layer stands where the step was made for."""
@@ -88,7 +91,7 @@ class TokenStep:
         self, memory: LayerMemory, query: Tensor, key: Tensor, value: Tensor, **logits: Unpack[Logits]
     ) -> Tensor:
         """Put the token into a layer's memory, and attend; parameters as of :meth:`Forward.attend`."""
-        if self.slot is not None and in_use() and self._fits_kernels(memory, query, key, value):
+        if self._takes_kernels(memory, query, key, value):
             return self._attend_compiled(memory, query, key, value, **logits)
         turned_query, turned_key = turned(query, key, self.rotation, self.here)
         if self.slot is None:
@@ -106,29 +109,32 @@ class TokenStep:
             keys, values = keys.narrow(2, 0, self.slots), values.narrow(2, 0, self.slots)
         return attend_all(turned_query, keys, values, **logits)
 
-    def _fits_kernels(self, memory: LayerMemory, query: Tensor, key: Tensor, value: Tensor) -> bool:
-        """Whether compiled kernels take this step."""
+    def _takes_kernels(self, memory: LayerMemory, query: Tensor, key: Tensor, value: Tensor) -> bool:
+        """Whether compiled kernels are to be taken, and take this."""
+        if self.slot is None or self.here is None or self.pads or not in_use():
+            return False
         keys, values = memory.keys, memory.values
         return (
             keys is not None
             and values is not None
-            and self.here is not None
+            and keys.shape[2] == self.slots
             and self.rotation.layout == "halves"
-            and self.pads is None
-            and fit(*(x[0] for x in (query, key, value)), *self.here, *self.sinks.values())
+            and fit(*self.here, *self.sinks.values())
             and window_fits(keys, values)
+            and token_fits(query, key, value, keys)
         )
 
     def _attend_compiled(
         self, memory: LayerMemory, query: Tensor, key: Tensor, value: Tensor, **logits: Unpack[Logits]
     ) -> Tensor:
         """Do the same by compiled kernels."""
-        keys, values = memory.keys, memory.values
-        assert keys is not None and values is not None and self.here is not None and self.slot is not None
-        turned_query = turn_and_put(
-            query, key, value, *self.here, self.slot, keys, values, self.sinks.get(id(memory))
-        )
-        return attend_all(turned_query, keys, values, **logits)
+        keys, values, sinks = memory.keys, memory.values, self.sinks.get(id(memory))
+        assert keys is not None and values is not None and self.here is not None
+        query = turn_and_put(query, key, value, *self.here, self.slot, keys, values, sinks)
+        is_plain = logits.get("softcap") is None and logits.get("sink_logits") is None
+        if is_plain and attends(query, keys, values):
+            return attend(query, keys, values, logits["scaling"], self.scratch)
+        return attend_all(query, keys, values, **logits)
 
 
 def token_step(

@@ -16,7 +16,9 @@ from torch.nn import functional as F
 from everlong.attention.parts import attend_all
 from everlong.evaluation.speed import wait_for
 from everlong.evaluation.work import Work
-from everlong.kernels.loading import recording
+from everlong.kernels.calls import Scratch, attends
+from everlong.kernels.calls import attend as kernel
+from everlong.kernels.loading import compiled
 from everlong.models.anatomy import decoder_of
 from everlong.models.packing import PackedLinear
 
@@ -24,6 +26,7 @@ _SIDE = {"cpu": 2048}  # of the square matrices that are multiplied
 _BUFFER = {"cpu": 2**29}  # bytes that are read: more than fits into caches
 _OTHER_SIDE, _OTHER_BUFFER = 8192, 2**30
 _PASSES = 3
+_scratch = Scratch()
 
 
 class Rooflines:
@@ -117,7 +120,7 @@ class KernelFloor:
             )
             for layer in work.layers
         ]
-        self._ways = [way for way in (_folded, _grouped, _ours, _recorded) if _works(way, self._windows[0])]
+        self._ways = [way for way in (_folded, _grouped, _ours, _compiled) if _works(way, self._windows[0])]
         self.weight_bytes = sum(nbytes for _, nbytes in products.values()) + head_bytes
         """Bytes of the weights a step reads, head included."""
 
@@ -163,10 +166,11 @@ def _ours(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     return attend_all(queries, keys, values, scaling=keys.shape[-1] ** -0.5)
 
 
-def _recorded(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Attend as a recorded step does, by a compiled kernel where there is one."""
-    with recording():
-        return _ours(queries, keys, values)
+def _compiled(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Attend as a recorded step does on a CPU, where there are compiled kernels."""
+    if compiled() is None or not attends(queries, keys, values):
+        raise RuntimeError("no kernel of ours takes this")
+    return kernel(queries, keys, values, keys.shape[-1] ** -0.5, _scratch)
 
 
 @torch.inference_mode()

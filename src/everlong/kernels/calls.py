@@ -1,7 +1,7 @@
 """The kernels as functions of tensors, which a tape records as it records PyTorch's own.
 
-Each returns a new tensor, or writes `out`. Tensors are of float32 numbers on a CPU, and contiguous where
-nothing else is said; :func:`fit` says whether they are.
+Each returns a new tensor, or writes `out`. Tensors are of float32 numbers on a CPU and contiguous, where
+nothing else is said; :func:`fit` and its neighbours say whether they are.
 """
 
 from __future__ import annotations
@@ -9,26 +9,28 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
+from everlong.errors import StateError
 from everlong.kernels.loading import compiled
-from everlong.kernels.team import has_team, in_every_thread
+from everlong.kernels.team import asking_addresses, has_team, in_every_thread
 
-Repeated = Callable[[], Any]
+Prepared = tuple[Callable[[Any], object], Any]
+"""What runs a kernel, and what it is given: whole numbers, of which the first are where its tensors lie."""
 
 
 class KernelFunction:
-    """A kernel, as a function of tensors.
+    """A kernel, as a function of tensors, which are the first of its arguments.
 
     Parameters
     ----------
-    prepared : callable
-        Called as `prepared(*args, out)`; returns what writes `out`, from where the tensors lie now.
+    prepare : callable
+        Called as `prepare(*args, out)`; returns what writes `out`, from where the tensors lie now.
     new : callable
         Called as `new(*args)`; returns memory for the output.
     writes : tuple of int
@@ -36,62 +38,107 @@ class KernelFunction:
     """
 
     def __init__(
-        self, prepared: Callable[..., Repeated], new: Callable[..., Tensor], writes: tuple[int, ...] = ()
+        self, prepare: Callable[..., Prepared], new: Callable[..., Tensor], writes: tuple[int, ...] = ()
     ) -> None:
-        self.__name__ = prepared.__name__.strip("_")
-        self.__doc__ = prepared.__doc__
+        self.__name__ = prepare.__name__.strip("_")
+        self.__doc__ = prepare.__doc__
         self.writes = writes
-        self._prepared = prepared
+        self._prepare = prepare
         self._new = new
 
     def __call__(self, *args: Any, out: Tensor | None = None) -> Tensor:
-        """Compute."""
+        """Run the kernel now, or let a tape that is open do it."""
         tensors = [x for x in args if isinstance(x, Tensor)]
         if has_torch_function(tensors):
             named = {} if out is None else {"out": out}
             recorded: Tensor = handle_torch_function(self, tensors, *args, **named)
             return recorded
         out = self._new(*args) if out is None else out
-        self._prepared(*args, out)()
+        run, given = self._prepare(*args, out)
+        run(given)
         return out
 
-    def repeated(self, *args: Any, out: Tensor) -> Repeated:
-        """Return what computes it again, of what stands in the same memory then; it holds on to that."""
-        call = self._prepared(*args, out)
-        held = args, out
+    def repeated(self, *args: Any, out: Tensor) -> Callable[[], None]:
+        """Return what computes it again, of the numbers that stand in the same memory then.
 
-        def repeat(held: Any = held, call: Repeated = call) -> None:
-            call()
+        It holds on to that memory, wherever its tensors are moved meanwhile.
+        """
+        run, given = self._prepare(*args, out)
+        memory = _memory(*args, out)
+
+        def repeat(memory: list[Tensor] = memory) -> None:  # held by being a default
+            run(given)
+
+        return repeat
+
+    def repeated_of(
+        self, made: Callable[[], Tensor], place: int, *args: Any, out: Tensor
+    ) -> Callable[[], None]:
+        """Return the same, with one of its tensors made anew each time, alike in all but where it lies."""
+        run, given = self._prepare(*args, out)
+        memory = _memory(*args, out)
+
+        def repeat(memory: list[Tensor] = memory) -> None:
+            x = made()
+            given[place] = x.data_ptr()
+            run(given)
 
         return repeat
 
 
+class Scratch:
+    """Memory that the kernels of one step use one after the other."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[str, int], Tensor] = {}
+
+    def of(self, name: str, numbers: int) -> Tensor:
+        """Return memory for so many numbers of one purpose, the same each time."""
+        if (name, numbers) not in self._held:
+            self._held[name, numbers] = torch.empty(numbers, dtype=torch.float32, device="cpu")
+        return self._held[name, numbers]
+
+
 def fit(*tensors: Tensor) -> bool:
     """Whether tensors are of float32 numbers on a CPU, each contiguous."""
-    return all(x.dtype == torch.float32 and x.device.type == "cpu" and x.is_contiguous() for x in tensors)
+    return all(x.is_contiguous() and _is_plain(x) for x in tensors)
 
 
 def window_fits(keys: Tensor, values: Tensor) -> bool:
     """Whether a window lies as :func:`turn_and_put` and :func:`attend` take it."""
-    _, heads, _, d = keys.shape
-    return keys.stride() == values.stride() and all(
-        x.dtype == torch.float32
-        and x.device.type == "cpu"
-        and x.stride()[2:] == (d, 1)
-        and (len(x) == 1 or x.stride(0) == heads * x.stride(1))
-        for x in (keys, values)
+    _, heads, slots, d = keys.shape
+    return (
+        slots > 0
+        and keys.shape == values.shape
+        and keys.stride() == values.stride()
+        and keys.stride()[2:] == (d, 1)
+        and (len(keys) == 1 or keys.stride(0) == heads * keys.stride(1))
+        and _is_plain(keys)
+        and _is_plain(values)
+    )
+
+
+def token_fits(query: Tensor, key: Tensor, value: Tensor, keys: Tensor) -> bool:
+    """Whether one token a row, raw, is of such a window: its heads lie together, its rows may lie apart."""
+    rows, kv_heads, _, d = keys.shape
+    return (
+        key.shape == value.shape == (rows, kv_heads, 1, d)
+        and query.shape == (rows, query.shape[1], 1, d)
+        and query.shape[1] % kv_heads == 0
+        and fit(*(x[0] for x in (query, key, value)))
     )
 
 
 def attends(query: Tensor, keys: Tensor, values: Tensor) -> bool:
     """Whether :func:`attend` takes these: one query a row, a window that fits, and threads to run in."""
-    alike = query.shape[2] == 1 and fit(query) and keys.shape == values.shape
-    return alike and window_fits(keys, values) and has_team()
+    rows, kv_heads, _, d = keys.shape
+    is_of = query.shape == (rows, query.shape[1], 1, d) and query.shape[1] % kv_heads == 0
+    return is_of and fit(query) and window_fits(keys, values) and has_team()
 
 
 def _rms_norm(
     x: Tensor, weight: Tensor, eps: float, plus: float, dtype: torch.dtype, out: Tensor
-) -> Repeated:
+) -> Prepared:
     """Norm rows by their root mean square.
 
     Parameters
@@ -106,20 +153,36 @@ def _rms_norm(
         Added to the weight.
     dtype : torch.dtype
         The output's: float32 or bfloat16.
+
+    Returns
+    -------
+    Tensor
+        Shape (rows, d).
     """
-    return _call("rms_norm", x, weight, out, *x.shape, float(eps), float(plus), dtype == torch.bfloat16)
+    _require(fit(x, weight) and weight.shape == x.shape[1:] and dtype in _NORMED, "rms_norm")
+    is_half = dtype == torch.bfloat16
+    return _function("rms_norm"), _given(x, weight, out, *x.shape, float(eps), float(plus), is_half)
 
 
-def _gated(gates_and_ups: Tensor, slope: float, cube: float, out: Tensor) -> Repeated:
+def _gated(gates_and_ups: Tensor, slope: float, cube: float, out: Tensor) -> Prepared:
     """Return x · sigmoid(slope · (x + cube · x³)) · up: SiLU, and GELU by tanh, times what they gate.
 
     Parameters
     ----------
     gates_and_ups : Tensor
         bfloat16, shape (rows, 2 n): gates x, then ups.
+    slope, cube : float
+        1 and 0 for SiLU, √(8/π) and 0.044715 for GELU.
+
+    Returns
+    -------
+    Tensor
+        bfloat16, shape (rows, n).
     """
-    rows, n = gates_and_ups.shape
-    return _call("gated", gates_and_ups, out, rows, n // 2, float(slope), float(cube))
+    x = gates_and_ups
+    rows, n = x.shape[0], x.shape[1] // 2
+    _require(x.dtype == torch.bfloat16 and x.is_contiguous() and x.shape[1] == 2 * n, "gated")
+    return _function("gated"), _given(x, out, rows, n, float(slope), float(cube))
 
 
 def _turn_and_put(
@@ -133,7 +196,7 @@ def _turn_and_put(
     values: Tensor,
     sinks: Tensor | None,
     out: Tensor,
-) -> Repeated:
+) -> Prepared:
     """Rotate a token's queries and keys, and put its keys and values, and rotated sinks, into a window.
 
     Parameters
@@ -143,7 +206,7 @@ def _turn_and_put(
     cos, sin : Tensor
         Shape (1, r), as :func:`~everlong.models.rotary.rotate` takes them for pairs in halves.
     slot : Tensor
-        int64, shape (1,).
+        int64, shape (1,): one that the window has.
     keys, values : Tensor
         The window, shape (rows, key-value heads, slots, d); heads may lie apart, all alike.
     sinks : Tensor or None
@@ -154,18 +217,27 @@ def _turn_and_put(
     Tensor
         The rotated queries, shape (rows, heads, 1, d).
     """
-    rows, heads, _, d = query.shape
-    return _call(
+    (rows, kv_heads, _, d), count = keys.shape, 0 if sinks is None else sinks.shape[2]
+    _require(
+        window_fits(keys, values)
+        and token_fits(query, key, value, keys)
+        and fit(cos, sin)
+        and cos.shape == sin.shape == (1, cos.shape[-1])
+        and cos.shape[-1] <= d
+        and (slot.dtype, slot.shape) == (torch.int64, (1,))
+        and (sinks is None or (fit(sinks) and sinks.shape == (rows, kv_heads, count, d))),
         "turn_and_put",
-        *(query, key, value),
+    )
+    return _function("turn_and_put"), _given(
+        *(query, key, value, cos, sin, slot, keys, values, 0 if sinks is None else sinks, out),
         *(x.stride(0) for x in (query, key, value)),
-        *(cos, sin, slot, keys, values, keys.stride(1)),
-        *(0 if sinks is None else sinks, out),
-        *(rows, heads, key.shape[1], d, cos.shape[-1], 0 if sinks is None else sinks.shape[2]),
+        *(keys.stride(1), rows, query.shape[1], kv_heads, d, cos.shape[-1], count),
     )
 
 
-def _attend(query: Tensor, keys: Tensor, values: Tensor, scaling: float, out: Tensor) -> Repeated:
+def _attend(
+    query: Tensor, keys: Tensor, values: Tensor, scaling: float, scratch: Scratch, out: Tensor
+) -> Prepared:
     """Attend to all keys, with one query a row and head, in as many threads as PyTorch has.
 
     Parameters
@@ -176,45 +248,58 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, scaling: float, out: Te
         Shape (rows, key-value heads, m, d); heads may lie apart, all alike.
     scaling : float
         Factor on the products.
+    scratch : Scratch
+        Memory for what comes between.
 
     Returns
     -------
     Tensor
         Shape (rows, heads, 1, d).
     """
+    _require(attends(query, keys, values), "attend")
     (rows, kv_heads, m, d), threads, run = keys.shape, torch.get_num_threads(), compiled().RUN
     groups, g = rows * kv_heads, query.shape[1] // kv_heads
-    partial_sums = torch.empty(groups, -(-m // run), g, d + 2)
-    logits = torch.empty(threads, g, run)
+    sums = scratch.of("sums", groups * -(-m // run) * g * (d + 2))
+    logits = scratch.of("logits", threads * g * run)
     given = _given(
-        *(query, keys, values, partial_sums, logits, out),
+        *(query, keys, values, out, sums, logits, *asking_addresses()),
         *(groups, g, d, m, keys.stride(1), float(scaling)),
     )
-    attend = in_every_thread(compiled().attend_runs.address)
-    merge = _function("merge_runs")
-    assert attend is not None
+    attend, merge = in_every_thread(compiled().attend_runs.address), _function("merge_runs")
 
-    def repeat(held: Any = (partial_sums, logits)) -> None:
+    def run_both(given: Any, memory: Any = (sums, logits)) -> None:  # held by being a default
         attend(given, min(threads, torch.get_num_threads()))
         merge(given)
 
-    return repeat
+    return run_both, given
 
+
+_NORMED = (torch.float32, torch.bfloat16)
 
 rms_norm = KernelFunction(_rms_norm, lambda x, weight, eps, plus, dtype: torch.empty_like(x, dtype=dtype))
 gated = KernelFunction(_gated, lambda x, *_: x.new_empty(len(x), x.shape[1] // 2))
-turn_and_put = KernelFunction(_turn_and_put, lambda query, *_: torch.empty(query.shape), writes=(6, 7))
-attend = KernelFunction(_attend, lambda query, *_: torch.empty(query.shape))
+turn_and_put = KernelFunction(_turn_and_put, lambda query, *_: query.new_empty(query.shape), writes=(6, 7))
+attend = KernelFunction(_attend, lambda query, *_: query.new_empty(query.shape))
 
 
-def _call(name: str, *values: Tensor | float) -> Repeated:
-    return partial(_function(name), _given(*values))
+def _require(holds: bool, name: str) -> None:
+    """Refuse what a kernel, which goes by addresses, would read or write elsewhere."""
+    if not holds:
+        raise StateError(f"the kernel {name} does not take tensors that lie like these")
+
+
+def _is_plain(x: Tensor) -> bool:
+    return x.dtype == torch.float32 and x.device.type == "cpu"
+
+
+def _memory(*values: Any) -> list[Tensor]:
+    """Return what holds on to the memory of tensors as it is now."""
+    return [x.detach() for x in values if isinstance(x, Tensor)]
 
 
 def _given(*values: Tensor | float) -> Any:
     """Return what a kernel is given: where tensors lie, whole numbers, and the bits of others."""
-    numbers = map(_as_whole, values)
-    return (ctypes.c_int64 * len(values))(*numbers)
+    return (ctypes.c_int64 * len(values))(*map(_as_whole, values))
 
 
 def _as_whole(value: Tensor | float) -> int:
@@ -227,6 +312,6 @@ def _as_whole(value: Tensor | float) -> int:
 
 
 @cache
-def _function(name: str) -> Callable[[Any], None]:
-    """Return a kernel that is run in one thread: it is over sooner than another could take the lock."""
+def _function(name: str) -> Callable[[Any], object]:
+    """Return a kernel that runs in one thread, and is over sooner than another could take Python's lock."""
     return ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(getattr(compiled(), name).address)

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import llvmlite.binding
 import numpy as np
 from llvmlite import ir
 from numba import carray, cfunc, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
-
-from everlong.kernels.team import THREAD, THREADS, symbols
 
 RUN = 128
 """Keys that a thread attends to at once: with their values they fit into its own cache."""
@@ -23,14 +20,22 @@ RUN = 128
 _LINE = 64  # bytes that memory hands over at once
 _AHEAD = 4096  # bytes: of 1,024 to 8,192 the best for heads of 64 numbers, on a processor with AVX2
 
-for _name, _address in symbols().items():
-    llvmlite.binding.add_symbol(_name, _address)
-_thread = types.ExternalFunction(THREAD, types.int32())
-_threads = types.ExternalFunction(THREADS, types.int32())
+_OPTIONS: dict[str, Any] = {
+    "fastmath": {"reassoc", "contract"},  # sums in any order; but what is not a number stays that
+    "error_model": "numpy",  # as PyTorch divides by zero
+}
+_part = njit(**_OPTIONS)
 
-_FAST = {"reassoc", "contract"}  # sums in any order; but what is not a number stays that
-_kernel = cfunc(types.void(types.CPointer(types.int64)), cache=True, fastmath=_FAST)
-_part = njit(fastmath=_FAST)
+
+def _kernel(function: Any) -> Any:
+    """Compile a kernel, and keep it for other processes where there is a place for it."""
+    signature = types.void(types.CPointer(types.int64))
+    try:
+        return cfunc(signature, cache=True, **_OPTIONS)(function)
+    except RuntimeError:  # no folder that can be written to
+        return cfunc(signature, **_OPTIONS)(function)
+
+
 _f, _u = np.float32, np.uint32
 
 
@@ -67,6 +72,17 @@ def _fetch(_context: Any, address: Any) -> Any:
     return types.void(types.int64), code
 
 
+@intrinsic
+def _asked(_context: Any, address: Any) -> Any:
+    """Call the C function at an address, which takes nothing and returns an int."""
+
+    def code(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        function = ir.FunctionType(ir.IntType(32), []).as_pointer()
+        return builder.call(builder.inttoptr(arguments[0], function), [])
+
+    return types.int32(types.int64), code
+
+
 @_part
 def _number(bits):
     """Return the number whose bits, as of float64, a whole number has."""
@@ -97,14 +113,14 @@ def _exp(x):
     x = _f(88) if x > _f(88) else x
     whole = np.floor(x * _f(1.44269504) + _f(0.5))
     rest = x - whole * _f(0.693359375) + whole * _f(2.12194440e-4)
-    sum = _f(1.9875691500e-4)
-    sum = sum * rest + _f(1.3981999507e-3)
-    sum = sum * rest + _f(8.3334519073e-3)
-    sum = sum * rest + _f(4.1665795894e-2)
-    sum = sum * rest + _f(1.6666665459e-1)
-    sum = sum * rest + _f(5.0000001201e-1)
+    y = _f(1.9875691500e-4)
+    y = y * rest + _f(1.3981999507e-3)
+    y = y * rest + _f(8.3334519073e-3)
+    y = y * rest + _f(4.1665795894e-2)
+    y = y * rest + _f(1.6666665459e-1)
+    y = y * rest + _f(5.0000001201e-1)
     power = np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)).view(_f)
-    return (sum * rest * rest + rest + _f(1)) * power
+    return (y * rest * rest + rest + _f(1)) * power
 
 
 # --- norms, and the MLP's middle ---------------------------------------------------------------------
@@ -165,29 +181,26 @@ def _turn(x, cos, sin, output, width):
 def turn_and_put(given):
     """Rotate a token's queries and keys; put its keys and values, and rotated sinks, into a window.
 
-    Given: queries, keys, values, and each one's stride from row to row; cos, sin, slot; the window's keys and
-    values, and a head's stride in each; sinks, output; rows, heads, key-value heads, d, how many of these are
-    rotated, and how many sinks there are.
+    Given: queries, keys, values, cos, sin, slot, the window's keys and values, sinks, output; the strides of
+    rows of queries, keys and values, and of the window's heads; rows, heads, key-value heads, d, how many of
+    these are rotated, and how many sinks there are.
     """
     a = carray(given, (20,))
     rows, heads, kv_heads, d, width, sinks = a[14], a[15], a[16], a[17], a[18], a[19]
-    cos, sin, slot = (
-        carray(_floats(a[6]), (width,)),
-        carray(_floats(a[7]), (width,)),
-        carray(_longs(a[8]), (1,))[0],
-    )
+    cos, sin = carray(_floats(a[3]), (width,)), carray(_floats(a[4]), (width,))
+    slot = carray(_longs(a[5]), (1,))[0]
     for row in range(rows):
-        queries = carray(_floats(a[0] + 4 * row * a[3]), (heads, d))
-        keys = carray(_floats(a[1] + 4 * row * a[4]), (kv_heads, d))
-        values = carray(_floats(a[2] + 4 * row * a[5]), (kv_heads, d))
-        output = carray(_floats(a[13] + 4 * row * heads * d), (heads, d))
+        queries = carray(_floats(a[0] + 4 * row * a[10]), (heads, d))
+        keys = carray(_floats(a[1] + 4 * row * a[11]), (kv_heads, d))
+        values = carray(_floats(a[2] + 4 * row * a[12]), (kv_heads, d))
+        output = carray(_floats(a[9] + 4 * row * heads * d), (heads, d))
         for head in range(heads):
             _turn(queries[head], cos, sin, output[head], width)
         for head in range(kv_heads):
             group = row * kv_heads + head
-            window_keys = carray(_floats(a[9] + 4 * group * a[11]), (slot + 1, d))
-            window_values = carray(_floats(a[10] + 4 * group * a[11]), (slot + 1, d))
-            sink_keys = carray(_floats(a[12] + 4 * group * sinks * d), (sinks, d))
+            window_keys = carray(_floats(a[6] + 4 * group * a[13]), (slot + 1, d))
+            window_values = carray(_floats(a[7] + 4 * group * a[13]), (slot + 1, d))
+            sink_keys = carray(_floats(a[8] + 4 * group * sinks * d), (sinks, d))
             for sink in range(sinks):
                 for i in range(d):
                     window_keys[sink, i] = sink_keys[sink, i]
@@ -260,21 +273,23 @@ def _weighed(weights, at, count, d, output):
 def attend_runs(given):
     """Attend to a thread's share of the runs of keys that all heads have; run by every thread.
 
-    Given: queries, keys, values, what runs give, shape (groups, runs, g, d + 2), a place for each thread's
-    logits, output, groups, g, d, keys, a group's stride in keys and values, and scaling. Of a run and a query
-    remain the sum of its values, the largest logit, and the sum of the weights.
+    Given: queries, keys, values, output, what runs give, of shape (groups, runs, g, d + 2), a place for each
+    thread's logits; what to ask for a thread's number, and how many they are; groups, g, d, keys, a group's
+    stride in keys and values, and scaling. Of a run and a query remain the sum of its values, the largest
+    logit, and the sum of the weights.
     """
-    a = carray(given, (12,))
-    groups, g, d, count, scaling = a[6], a[7], a[8], a[9], _number(a[11])
+    a = carray(given, (14,))
+    groups, g, d, count, scaling = a[8], a[9], a[10], a[11], _number(a[13])
     runs = (count + RUN - 1) // RUN
-    thread, threads = _thread(), _threads()
-    logits = carray(_floats(a[4] + 4 * thread * g * RUN), (g, RUN))
+    thread, threads = _asked(a[6]), _asked(a[7])
+    logits = carray(_floats(a[5] + 4 * thread * g * RUN), (g, RUN))
     for run in range(thread * groups * runs // threads, (thread + 1) * groups * runs // threads):
         group, begin = run // runs, run % runs * RUN
         there = min(count - begin, RUN)
-        where = 4 * (group * a[10] + begin * d)
-        output = carray(_floats(a[3] + 4 * run * g * (d + 2)), (g, d + 2))
-        _logits(carray(_floats(a[0] + 4 * group * g * d), (g, d)), a[1] + where, there, scaling, logits)
+        where = 4 * (group * a[12] + begin * d)
+        output = carray(_floats(a[4] + 4 * run * g * (d + 2)), (g, d + 2))
+        queries = carray(_floats(a[0] + 4 * group * g * d), (g, d))
+        _logits(queries, a[1] + where, there, scaling, logits)
         for i in range(g):
             largest = logits[i, 0]
             for k in range(there):
@@ -291,11 +306,11 @@ def attend_runs(given):
 @_kernel
 def merge_runs(given):
     """Merge what runs gave into one softmax; given as to :func:`attend_runs`."""
-    a = carray(given, (12,))
-    groups, g, d = a[6], a[7], a[8]
-    runs = (a[9] + RUN - 1) // RUN
-    given_runs = carray(_floats(a[3]), (groups, runs, g, d + 2))
-    output = carray(_floats(a[5]), (groups, g, d))
+    a = carray(given, (14,))
+    groups, g, d = a[8], a[9], a[10]
+    runs = (a[11] + RUN - 1) // RUN
+    given_runs = carray(_floats(a[4]), (groups, runs, g, d + 2))
+    output = carray(_floats(a[3]), (groups, g, d))
     for group in range(groups):
         for i in range(g):
             largest = given_runs[group, 0, i, d]
@@ -308,7 +323,7 @@ def merge_runs(given):
                 given_runs[group, run, i, d] = weight
                 total += weight * given_runs[group, run, i, d + 1]
             for j in range(d):
-                sum = _f(0)
+                value = _f(0)
                 for run in range(runs):
-                    sum += given_runs[group, run, i, d] * given_runs[group, run, i, j]
-                output[group, i, j] = sum / total
+                    value += given_runs[group, run, i, d] * given_runs[group, run, i, j]
+                output[group, i, j] = value / total

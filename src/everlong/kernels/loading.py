@@ -1,6 +1,6 @@
 """Whether there are kernels, and whether what runs now may take them.
 
-They are taken only in steps that are recorded: there their results are held against PyTorch's before they are
+They are taken only in steps that are recorded: there what they give is held against PyTorch's before it is
 believed, and there what they save is not lost among the calls around them.
 """
 
@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from typing import Any
 
 SWITCH = "EVERLONG_KERNELS"
-"""Environment variable; 0: there are none."""
+"""Environment variable, read once; 0: there are none."""
 
 _records: ContextVar[bool] = ContextVar("everlong_records", default=False)
 
@@ -37,15 +37,16 @@ def in_use() -> bool:
     return _records.get() and compiled() is not None
 
 
-def installed() -> bool:
-    """Whether there is what compiles kernels, and it is wanted."""
+@functools.cache
+def wanted() -> bool:
+    """Whether there is what compiles kernels, and nobody does without."""
     return os.environ.get(SWITCH) != "0" and find_spec("numba") is not None
 
 
 @functools.cache
 def compiled() -> Any:
     """Return the module of the kernels; None: there are none."""
-    if not installed():
+    if not wanted():
         return None
     try:
         return import_module("everlong.kernels.compiled")

@@ -107,6 +107,11 @@ class _Linears:
             for output, bias in zip(outputs, biases, strict=True)
         ]
 
+    def gives_alike(self, dtype: torch.dtype) -> bool:
+        """Whether they multiply together what is of `dtype`, each to as many outputs, without biases."""
+        alike = len({layer.out_features for layer in self.layers}) == 1
+        return self.takes == dtype and alike and all(layer.bias is None for layer in self.layers)
+
     def together(self, x: Tensor) -> Tensor:
         """Return the outputs of packed layers without their biases, one behind the other, as they come."""
         assert self.product is not None
@@ -154,8 +159,7 @@ class LeanLayer:
         self._agrees: bool | None = None
         self._manner: dict[str, Any] = {}
         self._size = int(self.attention.head_dim)
-        has_biases = any(layer.bias is not None for layer in self.mlp_in.layers)
-        self._form = None if has_biases else _form(self.activation)
+        self._form: tuple[float, float] | None = None
         self._linears = self.heads_in, self.heads_out, self.mlp_in, self.mlp_out
         self._holders = [holder._modules for holder in (self.layer, self.attention, self.mlp)]
         self._found = [tuple(modules.values()) for modules in self._holders]
@@ -208,9 +212,8 @@ class LeanLayer:
 
     def _gated(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the middle of the MLP for what its norm gave, shape (rows, d)."""
-        form = self._form
-        if form is not None and self.mlp_in.takes == self.mlp_out.takes == torch.bfloat16 and in_use():
-            return gated(self.mlp_in.together(x), *form)
+        if self._form is not None and in_use():
+            return gated(self.mlp_in.together(x), *self._form)
         gate, up = self.mlp_in(x, dtype)
         return self.activation(gate) * up
 
@@ -253,6 +256,8 @@ class LeanLayer:
                 call["position_ids"] = torch.full_like(positions, _FAR)
             elsewhere = self._own(twin, hidden_states, *args, **call)
             ours = self.run(hidden_states, blended)
+            if self.mlp_in.gives_alike(torch.bfloat16) and self.mlp_out.takes == torch.bfloat16:
+                self._form = _form(self.activation)
         except Exception:  # of whatever form it is, it is not the usual one
             return False
         if not isinstance(theirs, Tensor) or not torch.equal(theirs, elsewhere):
@@ -334,7 +339,7 @@ def _given_the_same(group: list[Any]) -> _Linears | None:
 
 def _form(activation: Callable[[Tensor], Tensor]) -> tuple[float, float] | None:
     """Return slope and cube if an activation is x · sigmoid(slope · (x + cube · x³)), or None."""
-    x = torch.linspace(-8, 8, 65)
+    x = torch.linspace(-8, 8, 65, dtype=torch.float32, device="cpu")
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         for slope, cube in _FORMS:
             if torch.allclose(activation(x), x * torch.sigmoid(slope * (x + cube * x**3)), 1e-4, 1e-5):
