@@ -66,9 +66,9 @@ def test_goals_measures_ours_and_says_that_llama_is_not_there(
     goals: Script, capsys: pytest.CaptureFixture[str]
 ) -> None:
     goals.run()
-    ours = ["beside llama.cpp", "speed", "together", "whole stock", "whole ours"]
+    ours = ["beside llama.cpp", "speed", "together, recorded", "whole stock", "whole ours"]
     assert measured(capsys) == ours and set(goals.rows) == set(ours)
-    together = goals.rows["together"]
+    together = goals.rows["together, recorded"]
     (row,) = [cells for cells in goals.table(0) if "8 sessions" in cells[0]]
     assert row[0].endswith("20 / 30")
     assert row[3] == " / ".join(f"{8 * one / eight:.1f}x" for one, eight in together.values())
