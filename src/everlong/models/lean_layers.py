@@ -66,10 +66,8 @@ class _Norm:
             rows = x.view(-1, x.shape[-1])
             return rms_norm(rows, weight, self.eps, float(self.adds_one), dtype).view(x.shape)
         rows = x.float().reshape(-1, 1, x.shape[-1])
-        share = 1 / x.shape[-1]
-        mean = torch.baddbmm(
-            _number(self.eps), rows, rows.transpose(1, 2), alpha=share
-        )  # of squares, with eps
+        share = 1 / x.shape[-1]  # of the sum of squares, to which eps is added
+        mean = torch.baddbmm(_number(self.eps), rows, rows.transpose(1, 2), alpha=share)
         inverse = mean.rsqrt_().view(*x.shape[:-1], 1)
         return (x * inverse).mul_(1 + weight if self.adds_one else weight).to(dtype)
 
