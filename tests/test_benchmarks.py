@@ -496,7 +496,10 @@ def test_start_up_measures_fresh_processes_to_the_end_and_in_parts(
     script = Script("start_up", monkeypatch, tmp_path / "start_up.json", *options)
     monkeypatch.setattr(script.module, "WEIGHTS", ("int8",))
     script.run()
-    whole = ["import everlong", "everlong --help", "load, int8", "everlong generate, to its first token"]
+    stock = "the same model by transformers alone"
+    below = ["import torch", "transformers' class of models, imported", stock]
+    ours = ["import everlong", "everlong --help", "load, int8", "everlong generate, to its first token"]
+    whole = [*below, *ours]
     assert measured(capsys) == [*whole, "parts, int8"]
     assert script.table(0) == [[name, f"{script.rows[name][0]:.2f}"] for name in whole]
     (parts,) = script.rows["parts, int8"]

@@ -31,7 +31,7 @@ def store(tmp_path, monkeypatch):
         (folder / "everlong.json").write_text('{"files": {}}')
 
     monkeypatch.setattr("everlong.models.store.convert_in_subprocess", convert)
-    monkeypatch.setattr(models_commands, "Store", lambda: made)
+    monkeypatch.setattr(models_commands, "_store", lambda: made)
     monkeypatch.setattr(models_commands, "CATALOGUE", catalogue)
     return made
 

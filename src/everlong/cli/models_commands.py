@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 from everlong.cli.options import Json, Quiet
 from everlong.cli.terminal import is_interactive, notes, output, print_json, pull_progress
 from everlong.errors import ModelFileError
 from everlong.models.catalogue import CATALOGUE, DEFAULT_MODEL
 from everlong.models.files import human_bytes
-from everlong.models.store import ModelState, Store
+
+if TYPE_CHECKING:
+    from everlong.models.store import ModelState, Store
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A name from `everlong models`.")]
 
@@ -37,10 +38,12 @@ def models(
     as_json: Json = False,
 ) -> None:
     """List the models that can be named, with size, licence and whether they are on this machine."""
+    from rich.table import Table
+
     if model is not None:
         _weights(model, as_json)
         return
-    store = Store()
+    store = _store()
     states, conversions = store.states(), store.conversions()
     if as_json:
         print_json(
@@ -82,7 +85,7 @@ def pull(
     quiet: Quiet = False,
 ) -> None:
     """Fetch a model, check it and convert it; goes on where an interrupted pull stopped."""
-    store = Store()
+    store = _store()
     _see_to_terms(store, name, accept_terms)
     with pull_progress(quiet=quiet) as progress:
         path = store.pull(name, progress=progress)
@@ -96,9 +99,15 @@ def remove(
     quiet: Quiet = False,
 ) -> None:
     """Delete a model from this machine, its GGUF and its conversion."""
-    freed = Store().remove(name)
+    freed = _store().remove(name)
     message = f"removed {name}: {human_bytes(freed)} freed" if freed else f"{name} was not on this machine"
     notes(quiet=quiet).print(message)
+
+
+def _store() -> Store:
+    from everlong.models.store import Store
+
+    return Store()
 
 
 def _see_to_terms(store: Store, name: str, accept: bool) -> None:
@@ -131,6 +140,8 @@ def _see_to_terms(store: Store, name: str, accept: bool) -> None:
 
 def _weights(name: str, as_json: bool) -> None:
     """Show the bytes of each way to keep a model's weights, and which one "auto" is."""
+    from rich.table import Table
+
     with pull_progress(quiet=as_json) as progress:
         from everlong.models.loading import load_model
         from everlong.models.packed_weights import kernels_missing
