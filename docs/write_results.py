@@ -335,16 +335,28 @@ def bounded() -> list[str]:
 
 def start_up() -> list[str]:
     """From the start of a process to a model that is ready."""
-    saved = load("start_up")
+    saved, other = load("start_up"), load("avx2/start_up")
     rows, model = saved["rows"], saved["setting"]["model"]
     ready, first, helped = (
         median(rows[key])
         for key in ("load, auto", "everlong generate, to its first token", "everlong --help")
     )
+    slow, alone, class_alone = (
+        median(other["rows"][key])
+        for key in (
+            "load, auto",
+            "the same model by transformers alone",
+            "transformers' class of models, imported",
+        )
+    )
     return [
         f"**Start-up.** From the start of a process, {model} is ready after {ready:.1f} s, "
         "`everlong generate` writes",
         f"its first token after {first:.1f} s, and `everlong --help` is done after {helped:.1f} s.",
+        "On a slower machine, [with AVX2](benchmarks/results/avx2/start_up.md),",
+        f"it is ready after {slow:.1f} s,",
+        f"where transformers alone takes {alone:.1f} s for the same model: importing the class that loads it",
+        f"takes {class_alone:.1f} s there.",
         source("start_up", saved),
     ]
 
