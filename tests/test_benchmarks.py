@@ -50,6 +50,7 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "needle",
         "reading_rate",
         "prefetch",
+        "default_writing",
     )
     memories = ("facts", "skills", "grounded", "sequence", "cost", "routing", "passing")
     names += tuple(f"memory_{name}" for name in memories)
@@ -483,6 +484,24 @@ def test_writing_measures_each_way_in_a_process_of_its_own(
     assert writing.table(0) == [
         [kind, f"{writing.rows[f'{kind}, sleep at once']:.1f}"] for kind in ("stock", "int4")
     ]
+
+
+@pytest.mark.usefixtures("scripts")
+def test_default_writing_measures_each_way_at_each_length(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--model", str(folder / "tiny"), "--depths", "20", "90"]
+    script = Script("default_writing", monkeypatch, tmp_path / "default_writing.json", *options)
+    monkeypatch.setenv("EVERLONG_KERNELS", "1")
+    script.run()
+    ways = script.module.WAYS
+    assert measured(capsys) == [f"{depth} tokens, {way}" for depth in (20, 90) for way in ways.values()]
+    for depth, cells in zip((20, 90), script.table(0), strict=True):
+        found = {name: script.rows[f"{depth} tokens, {way}"] for name, way in ways.items()}
+        assert min(row["ms"] for row in found.values()) > 0
+        assert found["stock"]["as"] == ["NoneType", "float"] and found["1"]["as"][0] == "Recall"
+        times = found["stock"]["ms"] / found["1"]["ms"]
+        assert cells == [str(depth), *(f"{found[way]['ms']:.1f}" for way in ways), f"{times:.1f}x"]
 
 
 # --- start-up -----------------------------------------------------------------------------------------

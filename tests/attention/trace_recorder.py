@@ -25,6 +25,7 @@ class TraceRecorder:
 
     eager_steps = 4
     follows_tensors = False
+    grows = False
 
     def __init__(self) -> None:
         self.recorded = 0
@@ -72,6 +73,7 @@ class PlainTapes(CountedTapes):
     def __init__(self) -> None:
         super().__init__()
         self.follows_tensors = True
+        self.grows = False
 
     def record(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         def without_kernels() -> Tensor:

@@ -37,8 +37,9 @@ def threads(request):
     torch.set_num_threads(before)
 
 
-def attend(query, keys, values, scaling):
-    return calls.attend(query, keys, values, scaling, Scratch())
+def attend(query, keys, values, scaling, count=None):
+    count = torch.tensor([keys.shape[2] if count is None else count])
+    return calls.attend(query, keys, values, count, scaling, Scratch())
 
 
 def randn(*shape, seed=0, dtype=torch.float32):
@@ -113,7 +114,8 @@ def test_the_middle_of_the_mlp_is_silu_or_gelu_times_what_it_gates(scale):
 @pytest.mark.parametrize("sinks", [0, 3])
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("slot", [3, 10, 15])
-def test_a_token_is_rotated_and_put_into_its_slot(slot, rows, sinks, width):
+@pytest.mark.parametrize("is_kept_raw", [False, True], ids=["", "raw"])
+def test_a_token_is_rotated_and_put_into_its_slot(is_kept_raw, slot, rows, sinks, width):
     heads, kv_heads, d, slots = 6, 2, 8, 16
     query, key, value = (
         apart(rows, heads, d, 1, 4),
@@ -130,11 +132,26 @@ def test_a_token_is_rotated_and_put_into_its_slot(slot, rows, sinks, width):
     expected_values[:, :, slot : slot + 1] = value
     if held is not None:
         expected_keys[:, :, :sinks] = held
-    found = turn_and_put(query, key, value, cos, sin, torch.tensor([slot]), keys, values, held)
+    raw = randn(rows, kv_heads, slots + 5, d, seed=8)[:, :, :slots]
+    expected_raw = raw.clone()
+    expected_raw[:, :, slot : slot + 1] = key
+    given = (
+        query,
+        key,
+        value,
+        cos,
+        sin,
+        torch.tensor([slot]),
+        keys,
+        values,
+        held,
+        raw if is_kept_raw else None,
+    )
     for ours, theirs in (
-        (found, rotate(query, cos, sin, "halves")),
+        (turn_and_put(*given), rotate(query, cos, sin, "halves")),
         (keys, expected_keys),
         (values, expected_values),
+        *([(raw, expected_raw)] if is_kept_raw else []),
     ):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
 
@@ -160,6 +177,22 @@ def test_it_is_one_softmax_in_however_many_threads(heads, d, m, room, threads):
         found = attend(query, keys, values, 0.3)
         expected = one_softmax(query, keys, values, 0.3)
         torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@with_team
+@pytest.mark.parametrize("heads", [(9, 3), (2, 2)])
+def test_of_a_window_the_first_slots_are_seen_as_many_as_stand_in_a_tensor(heads, threads):
+    query, count = randn(2, heads[0], 1, 16) * 3, torch.tensor([0])
+    keys, values = (randn(2, heads[1], 700, 16, seed=seed) for seed in (1, 2))
+    out = torch.empty_like(query)
+    again = calls.attend.repeated(query, keys, values, count, 0.3, Scratch(), out=out)
+    for seen in (1, 127, 128, 129, 500, 640, 700):
+        keys[:, :, seen:] = math.nan
+        count.fill_(seen)
+        again()
+        expected = one_softmax(query, keys[:, :, :seen], values[:, :, :seen], 0.3)
+        torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
+        keys[:, :, seen:] = randn(2, heads[1], 700 - seen, 16, seed=3)
 
 
 @with_team
@@ -193,7 +226,9 @@ def test_what_does_not_lie_as_the_kernels_take_it_is_left_to_pytorch():
 def test_what_a_kernel_does_not_take_is_refused_before_an_address_is_used():
     window, scratch = randn(1, 2, 16, 8), Scratch()
     with pytest.raises(StateError, match="attend does not take"):
-        calls.attend(randn(1, 4, 1, 6), window, window, 1.0, scratch)
+        calls.attend(randn(1, 4, 1, 6), window, window, torch.tensor([16]), 1.0, scratch)
+    with pytest.raises(StateError, match="attend does not take"):
+        calls.attend(randn(1, 4, 1, 8), window, window, torch.tensor(16), 1.0, scratch)
     with pytest.raises(StateError, match="rms_norm"):
         rms_norm(randn(2, 8), randn(7), 1e-5, 0.0, torch.float32)
     with pytest.raises(StateError, match="rms_norm"):
@@ -202,9 +237,11 @@ def test_what_a_kernel_does_not_take_is_refused_before_an_address_is_used():
         gated(randn(2, 8), 1.0, 0.0)
     token, angles, slot = randn(1, 2, 1, 8), torch.ones(1, 8), torch.tensor([3])
     with pytest.raises(StateError, match="turn_and_put"):
-        turn_and_put(token, token, token, angles, angles, slot, window, window, randn(1, 1, 3, 8))
+        turn_and_put(token, token, token, angles, angles, slot, window, window, randn(1, 1, 3, 8), None)
     with pytest.raises(StateError, match="turn_and_put"):
-        turn_and_put(token, token, token, angles, angles, slot.int(), window, window, None)
+        turn_and_put(token, token, token, angles, angles, slot.int(), window, window, None, None)
+    with pytest.raises(StateError, match="turn_and_put"):
+        turn_and_put(token, token, token, angles, angles, slot, window, window, None, randn(1, 2, 15, 8))
 
 
 @with_team
@@ -235,10 +272,10 @@ def test_a_tape_repeats_kernels_on_other_numbers():
 
     def step(x):
         heads = rms_norm(x, weight, 1e-5, 0.0, torch.float32).view(1, 2, 1, 8)
-        query = turn_and_put(heads, heads[:, :1], heads[:, 1:], cos, sin, slot, keys, values, None)
-        return calls.attend(query, keys, values, 1.0, scratch).view(2, 8) * 2
+        query = turn_and_put(heads, heads[:, :1], heads[:, 1:], cos, sin, slot, keys, values, None, None)
+        return calls.attend(query, keys, values, count, 1.0, scratch).view(2, 8) * 2
 
-    given, scratch = randn(2, 8), Scratch()
+    given, scratch, count = randn(2, 8), Scratch(), torch.tensor([16])
     replay, result = CallTapes().record(lambda: step(given))
     del scratch  # a recording holds on to what it uses
     scratch = Scratch()
@@ -256,10 +293,13 @@ def test_a_tape_repeats_kernels_on_other_numbers():
 @torch.inference_mode()
 def test_threads_may_become_more_or_fewer_after_a_recording(later):
     query, window, scratch = randn(1, 4, 1, 8), randn(1, 2, 1000, 8), Scratch()
+    count = torch.tensor([1000])
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        replay, result = CallTapes().record(lambda: calls.attend(query, window, window, 1.0, scratch) + 0)
+        replay, result = CallTapes().record(
+            lambda: calls.attend(query, window, window, count, 1.0, scratch) + 0
+        )
         expected = result.clone()
         torch.set_num_threads(later)
         result.zero_()
@@ -276,7 +316,10 @@ def test_two_threads_may_repeat_two_recordings():
     @torch.inference_mode()
     def write(seed):
         query, window, scratch = randn(1, 4, 1, 8, seed=seed), randn(1, 2, 1000, 8, seed=seed), Scratch()
-        replay, result = CallTapes().record(lambda: calls.attend(query, window, window, 1.0, scratch) + 0)
+        count = torch.tensor([1000])
+        replay, result = CallTapes().record(
+            lambda: calls.attend(query, window, window, count, 1.0, scratch) + 0
+        )
         expected = one_softmax(query, window, window, 1.0).float()
         for _ in range(200):
             result.zero_()

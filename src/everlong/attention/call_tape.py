@@ -37,10 +37,11 @@ _HOLDERS = (torch, torch._C._nn)  # of functions that may take `out`
 class CallTapes:
     """Records steps on a CPU; see :class:`~everlong.attention.recording.Recorder`."""
 
-    eager_steps = 32
+    eager_steps = 16  # about as many as have to be repeated until the recording has paid
 
     def __init__(self) -> None:
         self.follows_tensors = not wanted()  # kernels go by addresses
+        self.grows = wanted()
 
     def run(self, run: Callable[[], Tensor]) -> Tensor:
         """Run something as it would be recorded."""
@@ -93,7 +94,8 @@ class _Tape(TorchFunctionMode):
         if not made:
             return output  # a view, or no tensor at all
         self._made.update({storage_of(tensor): tensor for tensor in made})
-        written = [*made, *(args[place] for place in getattr(func, "writes", ()))]
+        places = getattr(func, "writes", ())
+        written = [*made, *(args[place] for place in places if isinstance(args[place], Tensor))]
         is_single = isinstance(output, Tensor)
         if is_single and (call := self._into(made[0], func, args, kwargs)) is not None:
             self._note(call, read, written)

@@ -27,6 +27,7 @@ class CudaGraphs:
 
     eager_steps = 4
     follows_tensors = False
+    grows = False
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

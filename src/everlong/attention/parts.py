@@ -10,15 +10,16 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import NotRequired, TypedDict, Unpack
+from typing import NotRequired, TypedDict, TypeGuard, Unpack
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from everlong.attention import few_queries
+from everlong.attention import compiled_parts, few_queries
 from everlong.attention.cuda_parts import fused
 from everlong.attention.positions import working_dtype
+from everlong.kernels.calls import attend_parts
 
 _FLASH_CPU = torch._scaled_dot_product_flash_attention_for_cpu
 
@@ -101,6 +102,10 @@ def attend(parts: Sequence[Part | Partial], **logits: Unpack[Logits]) -> Tensor:
         Shape (batch, heads, n, d), the dtype of the values.
     """
     scaling, softcap, sink_logits = logits["scaling"], logits.get("softcap"), logits.get("sink_logits")
+    if len(parts) > 1 and softcap is None and sink_logits is None:
+        seen = [(p.queries.contiguous(), p.keys, p.values) for p in parts if _is_seen_by_one(p)]
+        if len(seen) == len(parts) and compiled_parts.pays(seen):
+            return attend_parts(seen, scaling)
     partials = [p if isinstance(p, Partial) else _attend_one(p, scaling, softcap) for p in parts]
     if len(partials) == 1 and sink_logits is None:
         return partials[0].output
@@ -145,6 +150,11 @@ def merge_logits(logits: Tensor, values: Tensor) -> Partial:
 
 _ROWS = 256  # queries whose logits are held at once where no kernel fits
 _HIDDEN = -1e30  # a hidden key's logit: finite, so that a query that sees nothing of a part stays finite
+
+
+def _is_seen_by_one(part: Part | Partial) -> TypeGuard[Part]:
+    """Whether one query a row sees all keys of a part."""
+    return isinstance(part, Part) and part.visible is None and part.queries.shape[2] == 1
 
 
 def _attend_one(part: Part, scaling: float, softcap: float | None) -> Partial:

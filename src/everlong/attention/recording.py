@@ -42,10 +42,13 @@ class Recorder(Protocol):
         Static steps that run eagerly before one is recorded: few tokens are not worth a recording.
     follows_tensors : bool
         Whether what is repeated reads tensors wherever they lie by then.
+    grows : bool
+        Whether it records steps in windows that are not full, too.
     """
 
     eager_steps: int
     follows_tensors: bool
+    grows: bool
 
     def run(self, run: Callable[[], Tensor]) -> Tensor:
         """Run something as it would be recorded, and return what it returns."""
@@ -128,6 +131,7 @@ class StepRecorder:
         self, recorder: Recorder | None, watch: Callable[[], ModelWatch], layers: Layers, owner: str
     ) -> None:
         self.recorder = recorder
+        self._grows = True  # until it failed
         self._owner = owner
         self._new_watch = watch
         self._watches: dict[str | None, ModelWatch] = {}
@@ -204,7 +208,10 @@ class StepRecorder:
 
     def _aims(self, cache: StreamCache, ids: Tensor) -> list[Aim] | None:
         """Return where a static step would put the tokens; None: it runs eagerly, or is refused there."""
-        return aims(cache, self._layers) if self._is_plain(cache, ids) else None
+        if not self._is_plain(cache, ids):
+            return None
+        grows = self._grows and self.recorder is not None and self.recorder.grows
+        return aims(cache, self._layers, growing=grows)
 
     def _is_plain(self, cache: StreamCache, ids: Tensor) -> bool:
         """Whether nothing here is in a static step's way: otherwise it runs eagerly, or is refused there."""
@@ -226,12 +233,12 @@ class StepRecorder:
         state, known = watch.state(lying_still=not recorder.follows_tensors), cache.recorded
         if state is None:
             cache.recorded = None
-        elif (
-            known is None
-            or (known.output, known.model_state) != (output, state)
-            or not known.step.is_of(cache, found, ids)
-        ):
+        elif known is None or (known.output, known.model_state) != (output, state):
             cache.recorded = Recorded(output, state, StaticStep(cache, found))
+        elif not known.step.is_of(cache, found, ids):
+            step = StaticStep(cache, found)
+            goes_on = known.replay is not None and known.step.grows and step.grows  # in larger buffers
+            cache.recorded = Recorded(output, state, step, recorder.eager_steps if goes_on else 0)
         if cache.recorded is not None:
             cache.recorded.glance = glance
         return cache.recorded
@@ -260,20 +267,21 @@ class StepRecorder:
         reason = "it gave something else than the eager step"
         cache.unfit = HALF_DONE
         try:
-            after += [buffer.clone() for buffer in step.buffers]
+            buffers = step.buffers(found)
+            after += [buffer.clone() for buffer in buffers]
             step.aim_at(torch.zeros_like(ids), [one_further(aim) for aim in found])
             replay, result = recorder.record(lambda: run(step, step.ids))
 
             def again(once: Callable[[], object]) -> object:
                 """Run the step from what stood before it, with blanks where it writes."""
-                for buffer, kept in zip(step.buffers, after, strict=True):
+                for buffer, kept in zip(buffers, after, strict=True):
                     buffer.copy_(kept)
                 step.blank(found)
                 step.aim_at(ids, found)
                 return once()
 
             again(replay)
-            is_right = _agree(result, expected) and all(map(_agree, step.buffers, after))
+            is_right = _agree(result, expected) and all(map(_agree, buffers, after))
             if not is_right and self._watch(cache.adapter).rounds:
                 # Kernels and eager steps may round otherwise: the same step, not recorded, stands between.
                 ours = [x.clone() for x in (result, *step.written(found))]
@@ -282,7 +290,7 @@ class StepRecorder:
                 is_right = (
                     all(map(_agree, ours, (theirs, *step.written(found))))
                     and _agree(theirs, expected, _ROUNDED)
-                    and all(_agree(x, kept, _ROUNDED) for x, kept in zip(step.buffers, after, strict=True))
+                    and all(_agree(x, kept, _ROUNDED) for x, kept in zip(buffers, after, strict=True))
                 )
             if is_right:
                 recorded.replay, recorded.result = replay, result
@@ -291,14 +299,19 @@ class StepRecorder:
         except Exception as error:  # a device has many ways to refuse
             reason = f"{type(error).__name__}: {error}"
         finally:
-            for buffer, kept in zip(step.buffers, after, strict=False):
+            for buffer, kept in zip(step.buffers(found), after, strict=False):
                 buffer.copy_(kept)
             cache.unfit = ""
         if recorded.replay is None:
-            self.recorder = cache.recorded = None
+            cache.recorded = None
+            if step.grows:
+                self._grows = False
+            else:
+                self.recorder = None
             if reason:
+                until = " until windows are full" if step.grows else ""
                 warnings.warn(
-                    f"a recorded step of writing was dropped, and each step runs by itself: {reason}",
+                    f"a recorded step of writing was dropped, and each step runs by itself{until}: {reason}",
                     stacklevel=2,
                 )
         return expected

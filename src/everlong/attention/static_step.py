@@ -1,8 +1,8 @@
 """One step of writing as a function of tensors alone, so that a device may record it and repeat it.
 
-Once all windows are full, a step differs from the next in its tokens, in the slot these are put into and in a
-few angles. Here those stand in tensors that are written before a step. Everything else that the step reads or
-writes, the rings of the memories among it, stays where it is.
+A step differs from the next in its tokens, in the slot these are put into, in a few angles, and, until the
+window is full, in how many slots are seen. Here those stand in tensors that are written before a step.
+Everything else that the step reads or writes, the rings of the memories among it, stays where it is.
 """
 
 from __future__ import annotations
@@ -35,13 +35,14 @@ class _Kind:
     def __init__(self, aim: Aim, pads: tuple[int, ...] | None) -> None:
         self.memories = aim.memories
         self._rotation = aim.rotation
-        self._window = aim.place.slots
+        self._grows = aim.grows
         self._pads = pads
         first = next(iter(aim.memories.values()))
         assert first.keys is not None
+        self._slots = first.keys.shape[2]
         self._like = torch.empty(0, dtype=first.keys.dtype)  # angles are computed on the CPU
         device, dtype = first.keys.device, working_dtype(first.keys)
-        self._slot = torch.zeros(1, dtype=torch.long, device=device)
+        self._slot, self._count = (torch.zeros(1, dtype=torch.long, device=device) for _ in range(2))
         self._has_sinks = aim.place.sinks is not None
         self._here: Angles = None
         self._sinks: Angles = None
@@ -57,6 +58,7 @@ class _Kind:
     def aim_at(self, aim: Aim) -> None:
         """Write where the next token goes."""
         self._slot.fill_(aim.place.slot)
+        self._count.fill_(aim.place.slots)
         angles = self._angles(aim)
         if angles is not None:
             cos, sin = angles
@@ -86,12 +88,14 @@ class _Kind:
         sinks = {}
         if self._has_sinks:
             sinks = rotated_sinks(list(self.memories.values()), self._rotation, self._sinks)
-        return TokenStep(self._rotation, 0, 0, self._window, self._here, sinks, self._pads, self._slot)
+        numbers = self._slot, self._count, self._grows
+        return TokenStep(self._rotation, 0, 0, self._slots, self._here, sinks, self._pads, *numbers)
 
     def is_of(self, aim: Aim) -> bool:
         """Whether `aim` differs in nothing but numbers that are written before a step."""
         return (
-            aim.place.slots == self._window
+            aim.grows == self._grows
+            and (aim.grows or aim.place.slots == self._slots)
             and (aim.place.sinks is not None) == self._has_sinks
             and (aim.rotation.frequencies is None) == (self._here is None)
             and aim.rotation.layout == self._rotation.layout
@@ -99,7 +103,7 @@ class _Kind:
 
 
 class StaticStep(PolicyCache):
-    """What a forward is given as its cache when it runs one token a row in full windows, to be recorded.
+    """What a forward is given as its cache when it runs one token a row, to be recorded.
 
     Parameters
     ----------
@@ -114,25 +118,28 @@ class StaticStep(PolicyCache):
         The tokens to run, written by :meth:`aim_at`.
     adapter : str or None
         The adapter it runs with.
+    grows : bool
+        Whether some windows are not full.
     """
 
     def __init__(self, cache: StreamCache, found: list[Aim]) -> None:
         super().__init__(cache.owner)
-        assert cache.rows is not None and cache.policy.span is not None
+        assert cache.rows is not None
         self.pads = _real(cache.pads)
         self.adapter = cache.adapter
+        self.grows = any(aim.grows for aim in found)
+        self._span, self._folded = cache.policy.span, cache.folded
         self._memories = list(cache.memories.values())
         self._held = self._tensors()
         with torch.inference_mode(False):  # later steps, in whatever mode, write into them
             self._kinds = [_Kind(aim, self.pads) for aim in found]
-            device = self.buffers[0].device
+            device = _buffers(found[0])[0].device
             self.ids = torch.zeros((cache.rows, 1), dtype=torch.long, device=device)
-            self._positions = torch.full((1, 1), cache.policy.span - 1, device=device)
+            self._positions = torch.zeros((1, 1), dtype=torch.long, device=device)
 
-    @property
-    def buffers(self) -> list[Tensor]:
-        """What a step writes to: keys and values of all layers."""
-        return [x for memory in self._memories for x in (memory.keys, memory.values) if x is not None]
+    def buffers(self, found: list[Aim]) -> list[Tensor]:
+        """Return views of keys and values of all layers, as far as a step sees them and writes to them."""
+        return [buffer[:, :, : aim.place.slots] for aim in found for buffer in _buffers(aim)]
 
     def is_of(self, cache: StreamCache, found: list[Aim], ids: Tensor) -> bool:
         """Whether the next step of `cache` is this one, with other numbers in its tensors."""
@@ -152,6 +159,7 @@ class StaticStep(PolicyCache):
     def aim_at(self, ids: Tensor, found: list[Aim]) -> None:
         """Write the tokens, and where they go."""
         self.ids.copy_(ids)
+        self._positions.fill_(self._position(found))
         for kind, aim in zip(self._kinds, found, strict=True):
             kind.aim_at(aim)
 
@@ -159,11 +167,9 @@ class StaticStep(PolicyCache):
         """Return views of what a step writes at these places: a slot of each memory, and its sinks."""
         views = []
         for aim in found:
-            for memory in aim.memories.values():
-                assert memory.keys is not None and memory.values is not None
-                views += [memory.keys[:, :, aim.place.slot], memory.values[:, :, aim.place.slot]]
-                if aim.place.sinks is not None:
-                    views.append(memory.keys[:, :, : memory.sinks])
+            views += [buffer[:, :, aim.place.slot] for buffer in _buffers(aim)]
+            if aim.place.sinks is not None:
+                views += [m.keys[:, :, : m.sinks] for m in aim.memories.values() if m.keys is not None]
         return views
 
     def blank(self, found: list[Aim]) -> None:
@@ -181,8 +187,16 @@ class StaticStep(PolicyCache):
         return [
             tensor
             for memory in self._memories
-            for tensor in (memory.keys, memory.values, memory.sink_keys, memory.sink_values)
+            for tensor in (memory.keys, memory.values, memory.raw, memory.sink_keys, memory.sink_values)
         ]
+
+    def _position(self, found: list[Aim]) -> int:
+        """Return the position id: that of the end of the window, once it is full."""
+        if not self.grows:
+            assert self._span is not None
+            return self._span - 1
+        tokens = max(aim.place.slots for aim in found if aim.grows) - self._folded
+        return (tokens if self._span is None else min(tokens, self._span)) - 1
 
     def adapters(self, rows: int, tokens: int) -> list[Span]:
         """Return the adapter of all tokens of a forward."""
@@ -202,7 +216,7 @@ class StaticStep(PolicyCache):
         return StaticForward(self.owner, self, steps, outer)
 
     def positions(self, device: torch.device) -> Tensor:
-        """Position ids, shape (1, 1): the end of the window, in every step."""
+        """Position ids, shape (1, 1), written by :meth:`aim_at`."""
         return self._positions
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -235,6 +249,12 @@ class StaticForward:
         """Make sure that all layers have attended; whoever repeats the step counts its tokens."""
         if self._attended != len(self.steps):
             raise UnsupportedUseError(f"{self._attended} of {len(self.steps)} layers attended")
+
+
+def _buffers(aim: Aim) -> list[Tensor]:
+    """Return the keys and values of layers that are alike, and raw keys where they keep them."""
+    kept = ((memory.keys, memory.values, memory.raw) for memory in aim.memories.values())
+    return [buffer for buffers in kept for buffer in buffers if buffer is not None]
 
 
 def _real(pads: tuple[int, ...] | None) -> tuple[int, ...] | None:

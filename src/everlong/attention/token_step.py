@@ -17,6 +17,7 @@ from everlong.attention.layer_memory import LayerMemory
 from everlong.attention.parts import Logits, attend_all
 from everlong.attention.policy import Policy
 from everlong.attention.positions import Angles, Rotation
+from everlong.errors import UnsupportedUseError
 from everlong.kernels.calls import Scratch, attend, attends, fit, token_fits, turn_and_put, window_fits
 from everlong.kernels.loading import in_use
 from everlong.models.rotary import Positions
@@ -62,7 +63,11 @@ class TokenStep:
     pads : tuple of int or None
         The rows' padding.
     slot : Tensor, optional
-        The slot to put the token into, shape (1,), in windows that are full; otherwise their memories say.
+        The slot to put the token into, shape (1,), in steps to be recorded; otherwise their memories say.
+    count : Tensor, optional
+        How many slots are seen, shape (1,), beside `slot`.
+    grows : bool
+        Whether that becomes more from step to step, which compiled kernels alone follow.
     scratch : Scratch
         Memory for compiled kernels.
     """
@@ -75,17 +80,13 @@ class TokenStep:
     sinks: dict[int, Tensor]
     pads: tuple[int, ...] | None
     slot: Tensor | None = None
+    count: Tensor | None = None
+    grows: bool = False
     scratch: Scratch = field(default_factory=Scratch)
 
     def fits(self, memory: LayerMemory, layer: int) -> bool:
         """Whether the memory of a layer stands where the step was made for."""
-        is_whole = memory.tier is None or (memory.window is not None and memory.seen < memory.window)
-        return (
-            type(memory) is LayerMemory
-            and is_whole  # or else there is more to see than the slots
-            and memory.seen == self.seen
-            and memory.origin == self.origin
-        )
+        return sees_slots_alone(memory) and (memory.seen, memory.origin) == (self.seen, self.origin)
 
     def attend(
         self, memory: LayerMemory, query: Tensor, key: Tensor, value: Tensor, **logits: Unpack[Logits]
@@ -93,6 +94,8 @@ class TokenStep:
         """Put the token into a layer's memory, and attend; parameters as of :meth:`Forward.attend`."""
         if self._takes_kernels(memory, query, key, value):
             return self._attend_compiled(memory, query, key, value, **logits)
+        if self.grows:
+            raise _growing_refused()
         turned_query, turned_key = turned(query, key, self.rotation, self.here)
         if self.slot is None:
             memory.put(turned_key, value, key, self.pads)
@@ -121,6 +124,7 @@ class TokenStep:
             and self.rotation.layout == "halves"
             and fit(*self.here, *self.sinks.values())
             and window_fits(keys, values)
+            and (memory.raw is None or window_fits(memory.raw, keys))
             and token_fits(query, key, value, keys)
         )
 
@@ -130,10 +134,12 @@ class TokenStep:
         """Do the same by compiled kernels."""
         keys, values, sinks = memory.keys, memory.values, self.sinks.get(id(memory))
         assert keys is not None and values is not None and self.here is not None
-        query = turn_and_put(query, key, value, *self.here, self.slot, keys, values, sinks)
+        query = turn_and_put(query, key, value, *self.here, self.slot, keys, values, sinks, memory.raw)
         is_plain = logits.get("softcap") is None and logits.get("sink_logits") is None
         if is_plain and attends(query, keys, values):
-            return attend(query, keys, values, logits["scaling"], self.scratch)
+            return attend(query, keys, values, self.count, logits["scaling"], self.scratch)
+        if self.grows:
+            raise _growing_refused()
         return attend_all(query, keys, values, **logits)
 
 
@@ -179,6 +185,12 @@ def token_step(
     )
 
 
+def sees_slots_alone(memory: LayerMemory) -> bool:
+    """Whether there is nothing to see but the slots: none that left them for a tier."""
+    is_whole = memory.tier is None or (memory.window is not None and memory.seen < memory.window)
+    return type(memory) is LayerMemory and is_whole
+
+
 def takes_tokens(memory: LayerMemory) -> bool:
     """Whether a memory keeps nothing beside its window: then the shortest way may go through it."""
     return type(memory) is LayerMemory and memory.tier is None and not memory.keep_raw
@@ -214,6 +226,10 @@ def turned(query: Tensor, key: Tensor, rotation: Rotation, angles: Angles) -> li
         return [rotation.turned(x, angles) for x in (query, key)]
     heads = [query.shape[1], key.shape[1]]
     return [*rotation.turned(both, angles).split_with_sizes(heads, 1)]
+
+
+def _growing_refused() -> UnsupportedUseError:
+    return UnsupportedUseError("no compiled kernel attends to this window while it grows")
 
 
 def _as_one(first: Tensor, second: Tensor) -> Tensor | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -34,7 +34,7 @@ class KernelFunction:
     new : callable
         Called as `new(*args)`; returns memory for the output.
     writes : tuple of int
-        Arguments that it writes to, besides.
+        Arguments that it writes to, besides, where they are tensors.
     """
 
     def __init__(
@@ -195,6 +195,7 @@ def _turn_and_put(
     keys: Tensor,
     values: Tensor,
     sinks: Tensor | None,
+    raw: Tensor | None,
     out: Tensor,
 ) -> Prepared:
     """Rotate a token's queries and keys, and put its keys and values, and rotated sinks, into a window.
@@ -211,6 +212,8 @@ def _turn_and_put(
         The window, shape (rows, key-value heads, slots, d); heads may lie apart, all alike.
     sinks : Tensor or None
         Shape (rows, key-value heads, sinks, d), for the first slots.
+    raw : Tensor or None
+        Where the window's keys stand unrotated, too; it lies as they do.
 
     Returns
     -------
@@ -224,21 +227,23 @@ def _turn_and_put(
         and fit(cos, sin)
         and cos.shape == sin.shape == (1, cos.shape[-1])
         and cos.shape[-1] <= d
-        and (slot.dtype, slot.shape) == (torch.int64, (1,))
-        and (sinks is None or (fit(sinks) and sinks.shape == (rows, kv_heads, count, d))),
+        and _is_whole_number(slot)
+        and (sinks is None or (fit(sinks) and sinks.shape == (rows, kv_heads, count, d)))
+        and (raw is None or window_fits(raw, keys)),
         "turn_and_put",
     )
     return _function("turn_and_put"), _given(
         *(query, key, value, cos, sin, slot, keys, values, 0 if sinks is None else sinks, out),
         *(x.stride(0) for x in (query, key, value)),
         *(keys.stride(1), rows, query.shape[1], kv_heads, d, cos.shape[-1], count),
+        0 if raw is None else raw,
     )
 
 
 def _attend(
-    query: Tensor, keys: Tensor, values: Tensor, scaling: float, scratch: Scratch, out: Tensor
+    query: Tensor, keys: Tensor, values: Tensor, count: Tensor, scaling: float, scratch: Scratch, out: Tensor
 ) -> Prepared:
-    """Attend to all keys, with one query a row and head, in as many threads as PyTorch has.
+    """Attend to the first keys, with one query a row and head, in as many threads as PyTorch has.
 
     Parameters
     ----------
@@ -246,6 +251,8 @@ def _attend(
         Shape (rows, heads, 1, d).
     keys, values : Tensor
         Shape (rows, key-value heads, m, d); heads may lie apart, all alike.
+    count : Tensor
+        int64, shape (1,): how many keys are seen, from 1 to m, whenever it is run.
     scaling : float
         Factor on the products.
     scratch : Scratch
@@ -256,14 +263,14 @@ def _attend(
     Tensor
         Shape (rows, heads, 1, d).
     """
-    _require(attends(query, keys, values), "attend")
+    _require(attends(query, keys, values) and _is_whole_number(count), "attend")
     (rows, kv_heads, m, d), threads, run = keys.shape, torch.get_num_threads(), compiled().RUN
     groups, g = rows * kv_heads, query.shape[1] // kv_heads
     sums = scratch.of("sums", groups * -(-m // run) * g * (d + 2))
     logits = scratch.of("logits", threads * g * run)
     given = _given(
         *(query, keys, values, out, sums, logits, *asking_addresses()),
-        *(groups, g, d, m, keys.stride(1), float(scaling)),
+        *(groups, g, d, count, keys.stride(1), float(scaling), 0, 0),
     )
     attend, merge = in_every_thread(compiled().attend_runs.address), _function("merge_runs")
 
@@ -274,11 +281,53 @@ def _attend(
     return run_both, given
 
 
+def attend_parts(parts: Sequence[tuple[Tensor, Tensor, Tensor]], scaling: float) -> Tensor:
+    """Attend to several parts under one softmax, as :func:`attend` does to one; never recorded.
+
+    Parameters
+    ----------
+    parts : sequence of tuple of Tensor
+        Queries, keys and values of each part, all with as many rows, heads and dimensions.
+    scaling : float
+        Factor on the products.
+
+    Returns
+    -------
+    Tensor
+        Shape (rows, heads, 1, d).
+    """
+    query, first = parts[0][:2]
+    (rows, kv_heads, _, d), threads, run = first.shape, torch.get_num_threads(), compiled().RUN
+    groups, g = rows * kv_heads, query.shape[1] // kv_heads
+    _require(
+        all(
+            attends(*part) and part[0].shape == query.shape and part[1].shape[:2] == (rows, kv_heads)
+            for part in parts
+        ),
+        "attend",
+    )
+    runs = [-(-keys.shape[2] // run) for _, keys, _ in parts]
+    total, before = sum(runs), 0
+    sums, logits = query.new_empty(groups * total * g * (d + 2)), query.new_empty(threads * g * run)
+    counts = torch.tensor([keys.shape[2] for _, keys, _ in parts])
+    out = torch.empty_like(query)
+    attend = in_every_thread(compiled().attend_runs.address)
+    for number, (of_part, keys, values) in enumerate(parts):
+        given = _given(
+            *(of_part, keys, values, out, sums, logits, *asking_addresses()),
+            *(groups, g, d, counts[number], keys.stride(1), float(scaling), before, total),
+        )
+        attend(given, threads)
+        before += runs[number]
+    _function("merge_runs")(given)
+    return out
+
+
 _NORMED = (torch.float32, torch.bfloat16)
 
 rms_norm = KernelFunction(_rms_norm, lambda x, weight, eps, plus, dtype: torch.empty_like(x, dtype=dtype))
 gated = KernelFunction(_gated, lambda x, *_: x.new_empty(len(x), x.shape[1] // 2))
-turn_and_put = KernelFunction(_turn_and_put, lambda query, *_: query.new_empty(query.shape), writes=(6, 7))
+turn_and_put = KernelFunction(_turn_and_put, lambda query, *_: query.new_empty(query.shape), writes=(6, 7, 9))
 attend = KernelFunction(_attend, lambda query, *_: query.new_empty(query.shape))
 
 
@@ -286,6 +335,10 @@ def _require(holds: bool, name: str) -> None:
     """Refuse what a kernel, which goes by addresses, would read or write elsewhere."""
     if not holds:
         raise StateError(f"the kernel {name} does not take tensors that lie like these")
+
+
+def _is_whole_number(x: Tensor) -> bool:
+    return (x.dtype, x.shape, x.device.type) == (torch.int64, (1,), "cpu")
 
 
 def _is_plain(x: Tensor) -> bool:

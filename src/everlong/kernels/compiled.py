@@ -183,9 +183,9 @@ def turn_and_put(given):
 
     Given: queries, keys, values, cos, sin, slot, the window's keys and values, sinks, output; the strides of
     rows of queries, keys and values, and of the window's heads; rows, heads, key-value heads, d, how many of
-    these are rotated, and how many sinks there are.
+    these are rotated, how many sinks there are, and where keys go unrotated, or 0.
     """
-    a = carray(given, (20,))
+    a = carray(given, (21,))
     rows, heads, kv_heads, d, width, sinks = a[14], a[15], a[16], a[17], a[18], a[19]
     cos, sin = carray(_floats(a[3]), (width,)), carray(_floats(a[4]), (width,))
     slot = carray(_longs(a[5]), (1,))[0]
@@ -207,6 +207,10 @@ def turn_and_put(given):
             _turn(keys[head], cos, sin, window_keys[slot], width)
             for i in range(d):
                 window_values[slot, i] = values[head, i]
+            if a[20]:
+                window_raw = carray(_floats(a[20] + 4 * group * a[13]), (slot + 1, d))
+                for i in range(d):
+                    window_raw[slot, i] = keys[head, i]
 
 
 # --- attention ---------------------------------------------------------------------------------------
@@ -269,25 +273,34 @@ def _weighed(weights, at, count, d, output):
                 output[g, i] += w0 * values[k, i]
 
 
+@_part
+def _runs_of(count):
+    return (count + RUN - 1) // RUN
+
+
 @_kernel
 def attend_runs(given):
     """Attend to a thread's share of the runs of keys that all heads have; run by every thread.
 
-    Given: queries, keys, values, output, what runs give, of shape (groups, runs, g, d + 2), a place for each
-    thread's logits; what to ask for a thread's number, and how many they are; groups, g, d, keys, a group's
-    stride in keys and values, and scaling. Of a run and a query remain the sum of its values, the largest
-    logit, and the sum of the weights.
+    Given: queries, keys, values, output, what runs give, of shape (groups, all runs, g, d + 2), a place for
+    each thread's logits; what to ask for a thread's number, and how many they are; groups, g, d, where the
+    number of keys stands, a group's stride in keys and values, and scaling; of keys that are not all, how
+    many runs others have before them and how many all have, or 0. Of a run and a query remain the sum of its
+    values, the largest logit, and the sum of the weights.
     """
-    a = carray(given, (14,))
-    groups, g, d, count, scaling = a[8], a[9], a[10], a[11], _number(a[13])
-    runs = (count + RUN - 1) // RUN
+    a = carray(given, (16,))
+    groups, g, d, scaling = a[8], a[9], a[10], _number(a[13])
+    count = carray(_longs(a[11]), (1,))[0]
+    runs = _runs_of(count)
+    all_runs = a[15] if a[15] else runs
     thread, threads = _asked(a[6]), _asked(a[7])
     logits = carray(_floats(a[5] + 4 * thread * g * RUN), (g, RUN))
     for run in range(thread * groups * runs // threads, (thread + 1) * groups * runs // threads):
         group, begin = run // runs, run % runs * RUN
         there = min(count - begin, RUN)
         where = 4 * (group * a[12] + begin * d)
-        output = carray(_floats(a[4] + 4 * run * g * (d + 2)), (g, d + 2))
+        place = group * all_runs + a[14] + run % runs
+        output = carray(_floats(a[4] + 4 * place * g * (d + 2)), (g, d + 2))
         queries = carray(_floats(a[0] + 4 * group * g * d), (g, d))
         _logits(queries, a[1] + where, there, scaling, logits)
         for i in range(g):
@@ -306,9 +319,9 @@ def attend_runs(given):
 @_kernel
 def merge_runs(given):
     """Merge what runs gave into one softmax; given as to :func:`attend_runs`."""
-    a = carray(given, (14,))
+    a = carray(given, (16,))
     groups, g, d = a[8], a[9], a[10]
-    runs = (a[11] + RUN - 1) // RUN
+    runs = a[15] if a[15] else _runs_of(carray(_longs(a[11]), (1,))[0])
     given_runs = carray(_floats(a[4]), (groups, runs, g, d + 2))
     output = carray(_floats(a[3]), (groups, g, d))
     for group in range(groups):

@@ -1,7 +1,8 @@
 """Whether there are kernels, and whether what runs now may take them.
 
-They are taken only in steps that are recorded: there what they give is held against PyTorch's before it is
-believed, and there what they save is not lost among the calls around them.
+Most are taken only in steps that are recorded: there what they give is held against PyTorch's before it is
+believed, and there what they save is not lost among the calls around them. Attention to several parts saves
+enough by itself, and is held against plain operations by itself (:mod:`everlong.attention.compiled_parts`).
 """
 
 from __future__ import annotations

@@ -1,0 +1,56 @@
+"""One query a row and several parts, by compiled kernels: a written token that sees what was recalled.
+
+PyTorch's kernel for CPUs reads keys anew for each head that shares them, and merging what it gives takes a
+dozen small calls.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from everlong.kernels.calls import attend_parts, attends
+from everlong.kernels.loading import compiled, wanted
+from everlong.kernels.team import has_team
+
+_LEAST = 2**17  # numbers in all keys: of fewer, PyTorch's calls take no longer
+
+Seen = tuple[Tensor, Tensor, Tensor]
+"""Queries, shape (rows, heads, 1, d), and the keys and values that all of them see."""
+
+
+def pays(parts: Sequence[Seen]) -> bool:
+    """Whether compiled kernels take these parts, and sooner than PyTorch's: never with gradients."""
+    if not wanted() or sum(keys.numel() for _, keys, _ in parts) < _LEAST:
+        return False
+    query, first = parts[0][:2]
+    fit = all(
+        attends(*part) and part[0].shape == query.shape and part[1].shape[:2] == first.shape[:2]
+        for part in parts
+    )
+    has_gradient = torch.is_grad_enabled() and any(x.requires_grad for part in parts for x in part)
+    return fit and not has_gradient and _is_right()
+
+
+@functools.cache
+def _is_right() -> bool:
+    """Whether the kernels, compiled now if they were not, give what plain operations give on this machine."""
+    if compiled() is None or not has_team():
+        return False
+    generator = torch.Generator().manual_seed(0)
+    parts: list[Seen] = []
+    for m in (5, 300, 128):
+        query, keys, values = (
+            torch.randn(2, heads, n, 20, generator=generator) for heads, n in ((6, 1), (2, m), (2, m))
+        )
+        parts.append((query, keys, values))
+    logits = torch.cat([query.view(2, 2, 3, 20) @ keys.mT / 4 for query, keys, _ in parts], -1)
+    expected = (logits.softmax(-1) @ torch.cat([values for *_, values in parts], 2)).view(2, 6, 1, 20)
+    if torch.allclose(attend_parts(parts, 0.25), expected, atol=1e-5, rtol=1e-4):
+        return True
+    warnings.warn("compiled kernels attend wrongly on this machine: PyTorch's are taken", stacklevel=2)
+    return False
