@@ -65,6 +65,8 @@ def with_results(readme: str) -> str:
             "",
             *writing(),
             "",
+            *default_writing(),
+            "",
             *goals(),
             "",
             *bounded(),
@@ -283,6 +285,35 @@ def writing() -> list[str]:
         "",
         source("writing", saved),
         source("weights", cost),
+    ]
+
+
+def default_writing() -> list[str]:
+    """What a token takes as a session writes it by default."""
+    saved = load("avx2/default_writing")
+    of_rows: dict[str, dict[str, float]] = {}
+    for name, row in saved["rows"].items():
+        depth, way = name.split(" tokens, ")
+        of_rows.setdefault(depth, {})[way] = row["ms"]
+    stock, without, compiled = list(next(iter(of_rows.values())))
+    shown = [
+        [
+            depth,
+            *(f"{row[way]:.0f} ms" for way in (stock, without, compiled)),
+            f"{row[stock] / row[compiled]:.1f}x",
+        ]
+        for depth, row in of_rows.items()
+    ]
+    return [
+        f"**Writing by default.** {saved['setting']['model']} as `load()` has it, with the weights and the policy "
+        "that it chooses, by how many",
+        "tokens there are already; up to the training length, 8,192 here, nothing has left the window, and "
+        "beyond that it recalls.",
+        "With Numba installed (`everlong[cpu]`), and without:",
+        "",
+        *table(["tokens before", stock, "without Numba", "with Numba", "of stock"], shown),
+        "",
+        source("avx2/default_writing", saved, "default_writing"),
     ]
 
 

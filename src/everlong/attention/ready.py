@@ -163,15 +163,15 @@ class ReadyTokens:
             heads = slice(None) if len(choice) == 1 else slice(which, which + 1)
             places = self._places(row, which, len(choice))
             found: list[tuple[Tensor, Tensor]] = []
-            for span in spans:
-                if span in places:
-                    found.append(self._at(row, heads, span, places[span]))
-                elif (row, which, span) in self._left:
-                    found.append(self._left[row, which, span])
+            for piece in _joined(spans, places):
+                if isinstance(piece, slice):
+                    found.append(self._at(row, heads, piece))
+                elif (row, which, piece) in self._left:
+                    found.append(self._left[row, which, piece])
                 else:
-                    if span not in read:
-                        read[span] = view.middle(span[0] + pad, span[1] + pad)
-                    keys, values = read[span]
+                    if piece not in read:
+                        read[piece] = view.middle(piece[0] + pad, piece[1] + pad)
+                    keys, values = read[piece]
                     found.append((keys[row, heads], values[row, heads]))
             if not found:
                 keys, values = view.middle(*_any_of(view))
@@ -188,9 +188,10 @@ class ReadyTokens:
             for which, spans in enumerate(choice):
                 own = slice(None) if len(choice) == 1 else slice(which, which + 1)
                 room += sum(stop - begin for begin, stop in spans) * (heads // len(choice))
-                for span, at in self._places(row, which, len(choice)).items():
-                    if span not in spans:
-                        keys, values = self._at(row, own, span, at)
+                places, stay = self._places(row, which, len(choice)), set(spans)
+                for span, at in places.items():
+                    if span not in stay:
+                        keys, values = self._at(row, own, slice(at, at + span[1] - span[0]))
                         self._left[row, which, span] = keys.clone(), values.clone()
                 for span in spans:
                     self._left.pop((row, which, span), None)
@@ -205,10 +206,9 @@ class ReadyTokens:
             if len(old) != len(new):
                 self._left = {place: tokens for place, tokens in self._left.items() if place[0] != row}
 
-    def _at(self, row: int, heads: slice, span: Span, place: int) -> tuple[Tensor, Tensor]:
+    def _at(self, row: int, heads: slice, here: slice) -> tuple[Tensor, Tensor]:
         assert self._held is not None
         keys, values = self._held
-        here = slice(place, place + span[1] - span[0])
         return keys[row, heads, here], values[row, heads, here]
 
     def _places(self, row: int, which: int, lists: int) -> dict[Span, int]:
@@ -221,6 +221,22 @@ class ReadyTokens:
             places[begin, stop] = at
             at += stop - begin
         return places
+
+
+def _joined(spans: Sequence[Span], places: dict[Span, int]) -> list[slice | Span]:
+    """Return where spans are held, as one where one lies behind the other; and those that are not held."""
+    found: list[slice | Span] = []
+    for span in spans:
+        at = places.get(span)
+        if at is None:
+            found.append(span)
+            continue
+        stop, last = at + span[1] - span[0], found[-1] if found else None
+        if isinstance(last, slice) and last.stop == at:
+            found[-1] = slice(last.start, stop)
+        else:
+            found.append(slice(at, stop))
+    return found
 
 
 def _stacked(found: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
