@@ -305,8 +305,8 @@ def default_writing() -> list[str]:
         for depth, row in of_rows.items()
     ]
     return [
-        f"**Writing by default.** {saved['setting']['model']} as `load()` has it, with the weights and the policy "
-        "that it chooses, by how many",
+        f"**Writing by default.** {saved['setting']['model']} as `load()` has it, with the weights and the "
+        "policy that it chooses, by how many",
         "tokens there are already; up to the training length, 8,192 here, nothing has left the window, and "
         "beyond that it recalls.",
         "With Numba installed (`everlong[cpu]`), and without:",
