@@ -5,7 +5,7 @@
 The default policy and weights, the head included, threads as the ``everlong`` command sets them, beside
 stock transformers with float weights at the same length: up to the model's training length before anything
 has left the window, and beyond it, where the policy recalls. Each in a process of its own; of 100 tokens,
-after 40 that warm up, the time of one is the median of means of 20, so that what is looked up now and then
+after 40 that warm up, the time of one is the median of means of 32, so that what is looked up now and then
 counts. About 15 minutes on 2 CPU cores, which must be quiet: most of it reads random tokens.
 """
 
@@ -20,7 +20,7 @@ from typing import Any
 from common import RESULTS, Rows, in_own_process, table
 
 from everlong.attention import Recall
-from everlong.evaluation.speed import decode_seconds, fill, random_ids, step_seconds
+from everlong.evaluation.speed import BLOCK, decode_seconds, fill, random_ids, step_seconds
 from everlong.evaluation.streams import open_stream
 from everlong.kernels.loading import SWITCH
 from everlong.models.loading import load_model
@@ -60,10 +60,10 @@ def main() -> None:
     policy, weights = found[options.depths[0]]["1"]["as"]
     lines = [
         f"{options.model}; {policy}, weights {weights}; stock with float weights. Milliseconds a token, the "
-        f"head included; of {TOKENS} tokens the median of means of 20.",
+        f"head included; of {TOKENS} tokens the median of means of {BLOCK}.",
         "",
         *table(
-            ["tokens before", *WAYS.values(), "of stock"],
+            ["tokens before", *WAYS.values(), "stock / with them"],
             [
                 [f"{depth:,}", *(f"{row[way]['ms']:.1f}" for way in WAYS), times(row)]
                 for depth, row in found.items()

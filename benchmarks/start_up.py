@@ -5,8 +5,8 @@
 Each figure is the median of 5 fresh processes, the page cache warm and the model converted already: importing
 the package, the command line's help, ``everlong.load()`` with float and with packed weights, and the first
 token of ``everlong generate``. A model that is packed is packed when it first writes. Beside them stands what
-nobody who runs the model gets below: importing PyTorch, importing what transformers loads a model with, and
-transformers' own ``from_pretrained`` of the same folder. 3 to 8 minutes on 2 CPU cores, which must be quiet.
+others take: importing PyTorch, importing what transformers loads a model with, and transformers' own
+``from_pretrained`` of the same folder. 3 to 8 minutes on 2 CPU cores, which must be quiet.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from saved_results import RESULTS, ROOT, load, source  # puts the scripts on the
 
 # isort: split
 from common import table
+from default_writing import WAYS as DEFAULTS
 from memory_results import beside_the_whole, grounded, memories, passing, skills
 from passkey import WAYS, counted, found_in
 from real_text import excess_of, number
@@ -291,27 +292,21 @@ def writing() -> list[str]:
 def default_writing() -> list[str]:
     """What a token takes as a session writes it by default."""
     saved = load("avx2/default_writing")
-    of_rows: dict[str, dict[str, float]] = {}
-    for name, row in saved["rows"].items():
-        depth, way = name.split(" tokens, ")
-        of_rows.setdefault(depth, {})[way] = row["ms"]
-    stock, without, compiled = list(next(iter(of_rows.values())))
-    shown = [
-        [
-            depth,
-            *(f"{row[way]:.0f} ms" for way in (stock, without, compiled)),
-            f"{row[stock] / row[compiled]:.1f}x",
-        ]
-        for depth, row in of_rows.items()
-    ]
+    stock, without, compiled = DEFAULTS.values()
+    depths = list(dict.fromkeys(name.split(" tokens")[0] for name in saved["rows"]))
+    shown = []
+    for depth in depths:
+        row = {way: saved["rows"][f"{depth} tokens, {way}"]["ms"] for way in DEFAULTS.values()}
+        times = f"{row[stock] / row[compiled]:.1f}x"
+        shown.append([depth, *(f"{milliseconds:.0f} ms" for milliseconds in row.values()), times])
     return [
         f"**Writing by default.** {saved['setting']['model']} as `load()` has it, with the weights and the "
         "policy that it chooses, by how many",
-        "tokens there are already; up to the training length, 8,192 here, nothing has left the window, and "
-        "beyond that it recalls.",
+        "tokens there are already; up to the training length nothing has left the window, and beyond that it "
+        "recalls.",
         "With Numba installed (`everlong[cpu]`), and without:",
         "",
-        *table(["tokens before", stock, "without Numba", "with Numba", "of stock"], shown),
+        *table(["tokens before", stock, "without Numba", "with Numba", "stock / with Numba"], shown),
         "",
         source("avx2/default_writing", saved, "default_writing"),
     ]

@@ -100,7 +100,7 @@ def test_what_they_do_not_take_is_pytorchs(taken):
     with torch.no_grad():
         attend(some, scaling=0.3)
     assert taken == [2]
-    with pytest.raises(StateError, match="attend does not take"):
+    with pytest.raises(StateError, match="attend_parts does not take"):
         attend_parts([(randn(1, 6, 1, 16), randn(1, 2, 4, 16), randn(1, 2, 4, 8))], 0.3)
 
 
@@ -120,3 +120,17 @@ def test_kernels_that_are_wrong_are_left_with_a_warning(taken, monkeypatch):
         found = attend(some, scaling=0.3)
     torch.testing.assert_close(found.double(), one_softmax(some, 0.3), atol=1e-5, rtol=1e-5)
     assert taken == []
+
+
+def test_they_follow_neither_the_default_dtype_nor_device(taken, monkeypatch):
+    monkeypatch.setattr(compiled_parts, "_is_right", compiled_parts._is_right.__wrapped__)
+    some = some_parts((200, 300))
+    expected = one_softmax(some, 0.3)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            found = attend(some, scaling=0.3)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
+    assert found.dtype == torch.float32 and taken == [2]

@@ -1,6 +1,8 @@
 """Steps of writing in windows that are not full, recorded: what they see becomes more from step to step."""
 
+import copy
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -105,11 +107,72 @@ def test_padded_rows_run_eagerly_until_their_windows_are_full():
         assert write(handle, *read(handle, 20, rows=2), 18) == 18 - BEFORE
 
 
-def test_tables_that_follow_the_length_are_looked_at_in_every_step():
+def test_tables_that_follow_the_length_run_eagerly():
     model = tiny.build("llama", rope_scaling={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0})
     with attach(model, FullAttention()) as handle:
         handle.steps.recorder = CountedTapes()
         assert write(handle, *read(handle, READ), 90) == 0
+
+
+def test_nor_in_windows_of_layers_own_that_are_wider_than_the_policys():
+    scaling = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
+    model = tiny.build("mistral", sliding_window=300, max_position_embeddings=40, rope_scaling=scaling)
+    with attach(model, LMInfinite(window=20, sinks=3)) as handle:
+        handle.steps.recorder = CountedTapes()
+        assert write(handle, *read(handle, 25), 40) == 0
+    with attach(tiny.build("mistral", sliding_window=300), LMInfinite(window=20, sinks=3)) as handle:
+        handle.steps.recorder = CountedTapes()
+        assert write(handle, *read(handle, 25), 40) == 40 - BEFORE - 2  # in a larger buffer since
+
+
+# --- what comes in between ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def handle():
+    with attached("llama", RECALL) as found:
+        yield found
+
+
+def test_chunks_read_in_between_let_go_of_buffers_that_become_larger(handle):
+    ours, theirs = read(handle, READ)
+    assert write(handle, ours, theirs, 20) == 20 - BEFORE
+    for length in (10, 40):
+        buffer = weakref.ref(next(iter(ours.memories.values())).keys)
+        chunk = tiny.random_ids(1, length, seed=3)
+        close(*(handle.model(chunk, **tiny.cached(cache)).logits for cache in (ours, theirs)))
+        assert ours.recorded is None and (buffer() is None) == (length == 40)
+        write(handle, ours, theirs, 6, seed=4)
+
+
+@pytest.mark.parametrize("kept", [[], [0, 2], None], ids=["none", "some", "all"])
+def test_tokens_run_tentatively_in_between(handle, kept):
+    ours, theirs = read(handle, READ)
+    write(handle, ours, theirs, 20)
+    for cache in (ours, theirs):
+        with cache.provisional():
+            handle.model(tiny.random_ids(1, 3, seed=6), **tiny.cached(cache))
+        cache.rollback() if kept == [] else cache.commit(kept)
+    assert write(handle, ours, theirs, 12, seed=7) > 0
+
+
+def test_forks_and_restored_caches_are_recorded_anew(handle):
+    ours, theirs = read(handle, READ)
+    write(handle, ours, theirs, 20)
+    forks = [copy.deepcopy(cache) for cache in (ours, theirs)]
+    assert write(handle, *forks, 20, seed=8) == 20 - BEFORE
+    assert write(handle, ours, theirs, 20, seed=9) == 20
+    restored = [handle.restore_cache(*cache.state()) for cache in (ours, theirs)]
+    assert write(handle, *restored, 20, seed=10) == 20 - BEFORE
+
+
+def test_far_from_the_start_of_a_stream_frames_are_as_near():
+    with attached("llama", POLICIES["lm-infinite"]) as handle:
+        ours, theirs = read(handle, READ, offset=200_000_000)
+        assert write(handle, ours, theirs, 40) == 40 - BEFORE
+
+
+# --- what fails ---------------------------------------------------------------------------------------
 
 
 def _baked_count(monkeypatch):

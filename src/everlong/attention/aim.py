@@ -59,8 +59,9 @@ def aims(cache: StreamCache, layers: Layers, *, growing: bool = False) -> list[A
     if layers.share_keys:
         return None
     is_whole = _sees_all(cache)
-    if not is_whole and (not growing or any(cache.pads or ()) or layers.tables_change(cache.policy)):
+    if not is_whole and (not growing or any(cache.pads or ())):
         return None
+    growing = growing and not layers.tables_change(cache.policy)
     found: list[Aim] = []
     memo: dict[Any, Any] = {}
     for kind in layers.kinds:

@@ -307,6 +307,8 @@ class Attachment:
             _forward.set(cache.begin(inputs, self._layers, self._end_forward()))
         else:
             cache.admit(inputs.rows)
+            if inputs.tokens > 1 and not cache.is_provisional:
+                self.steps.forget_growing(cache)
             pads = read_padding(inputs, cache)
             positions = clamped_positions(inputs, cache, pads, cache.window)
             outer = self._end_forward()

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from everlong.attention.call_notes import Call, Note, mapped, shortest, storage_of, tensors_in
 from everlong.errors import UnsupportedUseError
 from everlong.kernels.loading import recording, wanted
+from everlong.kernels.team import has_team
 from everlong.models.collector import paused
 
 _LOOKS = {"item", "tolist", "numpy", "equal", "allclose", "is_nonzero"} | {
@@ -37,11 +38,11 @@ _HOLDERS = (torch, torch._C._nn)  # of functions that may take `out`
 class CallTapes:
     """Records steps on a CPU; see :class:`~everlong.attention.recording.Recorder`."""
 
-    eager_steps = 16  # about as many as have to be repeated until the recording has paid
+    eager_steps = 16
 
     def __init__(self) -> None:
         self.follows_tensors = not wanted()  # kernels go by addresses
-        self.grows = wanted()
+        self.grows = wanted() and has_team()
 
     def run(self, run: Callable[[], Tensor]) -> Tensor:
         """Run something as it would be recorded."""

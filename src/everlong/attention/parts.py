@@ -20,6 +20,7 @@ from everlong.attention import compiled_parts, few_queries
 from everlong.attention.cuda_parts import fused
 from everlong.attention.positions import working_dtype
 from everlong.kernels.calls import attend_parts
+from everlong.kernels.loading import wanted
 
 _FLASH_CPU = torch._scaled_dot_product_flash_attention_for_cpu
 
@@ -102,7 +103,7 @@ def attend(parts: Sequence[Part | Partial], **logits: Unpack[Logits]) -> Tensor:
         Shape (batch, heads, n, d), the dtype of the values.
     """
     scaling, softcap, sink_logits = logits["scaling"], logits.get("softcap"), logits.get("sink_logits")
-    if len(parts) > 1 and softcap is None and sink_logits is None:
+    if len(parts) > 1 and softcap is None and sink_logits is None and wanted():
         seen = [(p.queries.contiguous(), p.keys, p.values) for p in parts if _is_seen_by_one(p)]
         if len(seen) == len(parts) and compiled_parts.pays(seen):
             return attend_parts(seen, scaling)

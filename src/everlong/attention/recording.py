@@ -88,7 +88,7 @@ class Recorded:
     step : StaticStep
         The step.
     eager : int
-        How many were run eagerly.
+        How many were run eagerly; enough of them where a recording goes on in larger buffers.
     replay : callable or None
         Repeats it; None: it is not recorded yet.
     result : Tensor or None
@@ -169,6 +169,8 @@ class StepRecorder:
         if found is not None:
             return self._repeat(cache, ids, found)
         found = self._aims(cache, ids)
+        if found is None and cache.recorded is not None and not cache.recorded.step.is_held:
+            cache.recorded = None  # it would hold on to buffers that nobody else needs
         recorded = None if found is None else self._recorded(cache, ids, found, output, recorder)
         if found is None or recorded is None:
             return run(cache, ids)
@@ -178,6 +180,11 @@ class StepRecorder:
                 return run(cache, ids)
             return self._record(cache, ids, run, recorded, found, recorder)
         return self._repeat(cache, ids, found)
+
+    def forget_growing(self, cache: StreamCache) -> None:
+        """Let go of what was recorded in windows that are to take in many tokens, and get larger buffers."""
+        if cache.recorded is not None and cache.recorded.step.grows:
+            cache.recorded = None
 
     def _repeat(self, cache: StreamCache, ids: Tensor, found: list[Aim]) -> Tensor:
         """Run what was recorded."""
@@ -237,7 +244,7 @@ class StepRecorder:
             cache.recorded = Recorded(output, state, StaticStep(cache, found))
         elif not known.step.is_of(cache, found, ids):
             step = StaticStep(cache, found)
-            goes_on = known.replay is not None and known.step.grows and step.grows  # in larger buffers
+            goes_on = known.replay is not None and known.step.grows and step.grows and not known.step.is_held
             cache.recorded = Recorded(output, state, step, recorder.eager_steps if goes_on else 0)
         if cache.recorded is not None:
             cache.recorded.glance = glance

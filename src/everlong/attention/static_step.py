@@ -42,7 +42,8 @@ class _Kind:
         self._slots = first.keys.shape[2]
         self._like = torch.empty(0, dtype=first.keys.dtype)  # angles are computed on the CPU
         device, dtype = first.keys.device, working_dtype(first.keys)
-        self._slot, self._count = (torch.zeros(1, dtype=torch.long, device=device) for _ in range(2))
+        self._slot = torch.zeros(1, dtype=torch.long, device=device)
+        self._count = torch.full_like(self._slot, aim.place.slots)
         self._has_sinks = aim.place.sinks is not None
         self._here: Angles = None
         self._sinks: Angles = None
@@ -58,7 +59,8 @@ class _Kind:
     def aim_at(self, aim: Aim) -> None:
         """Write where the next token goes."""
         self._slot.fill_(aim.place.slot)
-        self._count.fill_(aim.place.slots)
+        if self._grows:
+            self._count.fill_(aim.place.slots)
         angles = self._angles(aim)
         if angles is not None:
             cos, sin = angles
@@ -88,8 +90,8 @@ class _Kind:
         sinks = {}
         if self._has_sinks:
             sinks = rotated_sinks(list(self.memories.values()), self._rotation, self._sinks)
-        numbers = self._slot, self._count, self._grows
-        return TokenStep(self._rotation, 0, 0, self._slots, self._here, sinks, self._pads, *numbers)
+        common = self._rotation, 0, 0, self._slots, self._here, sinks, self._pads
+        return TokenStep(*common, self._slot, self._count, self._grows)
 
     def is_of(self, aim: Aim) -> bool:
         """Whether `aim` differs in nothing but numbers that are written before a step."""
@@ -136,6 +138,7 @@ class StaticStep(PolicyCache):
             device = _buffers(found[0])[0].device
             self.ids = torch.zeros((cache.rows, 1), dtype=torch.long, device=device)
             self._positions = torch.zeros((1, 1), dtype=torch.long, device=device)
+        self._latest = 0  # of the position ids
 
     def buffers(self, found: list[Aim]) -> list[Tensor]:
         """Return views of keys and values of all layers, as far as a step sees them and writes to them."""
@@ -147,19 +150,26 @@ class StaticStep(PolicyCache):
             ids.shape == self.ids.shape
             and cache.adapter == self.adapter
             and _real(cache.pads) == self.pads
+            and cache.folded == self._folded
             and self.takes(found)
         )
 
+    @property
+    def is_held(self) -> bool:
+        """Whether the memories have the tensors that it reads and writes."""
+        return all(map(is_, self._held, self._tensors()))
+
     def takes(self, found: list[Aim]) -> bool:
         """Whether aims differ from the step's in nothing but numbers, in the same tensors of the memories."""
-        return all(map(is_, self._held, self._tensors())) and all(
-            kind.is_of(aim) for kind, aim in zip(self._kinds, found, strict=True)
-        )
+        return self.is_held and all(kind.is_of(aim) for kind, aim in zip(self._kinds, found, strict=True))
 
     def aim_at(self, ids: Tensor, found: list[Aim]) -> None:
         """Write the tokens, and where they go."""
         self.ids.copy_(ids)
-        self._positions.fill_(self._position(found))
+        position = self._position(found)
+        if position != self._latest:
+            self._positions.fill_(position)
+            self._latest = position
         for kind, aim in zip(self._kinds, found, strict=True):
             kind.aim_at(aim)
 

@@ -55,7 +55,7 @@ class TokenStep:
     seen, origin : int
         Where their memories stand: tokens before this one, and the frame's origin.
     slots : int
-        Slots that are seen, from the first on, this token's included.
+        Slots that are seen, from the first on, this token's included; where `grows`, all that there are.
     here : Angles
         What rotates this token's query and key.
     sinks : dict of int to Tensor

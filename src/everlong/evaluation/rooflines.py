@@ -175,7 +175,7 @@ def _compiled(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 
 @functools.cache
 def _all_of(keys: int) -> Tensor:
-    return torch.tensor([keys])
+    return torch.tensor([keys], device="cpu")
 
 
 @torch.inference_mode()

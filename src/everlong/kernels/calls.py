@@ -25,7 +25,7 @@ Prepared = tuple[Callable[[Any], object], Any]
 
 
 class KernelFunction:
-    """A kernel, as a function of tensors, which are the first of its arguments.
+    """A kernel, as a function of tensors, which are the first of its arguments, and of what it is given.
 
     Parameters
     ----------
@@ -136,6 +136,15 @@ def attends(query: Tensor, keys: Tensor, values: Tensor) -> bool:
     return is_of and fit(query) and window_fits(keys, values) and has_team()
 
 
+def attends_parts(parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> bool:
+    """Whether :func:`attend_parts` takes queries, keys and values like these."""
+    query, keys = parts[0][:2]
+    return all(
+        attends(*part) and part[0].shape == query.shape and part[1].shape[:2] == keys.shape[:2]
+        for part in parts
+    )
+
+
 def _rms_norm(
     x: Tensor, weight: Tensor, eps: float, plus: float, dtype: torch.dtype, out: Tensor
 ) -> Prepared:
@@ -233,10 +242,11 @@ def _turn_and_put(
         "turn_and_put",
     )
     return _function("turn_and_put"), _given(
-        *(query, key, value, cos, sin, slot, keys, values, 0 if sinks is None else sinks, out),
+        *(query, key, value, cos, sin, slot, keys, values),
+        *(0 if x is None else x for x in (sinks, raw)),
+        out,
         *(x.stride(0) for x in (query, key, value)),
         *(keys.stride(1), rows, query.shape[1], kv_heads, d, cos.shape[-1], count),
-        0 if raw is None else raw,
     )
 
 
@@ -269,8 +279,8 @@ def _attend(
     sums = scratch.of("sums", groups * -(-m // run) * g * (d + 2))
     logits = scratch.of("logits", threads * g * run)
     given = _given(
-        *(query, keys, values, out, sums, logits, *asking_addresses()),
-        *(groups, g, d, count, keys.stride(1), float(scaling), 0, 0),
+        *(query, keys, values, count, out, sums, logits, *asking_addresses()),
+        *(groups, g, d, keys.stride(1), float(scaling), 0, 0),
     )
     attend, merge = in_every_thread(compiled().attend_runs.address), _function("merge_runs")
 
@@ -296,26 +306,20 @@ def attend_parts(parts: Sequence[tuple[Tensor, Tensor, Tensor]], scaling: float)
     Tensor
         Shape (rows, heads, 1, d).
     """
+    _require(attends_parts(parts), "attend_parts")
     query, first = parts[0][:2]
     (rows, kv_heads, _, d), threads, run = first.shape, torch.get_num_threads(), compiled().RUN
     groups, g = rows * kv_heads, query.shape[1] // kv_heads
-    _require(
-        all(
-            attends(*part) and part[0].shape == query.shape and part[1].shape[:2] == (rows, kv_heads)
-            for part in parts
-        ),
-        "attend",
-    )
     runs = [-(-keys.shape[2] // run) for _, keys, _ in parts]
     total, before = sum(runs), 0
     sums, logits = query.new_empty(groups * total * g * (d + 2)), query.new_empty(threads * g * run)
-    counts = torch.tensor([keys.shape[2] for _, keys, _ in parts])
+    counts = torch.tensor([keys.shape[2] for _, keys, _ in parts], device="cpu")
     out = torch.empty_like(query)
     attend = in_every_thread(compiled().attend_runs.address)
     for number, (of_part, keys, values) in enumerate(parts):
         given = _given(
-            *(of_part, keys, values, out, sums, logits, *asking_addresses()),
-            *(groups, g, d, counts[number], keys.stride(1), float(scaling), before, total),
+            *(of_part, keys, values, counts[number], out, sums, logits, *asking_addresses()),
+            *(groups, g, d, keys.stride(1), float(scaling), before, total),
         )
         attend(given, threads)
         before += runs[number]

@@ -181,25 +181,25 @@ def _turn(x, cos, sin, output, width):
 def turn_and_put(given):
     """Rotate a token's queries and keys; put its keys and values, and rotated sinks, into a window.
 
-    Given: queries, keys, values, cos, sin, slot, the window's keys and values, sinks, output; the strides of
-    rows of queries, keys and values, and of the window's heads; rows, heads, key-value heads, d, how many of
-    these are rotated, how many sinks there are, and where keys go unrotated, or 0.
+    Given: queries, keys, values, cos, sin, slot, the window's keys and values, sinks, where keys go unrotated
+    or 0, output; the strides of rows of queries, keys and values, and of the window's heads; rows, heads,
+    key-value heads, d, how many of these are rotated, and how many sinks there are.
     """
     a = carray(given, (21,))
-    rows, heads, kv_heads, d, width, sinks = a[14], a[15], a[16], a[17], a[18], a[19]
+    rows, heads, kv_heads, d, width, sinks = a[15], a[16], a[17], a[18], a[19], a[20]
     cos, sin = carray(_floats(a[3]), (width,)), carray(_floats(a[4]), (width,))
     slot = carray(_longs(a[5]), (1,))[0]
     for row in range(rows):
-        queries = carray(_floats(a[0] + 4 * row * a[10]), (heads, d))
-        keys = carray(_floats(a[1] + 4 * row * a[11]), (kv_heads, d))
-        values = carray(_floats(a[2] + 4 * row * a[12]), (kv_heads, d))
-        output = carray(_floats(a[9] + 4 * row * heads * d), (heads, d))
+        queries = carray(_floats(a[0] + 4 * row * a[11]), (heads, d))
+        keys = carray(_floats(a[1] + 4 * row * a[12]), (kv_heads, d))
+        values = carray(_floats(a[2] + 4 * row * a[13]), (kv_heads, d))
+        output = carray(_floats(a[10] + 4 * row * heads * d), (heads, d))
         for head in range(heads):
             _turn(queries[head], cos, sin, output[head], width)
         for head in range(kv_heads):
             group = row * kv_heads + head
-            window_keys = carray(_floats(a[6] + 4 * group * a[13]), (slot + 1, d))
-            window_values = carray(_floats(a[7] + 4 * group * a[13]), (slot + 1, d))
+            window_keys = carray(_floats(a[6] + 4 * group * a[14]), (slot + 1, d))
+            window_values = carray(_floats(a[7] + 4 * group * a[14]), (slot + 1, d))
             sink_keys = carray(_floats(a[8] + 4 * group * sinks * d), (sinks, d))
             for sink in range(sinks):
                 for i in range(d):
@@ -207,8 +207,8 @@ def turn_and_put(given):
             _turn(keys[head], cos, sin, window_keys[slot], width)
             for i in range(d):
                 window_values[slot, i] = values[head, i]
-            if a[20]:
-                window_raw = carray(_floats(a[20] + 4 * group * a[13]), (slot + 1, d))
+            if a[9]:
+                window_raw = carray(_floats(a[9] + 4 * group * a[14]), (slot + 1, d))
                 for i in range(d):
                     window_raw[slot, i] = keys[head, i]
 
@@ -282,25 +282,25 @@ def _runs_of(count):
 def attend_runs(given):
     """Attend to a thread's share of the runs of keys that all heads have; run by every thread.
 
-    Given: queries, keys, values, output, what runs give, of shape (groups, all runs, g, d + 2), a place for
-    each thread's logits; what to ask for a thread's number, and how many they are; groups, g, d, where the
-    number of keys stands, a group's stride in keys and values, and scaling; of keys that are not all, how
+    Given: queries, keys, values, where the number of keys stands, output, what runs give, of shape (groups,
+    all runs, g, d + 2), a place for each thread's logits; what to ask for a thread's number, and how many
+    they are; groups, g, d, a group's stride in keys and values, and scaling; of keys that are not all, how
     many runs others have before them and how many all have, or 0. Of a run and a query remain the sum of its
     values, the largest logit, and the sum of the weights.
     """
     a = carray(given, (16,))
-    groups, g, d, scaling = a[8], a[9], a[10], _number(a[13])
-    count = carray(_longs(a[11]), (1,))[0]
+    groups, g, d, scaling = a[9], a[10], a[11], _number(a[13])
+    count = carray(_longs(a[3]), (1,))[0]
     runs = _runs_of(count)
     all_runs = a[15] if a[15] else runs
-    thread, threads = _asked(a[6]), _asked(a[7])
-    logits = carray(_floats(a[5] + 4 * thread * g * RUN), (g, RUN))
+    thread, threads = _asked(a[7]), _asked(a[8])
+    logits = carray(_floats(a[6] + 4 * thread * g * RUN), (g, RUN))
     for run in range(thread * groups * runs // threads, (thread + 1) * groups * runs // threads):
         group, begin = run // runs, run % runs * RUN
         there = min(count - begin, RUN)
         where = 4 * (group * a[12] + begin * d)
         place = group * all_runs + a[14] + run % runs
-        output = carray(_floats(a[4] + 4 * place * g * (d + 2)), (g, d + 2))
+        output = carray(_floats(a[5] + 4 * place * g * (d + 2)), (g, d + 2))
         queries = carray(_floats(a[0] + 4 * group * g * d), (g, d))
         _logits(queries, a[1] + where, there, scaling, logits)
         for i in range(g):
@@ -320,10 +320,10 @@ def attend_runs(given):
 def merge_runs(given):
     """Merge what runs gave into one softmax; given as to :func:`attend_runs`."""
     a = carray(given, (16,))
-    groups, g, d = a[8], a[9], a[10]
-    runs = a[15] if a[15] else _runs_of(carray(_longs(a[11]), (1,))[0])
-    given_runs = carray(_floats(a[4]), (groups, runs, g, d + 2))
-    output = carray(_floats(a[3]), (groups, g, d))
+    groups, g, d = a[9], a[10], a[11]
+    runs = a[15] if a[15] else _runs_of(carray(_longs(a[3]), (1,))[0])
+    given_runs = carray(_floats(a[5]), (groups, runs, g, d + 2))
+    output = carray(_floats(a[4]), (groups, g, d))
     for group in range(groups):
         for i in range(g):
             largest = given_runs[group, 0, i, d]
