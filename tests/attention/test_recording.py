@@ -136,7 +136,7 @@ def test_padded_rows_are_repeated_once_the_shortest_has_a_full_window(handle):
 
 def test_the_windows_may_fill_while_writing(handle):
     ours, theirs = read(handle, W - 8)
-    while_growing = W - 1 - (W - 8) - TraceRecorder.eager_steps - 1 if handle.steps.recorder.grows else 0
+    while_growing = W - 1 - (W - 8) - TraceRecorder.eager_steps if handle.steps.recorder.grows else 0
     assert write(handle, ours, theirs, 8 + G - 1) == while_growing  # then the last sink is at the ceiling
     assert write(handle, ours, theirs, ENOUGH) == REPEATED + 1
 
