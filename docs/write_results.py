@@ -293,12 +293,12 @@ def default_writing() -> list[str]:
     """What a token takes as a session writes it by default."""
     saved = load("avx2/default_writing")
     stock, without, compiled = DEFAULTS.values()
-    depths = list(dict.fromkeys(name.split(" tokens")[0] for name in saved["rows"]))
+    depths = sorted({int(name.split(" tokens")[0].replace(",", "")) for name in saved["rows"]})
     shown = []
     for depth in depths:
-        row = {way: saved["rows"][f"{depth} tokens, {way}"]["ms"] for way in DEFAULTS.values()}
+        row = {way: saved["rows"][f"{depth:,} tokens, {way}"]["ms"] for way in DEFAULTS.values()}
         times = f"{row[stock] / row[compiled]:.1f}x"
-        shown.append([depth, *(f"{milliseconds:.0f} ms" for milliseconds in row.values()), times])
+        shown.append([f"{depth:,}", *(f"{milliseconds:.0f} ms" for milliseconds in row.values()), times])
     return [
         f"**Writing by default.** {saved['setting']['model']} as `load()` has it, with the weights and the "
         "policy that it chooses, by how many",
