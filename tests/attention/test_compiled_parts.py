@@ -74,7 +74,7 @@ def test_what_is_written_is_what_pytorchs_kernels_give(family, policy, rows, tak
     for takes in (True, False):
         with monkeypatch.context() as context, attach(model, POLICIES[policy]) as handle, torch.no_grad():
             if not takes:
-                context.setattr(compiled_parts, "wanted", lambda: False)
+                context.setattr(parts, "wanted", lambda: False)
             cache, before = handle.new_cache(), len(taken)
             model(tiny.random_ids(rows, 90), **tiny.cached(cache))
             written = [model(ids[:, at : at + 1], **tiny.cached(cache)).logits for at in range(30)]

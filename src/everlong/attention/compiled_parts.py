@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from everlong.kernels.calls import attend_parts, attends_parts
-from everlong.kernels.loading import compiled, wanted
+from everlong.kernels.loading import compiled
 from everlong.kernels.team import has_team
 
 _LEAST = 2**17  # numbers in all keys: what is smaller does without a compiler
@@ -24,8 +24,8 @@ Seen = tuple[Tensor, Tensor, Tensor]
 
 
 def pays(parts: Sequence[Seen]) -> bool:
-    """Whether compiled kernels take these parts, and sooner than PyTorch's: never with gradients."""
-    if not wanted() or sum(keys.numel() for _, keys, _ in parts) < _LEAST:
+    """Whether there are compiled kernels that take these parts, enough of them and without gradients."""
+    if sum(keys.numel() for _, keys, _ in parts) < _LEAST:
         return False
     has_gradient = torch.is_grad_enabled() and any(x.requires_grad for part in parts for x in part)
     return not has_gradient and attends_parts(parts) and _is_right()
