@@ -410,7 +410,7 @@ MISTAKES = [_baked_slot, _nothing_put, _baked_angles, _baked_tokens]
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_number_that_was_baked_in_makes_repeated_steps_wrong(handle, mistake, monkeypatch):
     """That the tests above would see it: without the check against an eager step, they fail."""
-    monkeypatch.setattr(recording, "_agree", lambda *_: True)
+    monkeypatch.setattr(recording, "agree", lambda *_: True)
     mistake(monkeypatch)
     with pytest.raises(AssertionError, match="not close"):
         write(handle, *read(handle), ENOUGH)

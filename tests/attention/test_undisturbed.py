@@ -166,7 +166,7 @@ def test_a_model_changed_after_a_text_that_ended_is_looked_at_though_nothing_ran
     session._tape.queue = []  # as after an end token, which is not kept: the next token is known already
     reference, undo = session.fork(), other_layer(llm.handle)
     ours = session.generate(max_new_tokens=20).text
-    llm.handle.steps.recorder = None
+    llm.handle.steps.stop()
     theirs = reference.generate(max_new_tokens=20).text
     undo()
     assert ours == theirs
@@ -176,6 +176,7 @@ def test_a_model_changed_between_two_pieces_of_several_sessions_writes_on_as_it_
     sessions, texts = [opened(llm), opened(llm)], []
     forks = [session.fork() for session in sessions]
     for those, is_eager in ((sessions, False), (forks, True)):
+        llm.handle.steps.stop()
         llm.handle.steps.recorder = None if is_eager else TraceRecorder()
         with closing(llm.stream_together(those, max_new_tokens=40)) as pieces:
             text = [next(pieces) for _ in range(24)]
@@ -191,6 +192,7 @@ def test_a_model_changed_between_two_pieces_writes_on_as_it_is_now(llm):
     reference = session.fork()
     texts = []
     for each, is_eager in ((session, False), (reference, True)):
+        llm.handle.steps.stop()
         llm.handle.steps.recorder = None if is_eager else TraceRecorder()
         with closing(each.stream(40)) as pieces:
             text = [next(pieces) for _ in range(15)]

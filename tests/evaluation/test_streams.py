@@ -148,7 +148,7 @@ def test_single_tokens_go_by_recorded_steps_where_a_session_would_write_so(model
         recorded, plain = PolicyStream(handle), PolicyStream(handle)
         found = read(recorded, ids, 1)
         fork = recorded.fork()
-        handle.steps.recorder = None
+        handle.steps.stop()
         assert torch.allclose(found, read(plain, ids, 1), atol=1e-5)
         assert torch.allclose(fork.read(ids[:1]), plain.read(ids[:1]), atol=1e-5)
     assert recorder.replayed > W

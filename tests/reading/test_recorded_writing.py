@@ -17,7 +17,7 @@ def both(request):
     policy, recorder = request.param
     with make_llm(POLICIES[policy]) as recording, make_llm(POLICIES[policy]) as plain:
         recording.handle.steps.recorder = RECORDERS[recorder]()
-        plain.handle.steps.recorder = None
+        plain.handle.steps.stop()
         yield recording, plain
 
 

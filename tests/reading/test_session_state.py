@@ -61,7 +61,7 @@ def without_bytes(session: Session) -> Stats:
 )
 def test_a_restored_session_goes_on_bit_by_bit(policy: Policy, tokens: int, tmp_path: Path) -> None:
     with make_llm(policy) as llm:
-        llm.handle.steps.recorder = None  # or else it is another token that is the first to be recorded
+        llm.handle.steps.stop()  # or else it is another token that is the first to be recorded
         session = llm.session(seed=1, system="Be brief.")
         if tokens:
             session.read("".join(chr(97 + i % 7) for i in range(tokens)))

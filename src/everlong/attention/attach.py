@@ -25,9 +25,9 @@ from everlong.attention.inputs import Inputs, clamped_positions, read_padding, r
 from everlong.attention.merging import Merging
 from everlong.attention.policy import Policy, make_policy
 from everlong.attention.prefix import Prefix, begun_with
+from everlong.attention.recordable import RecordableStep
 from everlong.attention.recording import StepRecorder, recorder_for
 from everlong.attention.sequences import PackedSequences
-from everlong.attention.static_step import StaticStep
 from everlong.attention.tiers import Tier
 from everlong.errors import ConfigurationError, StateError, UnknownNameError, UnsupportedUseError
 from everlong.models.adapters import Adapters
@@ -134,7 +134,7 @@ class Attachment:
         self._end_forward()  # one that a KeyboardInterrupt ended is still open: no hook runs after it
         self.adapters.remove()
         self._closing.close()
-        self.steps.recorder = None
+        self.steps.stop()
 
     def __enter__(self) -> Attachment:
         return self
@@ -302,7 +302,7 @@ class Attachment:
         spans = cache.adapters(inputs.rows, inputs.tokens) if len(self.adapters) else []
         self.adapters.refuse_mixture(spans)
         is_kept = given is not None or bool(use_cache)
-        if isinstance(cache, (PackedSequences, StaticStep, Merging)):
+        if isinstance(cache, (PackedSequences, RecordableStep, Merging)):
             positions = cache.positions(inputs.device)
             _forward.set(cache.begin(inputs, self._layers, self._end_forward()))
         else:

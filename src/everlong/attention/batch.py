@@ -54,7 +54,8 @@ class StreamBatch:
         self.cache.pads = tuple(pads) if any(pads) else None
         if moved:
             for cache in caches:
-                cache.unfit, cache.recorded = _MOVED, None  # a recorded step holds on to what it ran with
+                cache.unfit = _MOVED
+                cache.recorded = cache.recorded_open = None  # they hold on to what they ran with
         with torch.inference_mode(False), torch.no_grad():
             for number, memory in self.cache.memories.items():
                 _fill(memory, longest.memories[number], [c.memories[number] for c in caches], pads)

@@ -22,7 +22,10 @@ from everlong.errors import StateError, UnsupportedUseError
 from everlong.models.adapters import Span
 
 if TYPE_CHECKING:
+    from everlong.attention.open_recording import OpenRecorded
     from everlong.attention.recording import Recorded
+
+_NOT_COPIED: dict[str, Any] = {"recorded": None, "recorded_open": None}
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,7 @@ class StreamCache(PolicyCache):
         """Why nothing can go on from here; empty: it can."""
         self.recorded: Recorded | None = None
         """A step of writing, recorded on the buffers of this very cache: never copied, never saved."""
+        self.recorded_open: OpenRecorded | None = None  # the same, its attention left open
 
     # --- accounts ----------------------------------------------------------------------------------
 
@@ -277,7 +281,7 @@ class StreamCache(PolicyCache):
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         with torch.inference_mode(False):  # later forwards, in whatever mode, write into the copy
-            twin.__dict__.update(copy.deepcopy(self.__dict__ | {"recorded": None}, memo))
+            twin.__dict__.update(copy.deepcopy(self.__dict__ | _NOT_COPIED, memo))
         return twin
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -357,7 +361,7 @@ class StreamCache(PolicyCache):
         rows = [] if self.rows is None else torch.arange(self.rows)[indices.cpu()].tolist()
         if rows == [*range(self.rows or 0)]:
             return
-        self.recorded = None  # the buffers become others
+        self.recorded = self.recorded_open = None  # the buffers, or their rows, become others
         with torch.inference_mode(False):  # later forwards, in whatever mode, write into them
             for memory in self.memories.values():
                 memory.pick_rows(torch.tensor(rows, dtype=torch.long))

@@ -17,20 +17,17 @@ from torch import Tensor
 
 from everlong.attention.aim import Aim, aims, next_aims, one_further
 from everlong.attention.cache import StreamCache
-from everlong.attention.cache_interface import HALF_DONE, PolicyCache
+from everlong.attention.cache_interface import HALF_DONE
 from everlong.attention.call_tape import CallTapes
 from everlong.attention.cuda_graphs import CudaGraphs, has_graphs
 from everlong.attention.forward import Layers
+from everlong.attention.open_recording import OpenStepRecorder
+from everlong.attention.recordable import ROUNDED, Run, agree, is_plain
 from everlong.attention.static_step import StaticStep
 from everlong.errors import UnsupportedUseError
 from everlong.models.watch import ModelWatch
 
-_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 _WATCHED = 8  # adapters
-_ROUNDED = 2e-2  # of the largest number, in half precision
-
-Run = Callable[[PolicyCache, Tensor], Tensor]
-"""Runs ids, shape (rows, 1), through the model with a cache, and returns an output of the same rows."""
 
 
 class Recorder(Protocol):
@@ -115,6 +112,8 @@ class Recorded:
 class StepRecorder:
     """Runs one token a row, of any cache of an attached model: repeated where it can be.
 
+    Static steps are recorded whole, others but for their attention.
+
     Parameters
     ----------
     recorder : Recorder or None
@@ -125,6 +124,11 @@ class StepRecorder:
         The model's.
     owner : str
         The attachment.
+
+    Attributes
+    ----------
+    open : OpenStepRecorder
+        What runs steps that are not static.
     """
 
     def __init__(
@@ -137,6 +141,8 @@ class StepRecorder:
         self._watches: dict[str | None, ModelWatch] = {}
         """By adapter: with each, the model looks different."""
         self._layers = layers
+        opener = recorder if isinstance(recorder, CallTapes) else None
+        self.open = OpenStepRecorder(opener, self._watch, layers, owner)
 
     def run(
         self, cache: StreamCache, ids: Tensor, run: Run, output: str, *, undisturbed: bool = False
@@ -164,15 +170,17 @@ class StepRecorder:
         """
         recorder = self.recorder
         if recorder is None:
-            return run(cache, ids)
+            return self.open.run(cache, ids, run, output, undisturbed=undisturbed)
         found = self._next(cache, ids, output) if undisturbed else None
         if found is not None:
             return self._repeat(cache, ids, found)
         found = self._aims(cache, ids)
-        if found is None and cache.recorded is not None and not cache.recorded.step.is_held:
-            cache.recorded = None  # it would hold on to buffers that nobody else needs
-        recorded = None if found is None else self._recorded(cache, ids, found, output, recorder)
-        if found is None or recorded is None:
+        if found is None:
+            if cache.recorded is not None and not cache.recorded.step.is_held:
+                cache.recorded = None  # it would hold on to buffers that nobody else needs
+            return self.open.run(cache, ids, run, output, undisturbed=undisturbed)
+        recorded = self._recorded(cache, ids, found, output, recorder)
+        if recorded is None:
             return run(cache, ids)
         if recorded.replay is None:
             recorded.eager += 1
@@ -180,6 +188,10 @@ class StepRecorder:
                 return run(cache, ids)
             return self._record(cache, ids, run, recorded, found, recorder)
         return self._repeat(cache, ids, found)
+
+    def stop(self) -> None:
+        """Let every step run by itself from now on."""
+        self.recorder = self.open.recorder = None
 
     def forget_growing(self, cache: StreamCache) -> None:
         """Let go of what was recorded in windows that are to take in many tokens, and get larger buffers."""
@@ -206,7 +218,7 @@ class StepRecorder:
         recorded = cache.recorded
         if recorded is None or (recorded.output, recorded.seen) != (output, cache.seen):
             return None
-        if recorded.step.adapter != cache.adapter or not self._is_plain(cache, ids):
+        if recorded.step.adapter != cache.adapter or not is_plain(cache, ids, self._owner):
             return None
         if recorded.glance != self._watch(cache.adapter).glance():
             return None
@@ -215,21 +227,10 @@ class StepRecorder:
 
     def _aims(self, cache: StreamCache, ids: Tensor) -> list[Aim] | None:
         """Return where a static step would put the tokens; None: it runs eagerly, or is refused there."""
-        if not self._is_plain(cache, ids):
+        if not is_plain(cache, ids, self._owner):
             return None
         grows = self._grows and self.recorder is not None and self.recorder.grows
         return aims(cache, self._layers, growing=grows)
-
-    def _is_plain(self, cache: StreamCache, ids: Tensor) -> bool:
-        """Whether nothing here is in a static step's way: otherwise it runs eagerly, or is refused there."""
-        return (
-            cache.owner == self._owner
-            and cache.is_settled
-            and not cache.unfit
-            and ids.shape == (cache.rows, 1)
-            and not torch.is_grad_enabled()
-            and not torch.is_autocast_enabled(ids.device.type)
-        )
 
     def _recorded(
         self, cache: StreamCache, ids: Tensor, found: list[Aim], output: str, recorder: Recorder
@@ -288,16 +289,16 @@ class StepRecorder:
                 return once()
 
             again(replay)
-            is_right = _agree(result, expected) and all(map(_agree, buffers, after))
+            is_right = agree(result, expected) and all(map(agree, buffers, after))
             if not is_right and self._watch(cache.adapter).rounds:
                 # Kernels and eager steps may round otherwise: the same step, not recorded, stands between.
                 ours = [x.clone() for x in (result, *step.written(found))]
                 theirs = again(lambda: recorder.run(lambda: run(step, step.ids)))
                 assert isinstance(theirs, Tensor)
                 is_right = (
-                    all(map(_agree, ours, (theirs, *step.written(found))))
-                    and _agree(theirs, expected, _ROUNDED)
-                    and all(_agree(x, kept, _ROUNDED) for x, kept in zip(buffers, after, strict=True))
+                    all(map(agree, ours, (theirs, *step.written(found))))
+                    and agree(theirs, expected, ROUNDED)
+                    and all(agree(x, kept, ROUNDED) for x, kept in zip(buffers, after, strict=True))
                 )
             if is_right:
                 recorded.replay, recorded.result = replay, result
@@ -329,13 +330,3 @@ def recorder_for(device: torch.device) -> Recorder | None:
     if device.type == "cpu":
         return CallTapes()
     return CudaGraphs(device) if device.type == "cuda" and has_graphs() else None
-
-
-def _agree(ours: Tensor, theirs: Tensor, tolerance: float | None = None) -> bool:
-    """Whether two steps gave the same, up to a share of the largest number; None: as their dtype rounds."""
-    if torch.equal(ours, theirs):  # sooner said than by how much they differ
-        return True
-    if tolerance is None:
-        tolerance = _TOLERANCE.get(theirs.dtype, _ROUNDED)
-    error, size = (ours.double() - theirs.double()).abs().max(), theirs.double().abs().max()
-    return bool(error <= tolerance * size)

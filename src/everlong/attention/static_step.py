@@ -16,15 +16,14 @@ from torch import Tensor
 
 from everlong.attention.aim import Aim
 from everlong.attention.cache import StreamCache
-from everlong.attention.cache_interface import PolicyCache
 from everlong.attention.forward import Layers, Underway
 from everlong.attention.inputs import Inputs
 from everlong.attention.layer_memory import LayerMemory
 from everlong.attention.parts import Logits
 from everlong.attention.positions import Angles, working_dtype
+from everlong.attention.recordable import RecordableStep
 from everlong.attention.token_step import TokenStep, rotated_sinks
-from everlong.errors import InputError, UnsupportedUseError
-from everlong.models.adapters import Span
+from everlong.errors import UnsupportedUseError
 
 _AHEAD = 256  # positions, of as many tokens as that is for
 
@@ -104,7 +103,7 @@ class _Kind:
         )
 
 
-class StaticStep(PolicyCache):
+class StaticStep(RecordableStep):
     """What a forward is given as its cache when it runs one token a row, to be recorded.
 
     Parameters
@@ -116,29 +115,19 @@ class StaticStep(PolicyCache):
 
     Attributes
     ----------
-    ids : Tensor (rows, 1)
-        The tokens to run, written by :meth:`aim_at`.
-    adapter : str or None
-        The adapter it runs with.
     grows : bool
         Whether some windows are not full.
     """
 
     def __init__(self, cache: StreamCache, found: list[Aim]) -> None:
-        super().__init__(cache.owner)
-        assert cache.rows is not None
+        super().__init__(cache, _buffers(found[0])[0].device, position_rows=1)
         self.pads = _real(cache.pads)
-        self.adapter = cache.adapter
         self.grows = any(aim.grows for aim in found)
         self._span, self._folded = cache.policy.span, cache.folded
         self._memories = list(cache.memories.values())
         self._held = self._tensors()
         with torch.inference_mode(False):  # later steps, in whatever mode, write into them
             self._kinds = [_Kind(aim, self.pads) for aim in found]
-            device = _buffers(found[0])[0].device
-            self.ids = torch.zeros((cache.rows, 1), dtype=torch.long, device=device)
-            self._positions = torch.zeros((1, 1), dtype=torch.long, device=device)
-        self._latest = 0  # of the position ids
 
     def buffers(self, found: list[Aim]) -> list[Tensor]:
         """Return views of keys and values of all layers, as far as a step sees them and writes to them."""
@@ -165,11 +154,7 @@ class StaticStep(PolicyCache):
 
     def aim_at(self, ids: Tensor, found: list[Aim]) -> None:
         """Write the tokens, and where they go."""
-        self.ids.copy_(ids)
-        position = self._position(found)
-        if position != self._latest:
-            self._positions.fill_(position)
-            self._latest = position
+        self.place(ids, [self._position(found)])
         for kind, aim in zip(self._kinds, found, strict=True):
             kind.aim_at(aim)
 
@@ -208,33 +193,16 @@ class StaticStep(PolicyCache):
         tokens = max(aim.place.slots for aim in found if aim.grows) - self._folded
         return (tokens if self._span is None else min(tokens, self._span)) - 1
 
-    def adapters(self, rows: int, tokens: int) -> list[Span]:
-        """Return the adapter of all tokens of a forward."""
-        return [(self.adapter, rows * tokens)]
-
     # --- one forward -------------------------------------------------------------------------------
 
     def begin(self, inputs: Inputs, layers: Layers, outer: Underway | None) -> StaticForward:
         """Enter a forward."""
-        if (inputs.rows, inputs.tokens) != tuple(self.ids.shape):
-            raise InputError(f"a static step takes {len(self.ids)} rows of one token")
-        self._in_forward = True
+        self.enter(inputs)
         steps = {}
         for kind in self._kinds:
             step = kind.step()
             steps.update({number: (step, memory) for number, memory in kind.memories.items()})
         return StaticForward(self.owner, self, steps, outer)
-
-    def positions(self, device: torch.device) -> Tensor:
-        """Position ids, shape (1, 1), written by :meth:`aim_at`."""
-        return self._positions
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Nothing that changes from step to step."""
-        return 0
-
-    def __len__(self) -> int:
-        return len(self._memories)
 
 
 @dataclass
