@@ -22,9 +22,9 @@ from everlong.errors import StateError, UnsupportedUseError
 from everlong.models.adapters import Span
 
 if TYPE_CHECKING:
-    from everlong.attention.open_recording import OpenRecorded
-    from everlong.attention.recording import Recorded
-
+    from everlong.attention.open_step import OpenStep
+    from everlong.attention.recordable import Recorded
+    from everlong.attention.recording import StaticRecorded
 _NOT_COPIED: dict[str, Any] = {"recorded": None, "recorded_open": None}
 
 
@@ -100,9 +100,9 @@ class StreamCache(PolicyCache):
         self._provisional_seen = 0
         self.unfit = ""
         """Why nothing can go on from here; empty: it can."""
-        self.recorded: Recorded | None = None
-        """A step of writing, recorded on the buffers of this very cache: never copied, never saved."""
-        self.recorded_open: OpenRecorded | None = None  # the same, its attention left open
+        self.recorded: StaticRecorded | None = None
+        self.recorded_open: Recorded[OpenStep] | None = None
+        """Steps of writing, recorded for this cache alone, the second but for attention; never saved."""
 
     # --- accounts ----------------------------------------------------------------------------------
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -18,45 +17,11 @@ from everlong.attention.cache import StreamCache
 from everlong.attention.call_tape import CallTapes
 from everlong.attention.forward import Forward, Layers
 from everlong.attention.open_step import OpenStep
-from everlong.attention.recordable import ROUNDED, Run, agree, is_plain
+from everlong.attention.recordable import ROUNDED, Recorded, Run, agree, is_plain
 from everlong.errors import UnsupportedUseError
 from everlong.models.watch import ModelWatch
 
 Result = TypeVar("Result")
-
-
-@dataclass(eq=False)
-class OpenRecorded:
-    """What is known of the next steps of a cache whose attention is left open.
-
-    Attributes
-    ----------
-    output : str
-        What the step returns.
-    model_state : int
-        The model's, as its watch numbers them.
-    step : OpenStep
-        The step.
-    eager : int
-        How many were run eagerly.
-    replay : callable or None
-        Repeats it; None: it is not recorded yet.
-    result : Tensor or None
-        Where its output is then.
-    seen : int
-        Tokens that the cache had seen after it was last repeated.
-    glance : tuple or None
-        What the model showed at a glance before it was last looked at.
-    """
-
-    output: str
-    model_state: int
-    step: OpenStep
-    eager: int = 0
-    replay: Callable[[], None] | None = None
-    result: Tensor | None = None
-    seen: int = -1
-    glance: tuple[int, int, bool] | None = None
 
 
 class OpenStepRecorder:
@@ -104,7 +69,7 @@ class OpenStepRecorder:
             return run(cache, ids)
         return self._record(cache, ids, run, recorded, self.recorder)
 
-    def _next(self, cache: StreamCache, ids: Tensor, output: str) -> OpenRecorded | None:
+    def _next(self, cache: StreamCache, ids: Tensor, output: str) -> Recorded[OpenStep] | None:
         """Return a step that was repeated last, and fits without a closer look at the model."""
         known = cache.recorded_open
         if known is None or (known.output, known.seen) != (output, cache.seen):
@@ -114,7 +79,7 @@ class OpenStepRecorder:
 
     def _recorded(
         self, cache: StreamCache, ids: Tensor, output: str, recorder: CallTapes
-    ) -> OpenRecorded | None:
+    ) -> Recorded[OpenStep] | None:
         """Return what is known of this step, from now on if it is another one than before; None: nothing."""
         watch = self._watch(cache.adapter)
         glance = watch.glance()  # first: another thread may change something meanwhile
@@ -125,11 +90,11 @@ class OpenStepRecorder:
         is_same = known is not None and (known.output, known.model_state) == (output, state)
         if known is None or not is_same or not known.step.is_of(cache, ids):
             step = OpenStep(cache, self._layers, ids.device)
-            known = cache.recorded_open = OpenRecorded(output, state, step)
+            known = cache.recorded_open = Recorded(output, state, step)
         known.glance = glance
         return known
 
-    def _repeat(self, cache: StreamCache, ids: Tensor, recorded: OpenRecorded) -> Tensor:
+    def _repeat(self, cache: StreamCache, ids: Tensor, recorded: Recorded[OpenStep]) -> Tensor:
         """Run what was recorded, and the layers' attention."""
         replay, result = recorded.replay, recorded.result
         assert replay is not None and result is not None
@@ -159,7 +124,7 @@ class OpenStepRecorder:
         return found
 
     def _record(
-        self, cache: StreamCache, ids: Tensor, run: Run, recorded: OpenRecorded, recorder: CallTapes
+        self, cache: StreamCache, ids: Tensor, run: Run, recorded: Recorded[OpenStep], recorder: CallTapes
     ) -> Tensor:
         """Run eagerly, and record for the steps to come."""
         step = recorded.step

@@ -6,6 +6,8 @@ That cache stays the same from token to token.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +26,8 @@ Run = Callable[[PolicyCache, Tensor], Tensor]
 """Runs ids, shape (rows, 1), through the model with a cache, and returns an output of the same rows."""
 
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
+
+Step = TypeVar("Step")
 
 
 class RecordableStep(PolicyCache):
@@ -86,6 +90,40 @@ class RecordableStep(PolicyCache):
 
     def __len__(self) -> int:
         return self._layer_count
+
+
+@dataclass(eq=False)
+class Recorded(Generic[Step]):
+    """What is known of the next steps of a cache.
+
+    Attributes
+    ----------
+    output : str
+        What the step returns.
+    model_state : int
+        The model's, as its watch numbers them.
+    step : StaticStep or OpenStep
+        The step.
+    eager : int
+        How many were run eagerly; enough of them where a recording goes on in larger buffers.
+    replay : callable or None
+        Repeats it; None: it is not recorded yet.
+    result : Tensor or None
+        Where its output is then.
+    seen : int
+        Tokens that the cache had seen after it was last repeated.
+    glance : tuple or None
+        What the model showed at a glance before it was last looked at.
+    """
+
+    output: str
+    model_state: int
+    step: Step
+    eager: int = 0
+    replay: Callable[[], None] | None = None
+    result: Tensor | None = None
+    seen: int = -1
+    glance: tuple[int, int, bool] | None = None
 
 
 def is_plain(cache: StreamCache, ids: Tensor, owner: str) -> bool:

@@ -22,7 +22,7 @@ from everlong.attention.call_tape import CallTapes
 from everlong.attention.cuda_graphs import CudaGraphs, has_graphs
 from everlong.attention.forward import Layers
 from everlong.attention.open_recording import OpenStepRecorder
-from everlong.attention.recordable import ROUNDED, Run, agree, is_plain
+from everlong.attention.recordable import ROUNDED, Recorded, Run, agree, is_plain
 from everlong.attention.static_step import StaticStep
 from everlong.errors import UnsupportedUseError
 from everlong.models.watch import ModelWatch
@@ -73,40 +73,16 @@ class Recorder(Protocol):
 
 
 @dataclass(eq=False)
-class Recorded:
-    """What is known of the next steps of a cache.
+class StaticRecorded(Recorded[StaticStep]):
+    """What is known of the next steps of a cache, where they are static.
 
     Attributes
     ----------
-    output : str
-        What the step returns.
-    model_state : int
-        The model's, as its watch numbers them.
-    step : StaticStep
-        The step.
-    eager : int
-        How many were run eagerly; enough of them where a recording goes on in larger buffers.
-    replay : callable or None
-        Repeats it; None: it is not recorded yet.
-    result : Tensor or None
-        Where its output is then.
     latest : list of Aim
         Of the last step that was repeated.
-    seen : int
-        Tokens that the cache had seen after it.
-    glance : tuple or None
-        What the model showed at a glance before it was last looked at.
     """
 
-    output: str
-    model_state: int
-    step: StaticStep
-    eager: int = 0
-    replay: Callable[[], None] | None = None
-    result: Tensor | None = None
     latest: list[Aim] = field(default_factory=list)
-    seen: int = -1
-    glance: tuple[int, int, bool] | None = None
 
 
 class StepRecorder:
@@ -234,7 +210,7 @@ class StepRecorder:
 
     def _recorded(
         self, cache: StreamCache, ids: Tensor, found: list[Aim], output: str, recorder: Recorder
-    ) -> Recorded | None:
+    ) -> StaticRecorded | None:
         """Return what is known of this step, from now on if it is another one than before; None: nothing."""
         watch = self._watch(cache.adapter)
         glance = watch.glance()  # first: another thread may change something meanwhile
@@ -242,11 +218,11 @@ class StepRecorder:
         if state is None:
             cache.recorded = None
         elif known is None or (known.output, known.model_state) != (output, state):
-            cache.recorded = Recorded(output, state, StaticStep(cache, found))
+            cache.recorded = StaticRecorded(output, state, StaticStep(cache, found))
         elif not known.step.is_of(cache, found, ids):
             step = StaticStep(cache, found)
             goes_on = known.replay is not None and known.step.grows and step.grows and not known.step.is_held
-            cache.recorded = Recorded(output, state, step, recorder.eager_steps if goes_on else 0)
+            cache.recorded = StaticRecorded(output, state, step, recorder.eager_steps if goes_on else 0)
         if cache.recorded is not None:
             cache.recorded.glance = glance
         return cache.recorded
@@ -265,7 +241,7 @@ class StepRecorder:
         cache: StreamCache,
         ids: Tensor,
         run: Run,
-        recorded: Recorded,
+        recorded: StaticRecorded,
         found: list[Aim],
         recorder: Recorder,
     ) -> Tensor:
