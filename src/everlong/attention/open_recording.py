@@ -89,7 +89,7 @@ class OpenStepRecorder:
             return None
         is_same = known is not None and (known.output, known.model_state) == (output, state)
         if known is None or not is_same or not known.step.is_of(cache, ids):
-            step = OpenStep(cache, self._layers, ids.device)
+            step = OpenStep(cache, ids.device)
             known = cache.recorded_open = Recorded(output, state, step)
         known.glance = glance
         return known

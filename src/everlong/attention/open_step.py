@@ -39,8 +39,6 @@ class OpenStep(RecordableStep):
     ----------
     cache : StreamCache
         A stream that has read something.
-    layers : Layers
-        The model's.
     device : torch.device
         Where the model takes tokens.
 
@@ -50,11 +48,10 @@ class OpenStep(RecordableStep):
         By layer, what its attention was given last, if that was noted.
     """
 
-    def __init__(self, cache: StreamCache, layers: Layers, device: torch.device) -> None:
+    def __init__(self, cache: StreamCache, device: torch.device) -> None:
         super().__init__(cache, device, position_rows=len(cache.pads or (0,)))
         self.given: dict[int, Given] = {}
         self._outputs: dict[int, Tensor] = {}
-        self._layers = layers
         self._forward: Forward | None = None
         self._takes_notes = True
         self._is_in_inference_mode = False
