@@ -8,7 +8,7 @@ from everlong.attention import InfLLM, Recall, attach, compiled_parts, parts
 from everlong.attention.parts import Part, attend
 from everlong.errors import StateError
 from everlong.kernels import loading
-from everlong.kernels.calls import attend_parts
+from everlong.kernels.direct import attend_parts
 from everlong.kernels.team import has_team
 
 pytestmark = pytest.mark.skipif(not (loading.wanted() and has_team()), reason="there are no kernels here")

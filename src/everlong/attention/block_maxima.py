@@ -29,7 +29,7 @@ class BlockMaxima:
     """
 
     def __init__(self, asked: Tensor, begin: int, stop: int, block: int) -> None:
-        self.asked, self.begin, self.stop, self._block = asked, begin, stop, block
+        self.asked, self.begin, self.stop, self.block = asked, begin, stop, block
         heads, count, _ = asked.shape
         self.found = asked.new_full((heads, count, -(-(stop - begin) // block)), -torch.inf)
 
@@ -47,12 +47,12 @@ class BlockMaxima:
         low = max(self.begin - first, 0)
         products, at = products[..., low : max(self.stop - first, 0)], first + low - self.begin
         while count := products.shape[2]:
-            to_end = self._block - at % self._block  # of the block that the first of them is in
+            to_end = self.block - at % self.block  # of the block that the first of them is in
             length = min(to_end, count)
-            taken = count - count % self._block if to_end == self._block <= count else length
+            taken = count - count % self.block if to_end == self.block <= count else length
             some = products[..., :taken]
             best = some.view(*some.shape[:2], -1, length).amax(3)
-            number = at // self._block
+            number = at // self.block
             into = self.found[..., number : number + best.shape[2]]
             torch.maximum(into, (best if scale is None else scale(best)).to(into), out=into)
             products, at = products[..., taken:], at + taken

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from everlong.kernels.calls import attend_parts, attends_parts
+from everlong.kernels.direct import attend_parts, attends_parts
 from everlong.kernels.loading import compiled
 from everlong.kernels.team import has_team
 

@@ -10,8 +10,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from everlong.attention import compiled_keys
 from everlong.attention.block_maxima import BlockMaxima
 from everlong.attention.positions import working_dtype
+from everlong.kernels.direct import look_at_codes
 
 SEGMENT = 1024
 """Tokens that have their scales in common."""
@@ -147,7 +149,21 @@ class KeyIndex:
     def _look_at_codes(self, row: int, wanted: list[tuple[int, int]], best: BlockMaxima) -> None:
         """Look at segments that follow one another, each a number and its first token."""
         assert self._scales is not None and self._centers is not None
-        asked, which = best.asked.to(self._scales), slice(wanted[0][0], wanted[-1][0] + 1)
+        asked, which = best.asked.to(self._scales).contiguous(), slice(wanted[0][0], wanted[-1][0] + 1)
+        spread = self._scales[row, which], self._centers[row, which]
+        if compiled_keys.pays(asked, spread[0], best.found):
+            look_at_codes(
+                asked,
+                [self._segments[number][row] for number, _ in wanted],
+                *spread,
+                best.found,
+                segment=SEGMENT,
+                first=wanted[0][1],
+                begin=best.begin,
+                stop=best.stop,
+                block=best.block,
+            )
+            return
         scaled = asked * self._scales[row, which, :, None]  # (segments, key-value heads, c, d)
         steps = (scaled.abs().amax(3, keepdim=True) / 127).clamp(min=_LEAST)
         codes = scaled.div_(steps).round_().to(torch.int8)

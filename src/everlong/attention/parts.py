@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from everlong.attention import compiled_parts, few_queries
 from everlong.attention.cuda_parts import fused
 from everlong.attention.positions import working_dtype
-from everlong.kernels.calls import attend_parts
+from everlong.kernels.direct import attend_parts
 from everlong.kernels.loading import wanted
 
 _FLASH_CPU = torch._scaled_dot_product_flash_attention_for_cpu

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -136,15 +136,6 @@ def attends(query: Tensor, keys: Tensor, values: Tensor) -> bool:
     return is_of and fit(query) and window_fits(keys, values) and has_team()
 
 
-def attends_parts(parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> bool:
-    """Whether :func:`attend_parts` takes queries, keys and values like these."""
-    query, keys = parts[0][:2]
-    return all(
-        attends(*part) and part[0].shape == query.shape and part[1].shape[:2] == keys.shape[:2]
-        for part in parts
-    )
-
-
 def _rms_norm(
     x: Tensor, weight: Tensor, eps: float, plus: float, dtype: torch.dtype, out: Tensor
 ) -> Prepared:
@@ -168,9 +159,9 @@ def _rms_norm(
     Tensor
         Shape (rows, d).
     """
-    _require(fit(x, weight) and weight.shape == x.shape[1:] and dtype in _NORMED, "rms_norm")
+    require(fit(x, weight) and weight.shape == x.shape[1:] and dtype in _NORMED, "rms_norm")
     is_half = dtype == torch.bfloat16
-    return _function("rms_norm"), _given(x, weight, out, *x.shape, float(eps), float(plus), is_half)
+    return function("rms_norm"), given_to(x, weight, out, *x.shape, float(eps), float(plus), is_half)
 
 
 def _gated(gates_and_ups: Tensor, slope: float, cube: float, out: Tensor) -> Prepared:
@@ -190,8 +181,8 @@ def _gated(gates_and_ups: Tensor, slope: float, cube: float, out: Tensor) -> Pre
     """
     x = gates_and_ups
     rows, n = x.shape[0], x.shape[1] // 2
-    _require(x.dtype == torch.bfloat16 and x.is_contiguous() and x.shape[1] == 2 * n, "gated")
-    return _function("gated"), _given(x, out, rows, n, float(slope), float(cube))
+    require(x.dtype == torch.bfloat16 and x.is_contiguous() and x.shape[1] == 2 * n, "gated")
+    return function("gated"), given_to(x, out, rows, n, float(slope), float(cube))
 
 
 def _turn_and_put(
@@ -230,7 +221,7 @@ def _turn_and_put(
         The rotated queries, shape (rows, heads, 1, d).
     """
     (rows, kv_heads, _, d), count = keys.shape, 0 if sinks is None else sinks.shape[2]
-    _require(
+    require(
         window_fits(keys, values)
         and token_fits(query, key, value, keys)
         and fit(cos, sin)
@@ -241,7 +232,7 @@ def _turn_and_put(
         and (raw is None or window_fits(raw, keys)),
         "turn_and_put",
     )
-    return _function("turn_and_put"), _given(
+    return function("turn_and_put"), given_to(
         *(query, key, value, cos, sin, slot, keys, values),
         *(0 if x is None else x for x in (sinks, raw)),
         out,
@@ -273,58 +264,22 @@ def _attend(
     Tensor
         Shape (rows, heads, 1, d).
     """
-    _require(attends(query, keys, values) and _is_whole_number(count), "attend")
+    require(attends(query, keys, values) and _is_whole_number(count), "attend")
     (rows, kv_heads, m, d), threads, run = keys.shape, torch.get_num_threads(), compiled().RUN
     groups, g = rows * kv_heads, query.shape[1] // kv_heads
     sums = scratch.of("sums", groups * -(-m // run) * g * (d + 2))
     logits = scratch.of("logits", threads * g * run)
-    given = _given(
-        *(query, keys, values, count, out, sums, logits, *asking_addresses()),
-        *(groups, g, d, keys.stride(1), float(scaling), 0, 0),
+    given = given_to(
+        *(query, keys, values, count, keys.stride(1), out, sums, logits, *asking_addresses()),
+        *(groups, g, d, float(scaling), 0),
     )
-    attend, merge = in_every_thread(compiled().attend_runs.address), _function("merge_runs")
+    attend, merge = in_every_thread(compiled().attend_runs.address), function("merge_runs")
 
     def run_both(given: Any, memory: Any = (sums, logits)) -> None:  # held by being a default
         attend(given, min(threads, torch.get_num_threads()))
         merge(given)
 
     return run_both, given
-
-
-def attend_parts(parts: Sequence[tuple[Tensor, Tensor, Tensor]], scaling: float) -> Tensor:
-    """Attend to several parts under one softmax, as :func:`attend` does to one; never recorded.
-
-    Parameters
-    ----------
-    parts : sequence of tuple of Tensor
-        Queries, keys and values of each part, all with as many rows, heads and dimensions.
-    scaling : float
-        Factor on the products.
-
-    Returns
-    -------
-    Tensor
-        Shape (rows, heads, 1, d).
-    """
-    _require(attends_parts(parts), "attend_parts")
-    query, first = parts[0][:2]
-    (rows, kv_heads, _, d), threads, run = first.shape, torch.get_num_threads(), compiled().RUN
-    groups, g = rows * kv_heads, query.shape[1] // kv_heads
-    runs = [-(-keys.shape[2] // run) for _, keys, _ in parts]
-    total, before = sum(runs), 0
-    sums, logits = query.new_empty(groups * total * g * (d + 2)), query.new_empty(threads * g * run)
-    counts = torch.tensor([keys.shape[2] for _, keys, _ in parts], device="cpu")
-    out = torch.empty_like(query)
-    attend = in_every_thread(compiled().attend_runs.address)
-    for number, (of_part, keys, values) in enumerate(parts):
-        given = _given(
-            *(of_part, keys, values, counts[number], out, sums, logits, *asking_addresses()),
-            *(groups, g, d, keys.stride(1), float(scaling), before, total),
-        )
-        attend(given, threads)
-        before += runs[number]
-    _function("merge_runs")(given)
-    return out
 
 
 _NORMED = (torch.float32, torch.bfloat16)
@@ -335,7 +290,7 @@ turn_and_put = KernelFunction(_turn_and_put, lambda query, *_: query.new_empty(q
 attend = KernelFunction(_attend, lambda query, *_: query.new_empty(query.shape))
 
 
-def _require(holds: bool, name: str) -> None:
+def require(holds: bool, name: str) -> None:
     """Refuse what a kernel, which goes by addresses, would read or write elsewhere."""
     if not holds:
         raise StateError(f"the kernel {name} does not take tensors that lie like these")
@@ -354,7 +309,7 @@ def _memory(*values: Any) -> list[Tensor]:
     return [x.detach() for x in values if isinstance(x, Tensor)]
 
 
-def _given(*values: Tensor | float) -> Any:
+def given_to(*values: Tensor | float) -> Any:
     """Return what a kernel is given: where tensors lie, whole numbers, and the bits of others."""
     return (ctypes.c_int64 * len(values))(*map(_as_whole, values))
 
@@ -369,6 +324,6 @@ def _as_whole(value: Tensor | float) -> int:
 
 
 @cache
-def _function(name: str) -> Callable[[Any], object]:
+def function(name: str) -> Callable[[Any], object]:
     """Return a kernel that runs in one thread, and is over sooner than another could take Python's lock."""
     return ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(getattr(compiled(), name).address)

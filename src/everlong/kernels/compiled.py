@@ -2,6 +2,8 @@
 
 Each is given the address of whole numbers: addresses of tensors, sizes, and the bits of float64 numbers, in
 the order in which it reads them. Tensors are of float32 numbers, or of bfloat16 ones, whose bits are uint16.
+
+All are in one file, however long: what Numba keeps it takes for outdated by the file of a kernel alone.
 """
 
 from __future__ import annotations
@@ -16,6 +18,9 @@ from numba.extending import intrinsic
 
 RUN = 128
 """Keys that a thread attends to at once: with their values they fit into its own cache."""
+
+LOOKED = 256
+"""Keys in bytes that a thread looks at before it seeks the largest products."""
 
 _LINE = 64  # bytes that memory hands over at once
 _AHEAD = 4096  # bytes: of 1,024 to 8,192 the best for heads of 64 numbers, on a processor with AVX2
@@ -53,7 +58,7 @@ def _pointer(kind: Any) -> Any:
     return made
 
 
-_floats, _halves, _longs = map(_pointer, (types.float32, types.uint16, types.int64))
+_floats, _halves, _longs, _bytes = map(_pointer, (types.float32, types.uint16, types.int64, types.int8))
 
 
 @intrinsic
@@ -278,52 +283,73 @@ def _runs_of(count):
     return (count + RUN - 1) // RUN
 
 
+@_part
+def _part_of(given, number):
+    """Return the five numbers of a part: the first stands at the beginning, others behind the rest."""
+    a = carray(given, (15 + 5 * number,))
+    return a[:5] if number == 0 else a[10 + 5 * number :]
+
+
+@_part
+def _all_runs(given):
+    runs = 0
+    for number in range(carray(given, (15,))[14] + 1):
+        runs += _runs_of(carray(_longs(_part_of(given, number)[3]), (1,))[0])
+    return runs
+
+
 @_kernel
 def attend_runs(given):
     """Attend to a thread's share of the runs of keys that all heads have; run by every thread.
 
-    Given: queries, keys, values, where the number of keys stands, output, what runs give, of shape (groups,
-    all runs, g, d + 2), a place for each thread's logits; what to ask for a thread's number, and how many
-    they are; groups, g, d, a group's stride in keys and values, and scaling; of keys that are not all, how
-    many runs others have before them and how many all have, or 0. Of a run and a query remain the sum of its
-    values, the largest logit, and the sum of the weights.
+    Given: of a part its queries, keys, values, where the number of its keys stands, and a group's stride in
+    keys and values; output, what runs give, of shape (groups, runs, g, d + 2), a place for each thread's
+    logits; what to ask for a thread's number, and how many they are; groups, g, d, and scaling; how many more
+    parts there are, and of each of them what was given of the first. Of a run and a query remain the sum of
+    its values, the largest logit, and the sum of the weights.
     """
-    a = carray(given, (16,))
-    groups, g, d, scaling = a[9], a[10], a[11], _number(a[13])
-    count = carray(_longs(a[3]), (1,))[0]
-    runs = _runs_of(count)
-    all_runs = a[15] if a[15] else runs
-    thread, threads = _asked(a[7]), _asked(a[8])
-    logits = carray(_floats(a[6] + 4 * thread * g * RUN), (g, RUN))
-    for run in range(thread * groups * runs // threads, (thread + 1) * groups * runs // threads):
-        group, begin = run // runs, run % runs * RUN
-        there = min(count - begin, RUN)
-        where = 4 * (group * a[12] + begin * d)
-        place = group * all_runs + a[14] + run % runs
-        output = carray(_floats(a[5] + 4 * place * g * (d + 2)), (g, d + 2))
-        queries = carray(_floats(a[0] + 4 * group * g * d), (g, d))
-        _logits(queries, a[1] + where, there, scaling, logits)
-        for i in range(g):
-            largest = logits[i, 0]
-            for k in range(there):
-                largest = logits[i, k] if logits[i, k] > largest else largest
-            total = _f(0)
-            for k in range(there):
-                weight = _exp(logits[i, k] - largest)
-                logits[i, k] = weight
-                total += weight
-            output[i, d], output[i, d + 1] = largest, total
-        _weighed(logits, a[2] + where, there, d, output)
+    a = carray(given, (15,))
+    groups, g, d, scaling = a[10], a[11], a[12], _number(a[13])
+    thread, threads = _asked(a[8]), _asked(a[9])
+    logits = carray(_floats(a[7] + 4 * thread * g * RUN), (g, RUN))
+    runs = _all_runs(given)
+    before = 0
+    for number in range(a[14] + 1):
+        part = _part_of(given, number)
+        count = carray(_longs(part[3]), (1,))[0]
+        own = _runs_of(count)
+        # a share of all groups' runs, those of a part behind those of the parts before it
+        low = max(thread * groups * runs // threads - groups * before, 0)
+        high = min((thread + 1) * groups * runs // threads - groups * before, groups * own)
+        for run in range(low, high):
+            group, begin = run // own, run % own * RUN
+            there = min(count - begin, RUN)
+            where = 4 * (group * part[4] + begin * d)
+            place = group * runs + before + run % own
+            output = carray(_floats(a[6] + 4 * place * g * (d + 2)), (g, d + 2))
+            queries = carray(_floats(part[0] + 4 * group * g * d), (g, d))
+            _logits(queries, part[1] + where, there, scaling, logits)
+            for i in range(g):
+                largest = logits[i, 0]
+                for k in range(there):
+                    largest = logits[i, k] if logits[i, k] > largest else largest
+                total = _f(0)
+                for k in range(there):
+                    weight = _exp(logits[i, k] - largest)
+                    logits[i, k] = weight
+                    total += weight
+                output[i, d], output[i, d + 1] = largest, total
+            _weighed(logits, part[2] + where, there, d, output)
+        before += own
 
 
 @_kernel
 def merge_runs(given):
     """Merge what runs gave into one softmax; given as to :func:`attend_runs`."""
-    a = carray(given, (16,))
-    groups, g, d = a[9], a[10], a[11]
-    runs = a[15] if a[15] else _runs_of(carray(_longs(a[3]), (1,))[0])
-    given_runs = carray(_floats(a[5]), (groups, runs, g, d + 2))
-    output = carray(_floats(a[4]), (groups, g, d))
+    a = carray(given, (15,))
+    groups, g, d, runs = a[10], a[11], a[12], _all_runs(given)
+    given_runs = carray(_floats(a[6]), (groups, runs, g, d + 2))
+    output = carray(_floats(a[5]), (groups, g, d))
     for group in range(groups):
         for i in range(g):
             largest = given_runs[group, 0, i, d]
@@ -340,3 +366,99 @@ def merge_runs(given):
                 for run in range(runs):
                     value += given_runs[group, run, i, d] * given_runs[group, run, i, j]
                 output[group, i, j] = value / total
+
+
+# --- keys in bytes -----------------------------------------------------------------------------------
+
+
+@_part
+def _products(asked, codes, count, shifts, rows, output):
+    """Write the products of what asks, (c, d), with `count` keys at an address, plus a shift, as (c, count).
+
+    Four at a time, whatever their number, so that the same key gives the same number wherever it stands;
+    `rows`, (4, d), is where they are made numbers of, and behind the last there is room for three.
+    """
+    c, d = asked.shape
+    keys = carray(_bytes(codes), (count, d))
+    for k in range(0, count, 4):
+        for j in range(4):
+            at = min(k + j, count - 1)
+            for i in range(d):
+                rows[j, i] = _f(keys[at, i])
+        for one in range(c):
+            s0, s1, s2, s3 = _f(0), _f(0), _f(0), _f(0)
+            for i in range(d):
+                x = asked[one, i]
+                s0 += x * rows[0, i]
+                s1 += x * rows[1, i]
+                s2 += x * rows[2, i]
+                s3 += x * rows[3, i]
+            shift = shifts[one]
+            output[one, k], output[one, k + 1] = s0 + shift, s1 + shift
+            output[one, k + 2], output[one, k + 3] = s2 + shift, s3 + shift
+
+
+@_part
+def _raise_maxima(products, count, at, block, found):
+    """Raise the maxima of blocks, (c, blocks), to the products of tokens that are the `at`-th and on."""
+    for one in range(len(products)):
+        k = 0
+        while k < count:
+            number = (at + k) // block
+            stop = min(count, (number + 1) * block - at)
+            largest = found[one, number]
+            for j in range(k, stop):
+                largest = products[one, j] if products[one, j] > largest else largest
+            found[one, number] = largest
+            k = stop
+
+
+@_kernel
+def look_at_codes(given):
+    """Raise the maxima of a thread's share of blocks to the products of what asks with their keys in bytes.
+
+    A key is center + scale · code, center and scale of its segment, in each dimension. Run by every thread.
+    Given: what asks, (heads, c, d); where the codes of each segment lie, and the stride of its heads; scales
+    and centers, (segments, heads, d); the maxima, (heads, c, blocks); a place for each thread; what to ask
+    for its number, and how many they are; segments, heads, c, d, blocks, tokens of a block and of a segment;
+    the token that the first segment begins with, the one that the first block begins with, and the tokens
+    looked at, from one to before another, all of which are in the segments.
+    """
+    a = carray(given, (20,))
+    segments, heads, c, d, blocks, block, segment = a[9], a[10], a[11], a[12], a[13], a[14], a[15]
+    first, begin, low, high = a[16], a[17], a[18], a[19]
+    thread, threads = _asked(a[7]), _asked(a[8])
+    places, strides = carray(_longs(a[1]), (segments,)), carray(_longs(a[2]), (segments,))
+    width = LOOKED + 3
+    scratch = a[6] + 4 * thread * (4 * d + c * (d + 1 + width))
+    rows, scaled = carray(_floats(scratch), (4, d)), carray(_floats(scratch + 16 * d), (c, d))
+    shifts = carray(_floats(scratch + 4 * d * (4 + c)), (c,))
+    products = carray(_floats(scratch + 4 * (d * (4 + c) + c)), (c, width))
+    since = (low - begin) // block
+    looked = heads * ((high - begin + block - 1) // block - since)
+    one, last = thread * looked // threads, (thread + 1) * looked // threads
+    while one < last:
+        head, number = one // (looked // heads), one % (looked // heads)
+        some = min(last - one, looked // heads - number)
+        one += some
+        asked = carray(_floats(a[0] + 4 * head * c * d), (c, d))
+        found = carray(_floats(a[5] + 4 * head * c * blocks), (c, blocks))
+        token = max(low, begin + (since + number) * block)
+        stop = min(high, begin + (since + number + some) * block)
+        while token < stop:
+            place = token // segment - first // segment
+            count = min(stop - token, LOOKED, segment - token % segment)
+            scales, centers = (
+                carray(_floats(a[3] + 4 * (place * heads + head) * d), (d,)),
+                carray(_floats(a[4] + 4 * (place * heads + head) * d), (d,)),
+            )
+            for i in range(c):
+                shift = _f(0)
+                for j in range(d):
+                    scaled[i, j] = asked[i, j] * scales[j]
+                    shift += asked[i, j] * centers[j]
+                shifts[i] = shift
+            at = token - max(first, token // segment * segment)
+            _products(scaled, places[place] + head * strides[place] + at * d, count, shifts, rows, products)
+            _raise_maxima(products, count, token - begin, block, found)
+            token += count

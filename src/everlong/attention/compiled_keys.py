@@ -1,0 +1,45 @@
+"""Keys in bytes looked at by a compiled kernel, each read once for all that asks.
+
+PyTorch multiplies bytes by bytes, and on processors without instructions for that ten times as slowly.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+
+import torch
+from torch import Tensor
+
+from everlong.kernels.direct import look_at_codes, looks_at_codes
+from everlong.kernels.loading import compiled, wanted
+from everlong.kernels.team import has_team
+
+
+def pays(asked: Tensor, scales: Tensor, found: Tensor) -> bool:
+    """Whether there is a kernel that takes tensors like these."""
+    return wanted() and looks_at_codes(asked, scales, found) and _is_right()
+
+
+@functools.cache
+def _is_right() -> bool:
+    """Whether the kernel, compiled now if it was not, gives what plain operations give on this machine."""
+    if compiled() is None or not has_team():
+        return False
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-127, 128, (2, 50, 20), generator=generator, dtype=torch.int8, device="cpu")
+    asked, scales, centers = (
+        torch.randn(2, n, 20, generator=generator, dtype=torch.float32, device="cpu") for n in (3, 4, 4)
+    )
+    keys = codes * scales.repeat_interleave(16, 1)[:, 3:53] + centers.repeat_interleave(16, 1)[:, 3:53]
+    expected = (asked @ keys[:, 5:].mT).view(2, 3, 9, 5).amax(3)
+    found = torch.full_like(expected, -torch.inf)
+    segments = [codes[:, :13], codes[:, 13:29], codes[:, 29:45], codes[:, 45:]]
+    scales, centers = (x.transpose(0, 1).contiguous() for x in (scales, centers))
+    look_at_codes(asked, segments, scales, centers, found, segment=16, first=3, begin=8, stop=53, block=5)
+    if torch.allclose(found, expected, atol=1e-3, rtol=1e-4):
+        return True
+    warnings.warn(
+        "the compiled kernel looks at keys wrongly on this machine: PyTorch's are taken", stacklevel=2
+    )
+    return False
