@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import everlong.attention.key_index as key_index
-from everlong.attention import Tier
+from everlong.attention import Tier, compiled_keys
 from everlong.attention.block_maxima import BlockMaxima
 from everlong.attention.key_index import KeyIndex
 from everlong.attention.tiers import BLOCK, BlockStore
@@ -22,6 +22,13 @@ ROWS, HEADS, SIZE = 2, 3, 8
 @pytest.fixture(autouse=True)
 def short_segments(monkeypatch):
     monkeypatch.setattr(key_index, "SEGMENT", 2 * BLOCK)
+
+
+@pytest.fixture(autouse=True, params=["compiled", "plain"])
+def kernels(request, monkeypatch):
+    """With the compiled kernel, where there is one, and without."""
+    if request.param == "plain":
+        monkeypatch.setattr(compiled_keys, "wanted", lambda: False)
 
 
 def keys_of(count, seed=0):

@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypedDict
 
 import torch
 from torch import Tensor
+
+from everlong.attention import compiled_keys
+from everlong.kernels.direct import Segments, look
+
+
+class Blocks(TypedDict):
+    """Which tokens blocks are of: from `begin` to before `stop`, `block` in each."""
+
+    begin: int
+    stop: int
+    block: int
 
 
 class BlockMaxima:
@@ -29,14 +41,24 @@ class BlockMaxima:
     """
 
     def __init__(self, asked: Tensor, begin: int, stop: int, block: int) -> None:
-        self.asked, self.begin, self.stop, self.block = asked, begin, stop, block
+        self.asked, self.begin, self.stop, self._block = asked.contiguous(), begin, stop, block
         heads, count, _ = asked.shape
         self.found = asked.new_full((heads, count, -(-(stop - begin) // block)), -torch.inf)
 
     def look(self, first: int, keys: Tensor) -> None:
         """Look at the raw keys of tokens from `first` on, shape (key-value heads, n, d)."""
+        if not keys.shape[1]:
+            return
+        segments = Segments([keys], first=first, segment=first + keys.shape[1])
+        if compiled_keys.pays(self.asked, segments, self.found):
+            look(self.asked, segments, None, self.found, **self.blocks())
+            return
         asked = self.asked.to(keys.device)
         self.take(first, asked @ keys.to(asked.dtype).mT)
+
+    def blocks(self) -> Blocks:
+        """Return which tokens the blocks are of, as :func:`~everlong.kernels.direct.look` is told."""
+        return {"begin": self.begin, "stop": self.stop, "block": self._block}
 
     def take(self, first: int, products: Tensor, scale: Callable[[Tensor], Tensor] | None = None) -> None:
         """Take in the products of tokens from `first` on, shape (key-value heads, c, n).
@@ -47,12 +69,12 @@ class BlockMaxima:
         low = max(self.begin - first, 0)
         products, at = products[..., low : max(self.stop - first, 0)], first + low - self.begin
         while count := products.shape[2]:
-            to_end = self.block - at % self.block  # of the block that the first of them is in
+            to_end = self._block - at % self._block  # of the block that the first of them is in
             length = min(to_end, count)
-            taken = count - count % self.block if to_end == self.block <= count else length
+            taken = count - count % self._block if to_end == self._block <= count else length
             some = products[..., :taken]
             best = some.view(*some.shape[:2], -1, length).amax(3)
-            number = at // self.block
+            number = at // self._block
             into = self.found[..., number : number + best.shape[2]]
             torch.maximum(into, (best if scale is None else scale(best)).to(into), out=into)
             products, at = products[..., taken:], at + taken

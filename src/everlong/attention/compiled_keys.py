@@ -1,4 +1,4 @@
-"""Keys in bytes looked at by a compiled kernel, each read once for all that asks.
+"""Keys looked at by a compiled kernel, each read once for all that asks, in bytes or as they are.
 
 PyTorch multiplies bytes by bytes, and on processors without instructions for that ten times as slowly.
 """
@@ -11,14 +11,14 @@ import warnings
 import torch
 from torch import Tensor
 
-from everlong.kernels.direct import look_at_codes, looks_at_codes
+from everlong.kernels.direct import Segments, look, looks
 from everlong.kernels.loading import compiled, wanted
 from everlong.kernels.team import has_team
 
 
-def pays(asked: Tensor, scales: Tensor, found: Tensor) -> bool:
-    """Whether there is a kernel that takes tensors like these."""
-    return wanted() and looks_at_codes(asked, scales, found) and _is_right()
+def pays(asked: Tensor, segments: Segments, found: Tensor) -> bool:
+    """Whether there is a kernel that takes what asks, keys or their codes, and maxima like these."""
+    return wanted() and looks(asked, segments, found) and _is_right()
 
 
 @functools.cache
@@ -33,13 +33,14 @@ def _is_right() -> bool:
     )
     keys = codes * scales.repeat_interleave(16, 1)[:, 3:53] + centers.repeat_interleave(16, 1)[:, 3:53]
     expected = (asked @ keys[:, 5:].mT).view(2, 3, 9, 5).amax(3)
-    found = torch.full_like(expected, -torch.inf)
-    segments = [codes[:, :13], codes[:, 13:29], codes[:, 29:45], codes[:, 45:]]
-    scales, centers = (x.transpose(0, 1).contiguous() for x in (scales, centers))
-    look_at_codes(asked, segments, scales, centers, found, segment=16, first=3, begin=8, stop=53, block=5)
-    if torch.allclose(found, expected, atol=1e-3, rtol=1e-4):
-        return True
-    warnings.warn(
-        "the compiled kernel looks at keys wrongly on this machine: PyTorch's are taken", stacklevel=2
-    )
-    return False
+    spread = scales.transpose(0, 1).contiguous(), centers.transpose(0, 1).contiguous()
+    for tokens, some in ((codes, spread), (keys, None)):
+        found = torch.full_like(expected, -torch.inf)
+        pieces = tokens[:, :13], tokens[:, 13:29], tokens[:, 29:45], tokens[:, 45:]
+        look(asked, Segments(pieces, first=3, segment=16), some, found, begin=8, stop=53, block=5)
+        if not torch.allclose(found, expected, atol=1e-3, rtol=1e-4):
+            warnings.warn(
+                "the compiled kernel looks at keys wrongly on this machine: PyTorch's are taken", stacklevel=2
+            )
+            return False
+    return True

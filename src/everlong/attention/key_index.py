@@ -13,7 +13,7 @@ from torch import Tensor
 from everlong.attention import compiled_keys
 from everlong.attention.block_maxima import BlockMaxima
 from everlong.attention.positions import working_dtype
-from everlong.kernels.direct import look_at_codes
+from everlong.kernels.direct import Segments, look
 
 SEGMENT = 1024
 """Tokens that have their scales in common."""
@@ -45,6 +45,7 @@ class KeyIndex:
         self._is_exact = is_exact
         self._begun = None if is_exact else begun
         self._segments: list[Tensor] = []  # keys or codes, (batch, key-value heads, n, d)
+        self._rows: dict[int, Segments] = {}
         self._scales: Tensor | None = None  # (batch, segments, key-value heads, d)
         self._centers: Tensor | None = None
         self._begin = self._open_begin = self._next = first  # of the segments; of what is open; of what comes
@@ -56,7 +57,7 @@ class KeyIndex:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         twin = copy.copy(self)
-        twin._segments = list(self._segments)
+        twin._segments, twin._rows = list(self._segments), {}
         twin._open = None if self._open is None else self._open.clone()
         return twin
 
@@ -92,7 +93,7 @@ class KeyIndex:
 
     def _close(self) -> None:
         keys = self._held()
-        self._open_begin = self._next
+        self._open_begin, self._rows = self._next, {}
         if self._is_exact:
             self._segments.append(keys.clone())
             return
@@ -115,13 +116,13 @@ class KeyIndex:
             self._begin += self._segments[gone].shape[2]
             gone += 1
         if gone:
-            self._segments = self._segments[gone:]
+            self._segments, self._rows = self._segments[gone:], {}
             if self._scales is not None and self._centers is not None:
                 self._scales, self._centers = self._scales[:, gone:], self._centers[:, gone:]
 
     def pick_rows(self, rows: Tensor) -> None:
         """Keep the given rows of the batch, in that order (repeats allowed)."""
-        self._segments = [keys[rows.to(keys.device)] for keys in self._segments]
+        self._segments, self._rows = [keys[rows.to(keys.device)] for keys in self._segments], {}
         for name in ("_scales", "_centers", "_open"):
             held = getattr(self, name)
             if held is not None:
@@ -133,7 +134,28 @@ class KeyIndex:
 
     def look(self, row: int, best: BlockMaxima) -> None:
         """Look at those of a row's keys that are here, for blocks of tokens that all are."""
-        held, wanted, first = self._held(), list[tuple[int, int]](), self._begin
+        if self._segments and best.begin < self._open_begin:
+            if self._scales is None or self._centers is None:
+                asked, spread = best.asked, None
+            else:
+                asked, spread = best.asked.to(self._scales), (self._scales[row], self._centers[row])
+            if compiled_keys.pays(asked, self._of_row(row), best.found):
+                look(asked, self._of_row(row), spread, best.found, **best.blocks())
+            else:
+                self._look_by_segment(row, best)
+        if best.stop > self._open_begin:
+            best.look(self._open_begin, self._held()[row])
+
+    def _of_row(self, row: int) -> Segments:
+        """Return a row's segments, found once as long as they are the same."""
+        if row not in self._rows:
+            keys = [segment[row] for segment in self._segments]
+            self._rows[row] = Segments(keys, first=self._begin, segment=SEGMENT)
+        return self._rows[row]
+
+    def _look_by_segment(self, row: int, best: BlockMaxima) -> None:
+        """Look at segments one after another, as PyTorch multiplies them."""
+        wanted, first = list[tuple[int, int]](), self._begin
         for number, keys in enumerate(self._segments):
             if best.begin < first + keys.shape[2] and first < best.stop:
                 wanted.append((number, first))
@@ -143,27 +165,11 @@ class KeyIndex:
                 best.look(first, self._segments[number][row])
         elif wanted:
             self._look_at_codes(row, wanted, best)
-        if best.stop > self._open_begin:
-            best.look(self._open_begin, held[row])
 
     def _look_at_codes(self, row: int, wanted: list[tuple[int, int]], best: BlockMaxima) -> None:
         """Look at segments that follow one another, each a number and its first token."""
         assert self._scales is not None and self._centers is not None
-        asked, which = best.asked.to(self._scales).contiguous(), slice(wanted[0][0], wanted[-1][0] + 1)
-        spread = self._scales[row, which], self._centers[row, which]
-        if compiled_keys.pays(asked, spread[0], best.found):
-            look_at_codes(
-                asked,
-                [self._segments[number][row] for number, _ in wanted],
-                *spread,
-                best.found,
-                segment=SEGMENT,
-                first=wanted[0][1],
-                begin=best.begin,
-                stop=best.stop,
-                block=best.block,
-            )
-            return
+        asked, which = best.asked.to(self._scales), slice(wanted[0][0], wanted[-1][0] + 1)
         scaled = asked * self._scales[row, which, :, None]  # (segments, key-value heads, c, d)
         steps = (scaled.abs().amax(3, keepdim=True) / 127).clamp(min=_LEAST)
         codes = scaled.div_(steps).round_().to(torch.int8)

@@ -266,7 +266,7 @@ class LayerMemory:
 
     def rollback(self) -> None:
         """Forget the provisional tokens."""
-        self.pending, self.ready = None, type(self.ready)()
+        self.pending, self.ready = None, self.ready.anew()
 
     def pick_rows(self, rows: Tensor) -> None:
         """Keep the given rows of the batch, in that order (repeats allowed)."""
@@ -278,7 +278,7 @@ class LayerMemory:
             at = rows.to(self.pending[0].device)
             self.pending = (self.pending[0][at], self.pending[1][at])
         self.index = {name: notes[rows.to(notes.device)] for name, notes in self.index.items()}
-        self.ready = type(self.ready)()
+        self.ready = self.ready.anew()
         if self.tier is not None:
             self.tier.pick_rows(rows)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -48,6 +49,8 @@ class Quest(BlockRecallPolicy):
     group : int
         Queries that ask together in prefill, with what they have in common; each alone while writing.
     """
+
+    heads_agree: ClassVar[bool] = False
 
     sinks: int = 16
     window: int | None = None

@@ -42,6 +42,10 @@ class ReadyTokens:
         self._coded = 0  # index of the first token that was not in a whole block of the tier
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self.anew()
+
+    def anew(self) -> Self:
+        """Return one that has nothing ready yet."""
         return type(self)()
 
     def nbytes(self) -> int:

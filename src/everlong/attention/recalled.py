@@ -21,6 +21,7 @@ from everlong.attention.layer_memory import LayerMemory
 from everlong.attention.parts import Part, Partial
 from everlong.attention.policy import Policy, require_count
 from everlong.attention.ready import Choice, Span
+from everlong.attention.ready_pool import ReadyPool
 from everlong.attention.view import LayerView, Queries
 from everlong.errors import ConfigurationError
 
@@ -249,6 +250,8 @@ class BlockRecallPolicy(RecallPolicy):
 
     may_leave_block: ClassVar[bool] = False
     """Whether it may be None, for :meth:`resolve` to fill in."""
+    heads_agree: ClassVar[bool] = True
+    """Whether all heads of a row recall the same."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -262,6 +265,20 @@ class BlockRecallPolicy(RecallPolicy):
     def default_recalled(self, room: int) -> int:
         """Return a third of the room."""
         return room // 3
+
+    def memory(self, layer: int, start: int) -> LayerMemory:
+        """Return an empty memory for `layer`, which has a pool of blocks ready where heads agree."""
+        memory = super().memory(layer, start)
+        if self.heads_agree and not self.are_in_cache:
+            memory.ready = ReadyPool(self.unit(), self.shape()[1] // self.unit())
+        return memory
+
+    def nbytes_beside(self, layer: int, tokens: int, memory: LayerMemory) -> dict[str, int]:
+        """Return the bytes of what is ready to be shown; what is noted of the tokens is not counted."""
+        found = super().nbytes_beside(layer, tokens, memory)
+        if found and memory.values is not None and isinstance(memory.ready, ReadyPool):
+            found["window"] += self.shape()[1] * memory.values[:, :, :1].nbytes  # in the pool, too
+        return found
 
     def block_span(self, number: int) -> Span:
         """Return the tokens of a block."""
@@ -286,7 +303,10 @@ class BlockRecallPolicy(RecallPolicy):
         best = (
             worth.reshape(-1, len(blocks)).sort(descending=True, stable=True).indices[:, :most].sort().values
         )
-        return [[self.block_span(first + number) for number in some] for some in best.tolist()]
+        begin, unit = self.block_span(first)[0], self.unit()
+        return [
+            [(at, at + unit) for at in (begin + number * unit for number in some)] for some in best.tolist()
+        ]
 
 
 def by_key_head(queries: Tensor, heads: int) -> Tensor:

@@ -20,7 +20,7 @@ RUN = 128
 """Keys that a thread attends to at once: with their values they fit into its own cache."""
 
 LOOKED = 256
-"""Keys in bytes that a thread looks at before it seeks the largest products."""
+"""Keys that a thread looks at before it seeks the largest products."""
 
 _LINE = 64  # bytes that memory hands over at once
 _AHEAD = 4096  # bytes: of 1,024 to 8,192 the best for heads of 64 numbers, on a processor with AVX2
@@ -368,23 +368,27 @@ def merge_runs(given):
                 output[group, i, j] = value / total
 
 
-# --- keys in bytes -----------------------------------------------------------------------------------
+# --- keys that are looked at -------------------------------------------------------------------------
 
 
 @_part
-def _products(asked, codes, count, shifts, rows, output):
+def _products(asked, at, are_codes, count, shifts, rows, output):
     """Write the products of what asks, (c, d), with `count` keys at an address, plus a shift, as (c, count).
 
     Four at a time, whatever their number, so that the same key gives the same number wherever it stands;
     `rows`, (4, d), is where they are made numbers of, and behind the last there is room for three.
     """
     c, d = asked.shape
-    keys = carray(_bytes(codes), (count, d))
+    keys, codes = carray(_floats(at), (count, d)), carray(_bytes(at), (count, d))
     for k in range(0, count, 4):
         for j in range(4):
-            at = min(k + j, count - 1)
-            for i in range(d):
-                rows[j, i] = _f(keys[at, i])
+            here = min(k + j, count - 1)
+            if are_codes:
+                for i in range(d):
+                    rows[j, i] = _f(codes[here, i])
+            else:
+                for i in range(d):
+                    rows[j, i] = keys[here, i]
         for one in range(c):
             s0, s1, s2, s3 = _f(0), _f(0), _f(0), _f(0)
             for i in range(d):
@@ -396,6 +400,24 @@ def _products(asked, codes, count, shifts, rows, output):
             shift = shifts[one]
             output[one, k], output[one, k + 1] = s0 + shift, s1 + shift
             output[one, k + 2], output[one, k + 3] = s2 + shift, s3 + shift
+
+
+@_part
+def _prepare(asked, scales, centers, group, scaled, shifts):
+    """Write what asks, (c, d), as codes are multiplied with it, and what is added; as it is for keys."""
+    c, d = asked.shape
+    for i in range(c):
+        shifts[i] = _f(0)
+        for j in range(d):
+            scaled[i, j] = asked[i, j]
+    if scales:
+        scale, center = carray(_floats(scales), (group + 1, d)), carray(_floats(centers), (group + 1, d))
+        for i in range(c):
+            shift = _f(0)
+            for j in range(d):
+                scaled[i, j] = asked[i, j] * scale[group, j]
+                shift += asked[i, j] * center[group, j]
+            shifts[i] = shift
 
 
 @_part
@@ -414,20 +436,22 @@ def _raise_maxima(products, count, at, block, found):
 
 
 @_kernel
-def look_at_codes(given):
-    """Raise the maxima of a thread's share of blocks to the products of what asks with their keys in bytes.
+def look(given):
+    """Raise the maxima of a thread's share of blocks to the products of what asks with their keys.
 
-    A key is center + scale · code, center and scale of its segment, in each dimension. Run by every thread.
-    Given: what asks, (heads, c, d); where the codes of each segment lie, and the stride of its heads; scales
-    and centers, (segments, heads, d); the maxima, (heads, c, blocks); a place for each thread; what to ask
-    for its number, and how many they are; segments, heads, c, d, blocks, tokens of a block and of a segment;
-    the token that the first segment begins with, the one that the first block begins with, and the tokens
-    looked at, from one to before another, all of which are in the segments.
+    Keys are in segments; in bytes, a key is center + scale · code in each dimension, both of its segment. Run
+    by every thread. Given: what asks, (heads, c, d); where the keys or codes of each segment lie, and the
+    stride of its heads in numbers; scales and centers, (segments, heads, d), or 0 and 0: they are no codes;
+    the maxima, (heads, c, blocks); a place for each thread; what to ask for its number, and how many they
+    are; segments, heads, c, d, blocks, tokens of a block and of a segment; the token that the first segment
+    begins with, the one that the first block begins with, and the tokens looked at, from one to before
+    another, all of which are in the segments.
     """
     a = carray(given, (20,))
     segments, heads, c, d, blocks, block, segment = a[9], a[10], a[11], a[12], a[13], a[14], a[15]
     first, begin, low, high = a[16], a[17], a[18], a[19]
     thread, threads = _asked(a[7]), _asked(a[8])
+    are_codes = a[3] != 0
     places, strides = carray(_longs(a[1]), (segments,)), carray(_longs(a[2]), (segments,))
     width = LOOKED + 3
     scratch = a[6] + 4 * thread * (4 * d + c * (d + 1 + width))
@@ -448,17 +472,9 @@ def look_at_codes(given):
         while token < stop:
             place = token // segment - first // segment
             count = min(stop - token, LOOKED, segment - token % segment)
-            scales, centers = (
-                carray(_floats(a[3] + 4 * (place * heads + head) * d), (d,)),
-                carray(_floats(a[4] + 4 * (place * heads + head) * d), (d,)),
-            )
-            for i in range(c):
-                shift = _f(0)
-                for j in range(d):
-                    scaled[i, j] = asked[i, j] * scales[j]
-                    shift += asked[i, j] * centers[j]
-                shifts[i] = shift
-            at = token - max(first, token // segment * segment)
-            _products(scaled, places[place] + head * strides[place] + at * d, count, shifts, rows, products)
+            _prepare(asked, a[3], a[4], place * heads + head, scaled, shifts)
+            at = head * strides[place] + (token - max(first, token // segment * segment)) * d
+            at = places[place] + (at if are_codes else 4 * at)
+            _products(scaled, at, are_codes, count, shifts, rows, products)
             _raise_maxima(products, count, token - begin, block, found)
             token += count

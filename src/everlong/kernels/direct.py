@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -57,65 +58,103 @@ def attend_parts(parts: Sequence[tuple[Tensor, Tensor, Tensor]], scaling: float)
     return out
 
 
-def looks_at_codes(asked: Tensor, scales: Tensor, found: Tensor) -> bool:
-    """Whether :func:`look_at_codes` takes tensors like these, and there are threads to run it in."""
-    return fit(asked, scales, found) and asked.numel() > 0 and has_team()
+class Segments:
+    """The keys of tokens that follow one another, float32 or int8 codes, where a kernel finds them.
+
+    Parameters
+    ----------
+    keys : sequence of Tensor
+        Of each segment, shape (heads, n, d). The tokens of one lie behind one another, heads may lie apart.
+    first : int
+        The first token of the first segment.
+    segment : int
+        Tokens of a segment; all but the first begin at a multiple of it.
+    """
+
+    def __init__(self, keys: Sequence[Tensor], *, first: int, segment: int) -> None:
+        self.first, self.segment, self.stop = first, segment, first + sum(x.shape[1] for x in keys)
+        self.like = keys[0]
+        self._keys = tuple(keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    @cached_property
+    def lie(self) -> Tensor:
+        """Where they lie, and the stride of their heads: int64, shape (2, segments)."""
+        both = [x.data_ptr() for x in self._keys], [x.stride(0) for x in self._keys]
+        return torch.tensor(both, device="cpu")
+
+    @cached_property
+    def fit(self) -> bool:
+        """Whether they lie as a kernel reads them, and are as long as it expects."""
+        (heads, _, d), dtype = self.like.shape, self.like.dtype
+        begins = [
+            self.first,
+            *range(self.first - self.first % self.segment + self.segment, self.stop, self.segment),
+        ]
+        ends = [*begins[1:], self.stop]
+        return (
+            dtype in (torch.float32, torch.int8)
+            and [x.shape[1] for x in self._keys]
+            == [stop - begin for begin, stop in zip(begins, ends, strict=True)]
+            and all(
+                (*x.shape[::2], *x.stride()[1:], x.dtype, x.device.type) == (heads, d, d, 1, dtype, "cpu")
+                for x in self._keys
+            )
+        )
 
 
-def look_at_codes(
+def looks(asked: Tensor, segments: Segments, found: Tensor) -> bool:
+    """Whether :func:`look` takes what asks, keys and maxima like these."""
+    is_of = asked.shape[::2] == segments.like.shape[::2] and asked.numel() > 0
+    return is_of and fit(asked, found) and segments.fit and has_team()
+
+
+def look(
     asked: Tensor,
-    segments: Sequence[Tensor],
-    scales: Tensor,
-    centers: Tensor,
+    segments: Segments,
+    spread: tuple[Tensor, Tensor] | None,
     found: Tensor,
     *,
-    segment: int,
-    first: int,
     begin: int,
     stop: int,
     block: int,
 ) -> None:
-    """Raise the maxima of blocks of tokens to the products of what asks with keys in bytes.
+    """Raise the maxima of blocks of tokens to the products of what asks with their keys.
 
     Parameters
     ----------
     asked : Tensor
         Of each key-value head its own, shape (heads, c, d).
-    segments : sequence of Tensor
-        int8 codes of segments that follow one another, shape (heads, n, d) each. All but the first and the
-        last have as many tokens, and those of one lie behind one another.
-    scales, centers : Tensor
-        What makes keys of codes, shape (segments, heads, d).
+    segments : Segments
+        The keys.
+    spread : tuple of Tensor or None
+        Of codes, scale and center of each segment, (segments, heads, d): a key is center + scale * code.
     found : Tensor
         The maxima, shape (heads, c, blocks), written to.
-    segment : int
-        Tokens of a segment; they begin at multiples of it.
-    first : int
-        The first token of the first segment.
     begin, stop : int
         The tokens of the blocks, which follow one another from `begin` on; others are not looked at.
     block : int
         Tokens of a block; the last may have fewer.
     """
     heads, c, d = asked.shape
-    spread = (len(segments), heads, d)
     require(
-        looks_at_codes(asked, scales, found)
-        and fit(centers)
-        and scales.shape == centers.shape == spread
-        and found.shape == (heads, c, -(-(stop - begin) // block))
-        and all(x.dtype == torch.int8 and x.stride()[1:] == (d, 1) for x in segments)
-        and all(x.shape[::2] == (heads, d) for x in segments),
-        "look_at_codes",
+        looks(asked, segments, found)
+        and (segments.like.dtype == torch.int8) == (spread is not None)
+        and (spread is None or fit(*spread))
+        and all(x.shape == (len(segments), heads, d) for x in spread or ())
+        and found.shape == (heads, c, -(-(stop - begin) // block)),
+        "look",
     )
-    low, high = max(first, begin), min(first + sum(x.shape[1] for x in segments), stop)
+    low, high = max(segments.first, begin), min(segments.stop, stop)
     if low >= high:
         return
     threads, looked = torch.get_num_threads(), compiled().LOOKED
     scratch = asked.new_empty(threads * (4 * d + c * (d + 4 + looked)))
-    lie = torch.tensor([(x.data_ptr(), x.stride(0)) for x in segments], device="cpu").T.contiguous()
     given = given_to(
-        *(asked, lie[0], lie[1], scales, centers, found, scratch, *asking_addresses()),
-        *(len(segments), heads, c, d, found.shape[2], block, segment, first, begin, low, high),
+        *(asked, *segments.lie, *(spread or (0, 0)), found, scratch, *asking_addresses()),
+        *(len(segments), heads, c, d, found.shape[2], block, segments.segment),
+        *(segments.first, begin, low, high),
     )
-    in_every_thread(compiled().look_at_codes.address)(given, threads)
+    in_every_thread(compiled().look.address)(given, threads)

@@ -25,6 +25,7 @@ def has_team() -> bool:
     return _openmp() is not None
 
 
+@functools.cache
 def in_every_thread(address: int) -> Callable[[Any, int], None]:
     """Return what runs the kernel at an address in so many threads of the team, each given the same."""
     run = _team()[_RUN]
@@ -32,6 +33,7 @@ def in_every_thread(address: int) -> Callable[[Any, int], None]:
     return lambda given, threads: run(address, given, threads, 0)
 
 
+@functools.cache
 def asking_addresses() -> tuple[int, int]:
     """Return the addresses of what tells a thread its number, and of what tells how many they are."""
     team = _team()
