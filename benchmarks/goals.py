@@ -28,6 +28,7 @@ import llama
 import torch
 from common import RESULTS, Rows, in_own_process, table
 from speed import prefill_once
+from together import filled, seconds_together
 
 from everlong.attention import LMInfinite, attach
 from everlong.evaluation.machine_speed import measure_speed
@@ -159,20 +160,12 @@ def together(options: Any) -> Any:
     found: dict[int, list[float]] = {}
     for window in WINDOWS_TOGETHER:
         with attach(model, LMInfinite(window=window)) as handle, torch.inference_mode():
-            caches = [handle.new_cache() for _ in range(TOGETHER)]
-            for number, cache in enumerate(caches):  # each another length, their windows full
-                ids = random_ids(decoder, 2 * window + 50 * number)
-                decoder(input_ids=ids[None], use_cache=True, **{handle.cache_argument: cache})
+            caches = filled(handle, decoder, window, TOGETHER)
             found[window] = []
             for rows in (1, TOGETHER):
-                cache = handle.batch(caches[:rows]).cache
-                steps = []
-                for _ in range((options.repeats + 2) * STEPS):  # the first pack, and are recorded
-                    ids = random_ids(decoder, rows)[:, None]
-                    started = time.perf_counter()
-                    head(handle.step(cache, ids, hidden=True, undisturbed=True))
-                    steps.append(time.perf_counter() - started)
-                found[window].append(1000 * median(steps[2 * STEPS :]))
+                cache, count = handle.batch(caches[:rows]).cache, (options.repeats + 2) * STEPS
+                steps = seconds_together(handle, cache, head, rows, count)
+                found[window].append(1000 * median(steps[2 * STEPS :]))  # the first pack, and are recorded
     return found
 
 

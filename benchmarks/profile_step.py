@@ -3,10 +3,11 @@
     python benchmarks/profile_step.py
 
 SmolLM2 in full windows, with weights of each kind, threads that spin briefly (as the ``everlong`` command has
-them). Operators are timed by PyTorch's profiler, which makes the small ones look somewhat longer than they
-are, in a second recording, in which compiled kernels are named to it (but for the MLP's middle). What a step
-takes is measured without it, in a recording like any other, and what is left of that is Python, and threads
-waking. About 5 minutes on 2 CPU cores, which must be quiet.
+them); and, in 4 bits, sessions that write together, which a step serves at once. Operators are timed by
+PyTorch's profiler, which makes the small ones look somewhat longer than they are, in a second recording, in
+which compiled kernels are named to it (but for the MLP's middle). What a step takes is measured without it,
+in a recording like any other, and what is left of that is Python, and threads waking. About 10 minutes on 2
+CPU cores, which must be quiet.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from unittest.mock import patch
 
 import torch
 from common import RESULTS, Rows, in_own_process, table
+from together import filled, seconds_together
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from everlong.attention import LMInfinite
+from everlong.attention import LMInfinite, attach
 from everlong.evaluation.speed import decode_seconds, fill, random_ids
 from everlong.evaluation.streams import open_stream
 from everlong.kernels.calls import KernelFunction
@@ -33,6 +35,7 @@ from everlong.models.packing import pack
 
 STEPS, REPEATS = 40, 5
 WEIGHTS = ("float", "int8", "int4")
+TOGETHER = 8
 KINDS = {
     "products": ("aten::addmm", "aten::mm", "aten::_weight_int8pack_mm", "aten::_weight_int4pack_mm_for_cpu"),
     "attention": (
@@ -53,24 +56,26 @@ def main() -> None:
     )
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--windows", type=int, nargs="+", default=[1024, 2048])
+    parser.add_argument("--together", type=int, nargs="*", default=[256, 1024], metavar="WINDOW")
     parser.add_argument("--output", type=Path, default=RESULTS / "profile_step.json")
-    parser.add_argument("--once", nargs=2, metavar=("WEIGHTS", "WINDOW"), help=argparse.SUPPRESS)
+    parser.add_argument("--once", nargs=3, metavar=("WEIGHTS", "WINDOW", "SESSIONS"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.once:
-        weights, window = options.once
-        print(json.dumps(measure(options.model, int(window), weights)))
+        weights, *numbers = options.once
+        print(json.dumps(measure(options.model, weights, *map(int, numbers))))
         return
     rows = Rows(options.output, {"model": options.model})
 
-    def once(weights: str, window: int) -> Any:
-        words = ["--model", options.model, "--once", weights, window]
-        return in_own_process(__file__, *words, waiting="spin briefly")
+    def of(weights: str, window: int, sessions: int) -> Any:
+        words = ["--model", options.model, "--once", weights, window, sessions]
+        name = f"{weights}, {window}" + (f", {sessions} sessions" if sessions > 1 else "")
+        return rows.get(name, lambda: in_own_process(__file__, *words, waiting="spin briefly"))
 
-    found = {
-        (weights, window): rows.get(f"{weights}, {window}", lambda w=weights, n=window: once(w, n))
-        for window in options.windows
-        for weights in WEIGHTS
-    }
+    cases = [
+        *((weights, window, 1) for window in options.windows for weights in WEIGHTS),
+        *(("int4", window, TOGETHER) for window in options.together),
+    ]
+    found = {case: of(*case) for case in cases}
     lines = [
         f"{options.model}, full windows, recorded steps as generate() runs them (stream() looks at the model "
         "after each piece besides), threads that spin briefly, whatever the line above "
@@ -83,39 +88,41 @@ def main() -> None:
             [
                 "weights",
                 "window",
+                "sessions",
                 "a step",
                 *(f"{name} (calls)" for name in (*KINDS, OTHERS)),
                 REST,
                 "besides",
             ],
-            [[weights, f"{window:,}", *cells(row)] for (weights, window), row in found.items()],
+            [
+                [weights, f"{window:,}", str(sessions), *cells(row)]
+                for (weights, window, sessions), row in found.items()
+            ],
         ),
     ]
     rows.write_table("Where a step of writing spends its time", lines)
 
 
-def measure(model: str, window: int, weights: str) -> dict[str, Any]:
+def measure(model: str, weights: str, window: int, sessions: int) -> dict[str, Any]:
     """Milliseconds and calls of each kind in this process, a step."""
     loaded = load_model(model).model
     if weights != "float":
         pack(loaded, weights)  # type: ignore[arg-type]
-    with open_stream(loaded, LMInfinite(window=window)) as stream, torch.inference_mode():
-        fill(stream, window)
-        head, ids = loaded.get_output_embeddings(), random_ids(stream.decoder, STEPS)
+    with torch.inference_mode(), writing(loaded, window, sessions) as (cache, write):
         recordings = []
         for naming in (nullcontext, kernels_named):
-            stream.cache.recorded = None
+            cache.recorded = None
             with naming():
                 for _ in range(2):  # packs, warms up, and records
-                    decode_seconds(stream, ids, head)
-            recordings.append(stream.cache.recorded)
+                    write()
+            recordings.append(cache.recorded)
         steps, rounds = [], []
         for _ in range(REPEATS):  # in turn: what a machine can do changes
-            stream.cache.recorded = recordings[0]
-            steps.append(1000 * median(decode_seconds(stream, ids, head)))
-            stream.cache.recorded = recordings[1]
+            cache.recorded = recordings[0]
+            steps.append(1000 * median(write()))
+            cache.recorded = recordings[1]
             with profile(activities=[ProfilerActivity.CPU]) as profiled:
-                decode_seconds(stream, ids, head)
+                write()
             rounds.append(by_kind(profiled))
     found = {
         kind: [median(each) for each in zip(*(some[kind] for some in rounds), strict=True)]
@@ -125,6 +132,21 @@ def measure(model: str, window: int, weights: str) -> dict[str, Any]:
         1 - sum(some[kind][0] for kind in KINDS) / step for step, some in zip(steps, rounds, strict=True)
     ]
     return {"step": median(steps), "kinds": found, "besides": median(besides)}
+
+
+@contextmanager
+def writing(model: Any, window: int, sessions: int) -> Iterator[tuple[Any, Callable[[], list[float]]]]:
+    """Yield the cache of one session or of several together, and what writes some tokens: seconds of each."""
+    head, policy = model.get_output_embeddings(), LMInfinite(window=window)
+    if sessions == 1:
+        with open_stream(model, policy) as stream:
+            fill(stream, window)
+            ids = random_ids(stream.decoder, STEPS)
+            yield stream.cache, lambda: decode_seconds(stream, ids, head)
+        return
+    with attach(model, policy) as handle:
+        cache = handle.batch(filled(handle, model.get_decoder(), window, sessions)).cache
+        yield cache, lambda: seconds_together(handle, cache, head, sessions, STEPS)
 
 
 @contextmanager

@@ -43,6 +43,7 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     names += (
         "speculation",
         "profile_step",
+        "together",
         "memories",
         "naive",
         "passkey",

@@ -174,11 +174,16 @@ def test_speculation_writes_each_text_in_each_way(
 
 
 @pytest.mark.usefixtures("scripts")
+@pytest.mark.parametrize("sessions", [1, 3])
 def test_a_step_is_profiled_by_kinds_of_operators(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    sessions: int,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     profile_step = importlib.import_module("profile_step")
-    found = profile_step.measure(str(folder / "tiny"), 30, "int8")
+    found = profile_step.measure(str(folder / "tiny"), "int8", 30, sessions)
     layers = 2  # of the tiny model
     calls = {kind: count for kind, (_, count) in found["kinds"].items()}
     assert calls["attention"] == layers and calls["head"] == 1
@@ -186,13 +191,13 @@ def test_a_step_is_profiled_by_kinds_of_operators(
     assert calls[profile_step.OTHERS] > 20
     script = Script("profile_step", monkeypatch, tmp_path / "profile_step.json")
     monkeypatch.setattr(script.module, "in_own_process", lambda *words, waiting: found)
-    script.run("--windows", "30", "50")
-    assert measured(capsys) == [
-        f"{kind}, {window}" for window in (30, 50) for kind in ("float", "int8", "int4")
-    ]
+    script.run("--windows", "30", "50", "--together", "20")
+    alone = [f"{kind}, {window}" for window in (30, 50) for kind in ("float", "int8", "int4")]
+    assert measured(capsys) == [*alone, "int4, 20, 8 sessions"]
     spent = {kind: milliseconds for kind, (milliseconds, _) in found["kinds"].items()}
     step = found["step"]
-    assert script.table(0)[1][1:3] == ["30", f"{step:.1f}"]
+    assert script.table(0)[1][1:4] == ["30", "1", f"{step:.1f}"]
+    assert script.table(0)[-1][:4] == ["int4", "20", "8", f"{step:.1f}"]
     rest = step - sum(spent.values())
     assert script.table(0)[1][-2:] == [f"{rest:.1f}", f"{found['besides']:.0%}"]
 
@@ -210,7 +215,7 @@ def test_what_is_besides_is_a_share_of_the_step_of_the_same_turn(
         "by_kind",
         lambda _: {kind: [next(spent) if kind == "products" else 0.0, 1.0] for kind in profile_step.KINDS},
     )
-    found = profile_step.measure(str(folder / "tiny"), 30, "int8")
+    found = profile_step.measure(str(folder / "tiny"), "int8", 30, 1)
     assert found["step"] == pytest.approx(20) and found["kinds"]["products"][0] == 10
     assert found["besides"] == pytest.approx(0.5), "of 1 - 5 / 10, 1 - 19 / 20, 1 - 10 / 40"
 
