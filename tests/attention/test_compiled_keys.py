@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from everlong.attention import block_maxima, compiled_keys
+from everlong.attention import block_maxima, compiled_keys, key_index
 from everlong.attention.block_maxima import BlockMaxima
 from everlong.attention.key_index import KeyIndex
 from everlong.errors import StateError
@@ -20,6 +20,25 @@ def threads(request):
     torch.set_num_threads(request.param)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def for_few(monkeypatch):
+    monkeypatch.setattr(compiled_keys, "_LEAST", 0)
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """One entry for each time that the kernel looks at keys."""
+    seen = []
+
+    def counted(*given, **rest):
+        seen.append(1)
+        look(*given, **rest)
+
+    for module in (block_maxima, key_index):
+        monkeypatch.setattr(module, "look", counted)
+    return seen
 
 
 def randn(*shape, seed=0):
@@ -81,7 +100,7 @@ def test_maxima_are_those_of_plain_operations(
 
 
 @pytest.mark.parametrize("is_exact", [True, False])
-def test_a_key_gives_the_same_number_wherever_blocks_and_segments_begin(is_exact, threads):
+def test_a_key_gives_the_same_number_wherever_blocks_and_segments_begin(is_exact, threads, taken):
     keys, asked, index = randn(1, 2, 2500, 64), randn(2, 3, 64, seed=1), KeyIndex(is_exact=is_exact)
     index.append(keys)
     whole = BlockMaxima(asked, 0, 2500, 1)
@@ -90,13 +109,11 @@ def test_a_key_gives_the_same_number_wherever_blocks_and_segments_begin(is_exact
         part = BlockMaxima(asked, begin, stop, 1)
         index.look(0, part)
         assert torch.equal(part.found, whole.found[..., begin:stop])
+    assert len(taken) == 7, "segments and what follows them, where any of either are wanted"
 
 
-def test_what_it_does_not_take_is_pytorchs(monkeypatch):
-    taken = []
-    monkeypatch.setattr(block_maxima, "look", lambda *given, **rest: taken.append(1) or look(*given, **rest))
+def test_what_it_does_not_take_is_pytorchs(taken, monkeypatch):
     keys, asked = randn(2, 90, 16), randn(2, 3, 16, seed=1)
-    expected = largest(asked, keys, 0, 0, 90, 8)
     apart = randn(2, 16, 90).mT  # the numbers of a key lie apart
     for some, of, is_taken in (
         (keys.double(), asked.double(), False),
@@ -113,7 +130,11 @@ def test_what_it_does_not_take_is_pytorchs(monkeypatch):
             best.found.double(), true, atol=0.2 if some.dtype == torch.bfloat16 else 1e-4, rtol=0
         )
         assert bool(taken) == is_taken
-    assert expected.isfinite().all()
+    monkeypatch.setattr(compiled_keys, "_LEAST", 80 * asked.numel())
+    for begin, stop in ((0, 90), (15, 90)):  # enough of them, and too few
+        taken.clear()
+        BlockMaxima(asked, begin, stop, 8).look(0, keys)
+        assert bool(taken) == (begin == 0)
 
 
 def test_what_lies_otherwise_is_refused():
@@ -145,6 +166,16 @@ def test_a_kernel_that_is_wrong_is_left_with_a_warning(monkeypatch):
     with pytest.warns(UserWarning, match="looks at keys wrongly"):
         best.look(0, keys)
     torch.testing.assert_close(best.found.double(), largest(asked, keys, 0, 0, 90, 8), atol=1e-4, rtol=0)
+
+
+def test_it_is_held_against_plain_operations_under_autocast_too(taken, monkeypatch):
+    monkeypatch.setattr(compiled_keys, "_is_right", compiled_keys._is_right.__wrapped__)
+    keys, asked = randn(2, 90, 16), randn(2, 3, 16, seed=1)
+    best = BlockMaxima(asked, 0, 90, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        best.look(0, keys)
+    torch.testing.assert_close(best.found.double(), largest(asked, keys, 0, 0, 90, 8), atol=1e-4, rtol=0)
+    assert taken
 
 
 def test_it_follows_neither_the_default_dtype_nor_device(monkeypatch):

@@ -122,6 +122,15 @@ def test_kernels_that_are_wrong_are_left_with_a_warning(taken, monkeypatch):
     assert taken == []
 
 
+def test_they_are_held_against_plain_operations_under_autocast_too(taken, monkeypatch):
+    monkeypatch.setattr(compiled_parts, "_is_right", compiled_parts._is_right.__wrapped__)
+    some = some_parts((200, 300))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attend(some, scaling=0.3)
+    torch.testing.assert_close(found.double(), one_softmax(some, 0.3), atol=1e-5, rtol=1e-5)
+    assert taken == [2]
+
+
 def test_they_follow_neither_the_default_dtype_nor_device(taken, monkeypatch):
     monkeypatch.setattr(compiled_parts, "_is_right", compiled_parts._is_right.__wrapped__)
     some = some_parts((200, 300))

@@ -15,6 +15,9 @@ from everlong.attention import Tier, compiled_keys
 from everlong.attention.block_maxima import BlockMaxima
 from everlong.attention.key_index import KeyIndex
 from everlong.attention.tiers import BLOCK, BlockStore
+from everlong.kernels import loading
+from everlong.kernels.direct import look
+from everlong.kernels.team import has_team
 
 ROWS, HEADS, SIZE = 2, 3, 8
 
@@ -26,9 +29,11 @@ def short_segments(monkeypatch):
 
 @pytest.fixture(autouse=True, params=["compiled", "plain"])
 def kernels(request, monkeypatch):
-    """With the compiled kernel, where there is one, and without."""
+    """With the compiled kernel, where there is one, however few keys; and without."""
+    monkeypatch.setattr(compiled_keys, "_LEAST", 0)
     if request.param == "plain":
         monkeypatch.setattr(compiled_keys, "wanted", lambda: False)
+    return request.param == "compiled" and loading.wanted() and has_team()
 
 
 def keys_of(count, seed=0):
@@ -63,7 +68,9 @@ def most_off(keys, asked):
 
 
 @pytest.mark.parametrize("is_exact", [True, False])
-def test_products_are_those_of_the_keys(is_exact):
+def test_products_are_those_of_the_keys(is_exact, kernels, monkeypatch):
+    taken = []
+    monkeypatch.setattr(key_index, "look", lambda *given, **rest: taken.append(1) or look(*given, **rest))
     keys, asked = keys_of(5 * BLOCK + 7), asked_of()
     index = KeyIndex(is_exact=is_exact)
     for begin, stop in ((0, 1), (1, BLOCK), (BLOCK, 4 * BLOCK + 3), (4 * BLOCK + 3, keys.shape[2])):
@@ -73,6 +80,7 @@ def test_products_are_those_of_the_keys(is_exact):
             off = looked_up(index, row, asked, begin, stop) - true_products(keys, row, asked, begin, stop)
             assert off.shape == (HEADS, 5, stop - begin)
             assert off.abs().max() < (1e-4 if is_exact else most_off(keys, asked))
+    assert len(taken) == (3 * ROWS if kernels else 0), "not where all asked for are behind the segments"
 
 
 def test_the_latest_keys_are_as_they_came():

@@ -3,6 +3,7 @@
 import gc
 import warnings
 import weakref
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -93,6 +94,18 @@ def test_padded_rows():
         ids, mask = tiny.left_padded([60, 38])
         ours, theirs = read(handle, 60, rows=2, mask=mask)
         assert write(handle, ours, theirs) == COUNT - BEFORE
+
+
+def test_of_two_recordings_the_one_that_is_repeated_is_held():
+    """A padded row's window is not full at first: until then steps are not static."""
+    with attached("llama", LMInfinite(window=40, sinks=4)) as handle:
+        handle.steps.recorder = CountedTapes()
+        ids, mask = tiny.left_padded([60, 20])
+        ours, theirs = read(handle, 60, rows=2, mask=mask)
+        assert write(handle, ours, theirs, 20) == 20 - BEFORE
+        assert ours.recorded_open.replay is not None and ours.recorded is None
+        write(handle, ours, theirs, COUNT)
+        assert ours.recorded_open is None and ours.recorded.replay is not None
 
 
 def test_tables_that_follow_the_length():
@@ -208,6 +221,30 @@ def test_a_recording_that_differs_is_dropped_and_reported_once():
         assert ours.recorded_open is None and handle.steps.open.recorder is None
 
 
+class _Skipping(CountedTapes):
+    """Repeats a step without its last layer's attention, of which it kept what that gave."""
+
+    def record(self, run):
+        replay, result = super().record(run)
+        attend = OpenStep.attend
+
+        def kept(step, number, given, **logits):
+            return step._outputs[number].clone() if number == 1 else attend(step, number, given, **logits)
+
+        def skips():
+            with patch.object(OpenStep, "attend", kept):
+                replay()
+
+        return skips, result
+
+
+def test_a_recording_that_gives_the_same_without_a_layer_is_dropped():
+    with attached("llama", RECALL, _Skipping) as handle:
+        with pytest.warns(UserWarning, match="step of writing was dropped.*something else"):
+            write(handle, *read(handle, LENGTH))
+        assert handle.steps.open.recorder is None
+
+
 class _Refusing(CountedTapes):
     def record(self, run):
         run()
@@ -245,6 +282,19 @@ def test_a_recording_that_leaves_a_layer_out_says_so(monkeypatch):
         ours.recorded_open.replay = lambda: None
         with pytest.raises(UnsupportedUseError, match="0 of 2 layers followed"):
             handle.step(ours, torch.tensor([[5]]))
+
+
+def test_with_gradients_or_autocast_steps_run_eagerly():
+    with attached("llama", RECALL) as handle:
+        with torch.autocast("cpu", torch.bfloat16):
+            ours, theirs = read(handle, LENGTH)
+            assert write(handle, ours, theirs) == 0 and ours.recorded_open is None
+        ours, theirs = read(handle, LENGTH)
+        assert write(handle, ours, theirs) > 0
+        before = handle.steps.open.recorder.replayed
+        with torch.inference_mode(False), torch.enable_grad():
+            found = handle.step(ours, torch.tensor([[5]]))
+        assert found.requires_grad and handle.steps.open.recorder.replayed == before
 
 
 def test_a_recording_is_freed_with_its_cache():

@@ -23,6 +23,12 @@ def model():
     return tiny.build("llama")
 
 
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
 def blocks(*numbers):
     return [(SINKS + BLOCK * number, SINKS + BLOCK * (number + 1)) for number in numbers]
 
@@ -148,9 +154,11 @@ def test_blocks_that_were_exact_are_read_again_once_they_are_coded(model, precis
 def test_what_is_no_choice_of_blocks_is_the_bases_and_back(model):
     with attach(model, POLICY, tier=Tier(precision="exact")) as handle:
         _, _, memory, _ = memory_of(handle, model)
-        pool, view = ReadyPool(BLOCK, 3), view_of(memory, None)
-        for chosen, is_pools in (
+        rotation = Rotation(Frequencies(torch.linspace(1, 0.01, 4), 1.0), "halves")
+        pool, view = ReadyPool(BLOCK, 3), view_of(memory, None, rotation)
+        for chosen, is_pools, *place in (
             ([[blocks(0, 2)]], True),
+            ([[blocks(0, 2)]], False, 7),  # seen elsewhere
             ([[blocks(0, 2, 4, 6)]], False),  # too many
             ([[blocks(0, 2)]], True),
             ([[blocks(0), blocks(2)]], False),  # heads for themselves
@@ -159,8 +167,8 @@ def test_what_is_no_choice_of_blocks_is_the_bases_and_back(model):
             ([[[]]], False),  # nothing but the sinks
             ([[blocks(1)]], True),
         ):
-            found = pool.placed(chosen, view, 0, is_final=True)
-            true = ReadyTokens().placed(chosen, view, 0, is_final=True)
+            found = pool.placed(chosen, view, sum(place), is_final=True)
+            true = ReadyTokens().placed(chosen, view, sum(place), is_final=True)
             assert all(torch.equal(a, b) for a, b in zip(found, true, strict=True))
             assert (pool._pool is not None) == is_pools
             assert (pool._held is None) or not is_pools

@@ -209,13 +209,13 @@ def test_in_every_family_chunks_that_end_on_groups_make_no_difference(family, po
     assert off(pieces, whole) < 1e-4
 
 
-@pytest.mark.parametrize("only_values", [False, True])
+@pytest.mark.parametrize("only", ["", "v_proj", "q_proj"])
 @pytest.mark.parametrize("policy", ONE_OF_EACH)
-def test_gradients_flow_into_what_is_recalled(policy, only_values):
+def test_gradients_flow_into_what_is_recalled_and_into_what_looks_at_it(policy, only):
     model = tiny.build("llama").double()
-    weight = model.model.layers[0].self_attn.v_proj.weight
+    weight = getattr(model.model.layers[0].self_attn, only or "v_proj").weight
     for parameter in model.parameters():
-        parameter.requires_grad_(parameter is weight or not only_values)
+        parameter.requires_grad_(parameter is weight or not only)
 
     def loss():
         with attach(model, POLICIES[policy], tier=EXACT) as handle:

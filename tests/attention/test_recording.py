@@ -328,7 +328,7 @@ def test_adapters_that_are_added_switched_and_merged():
     ],
     ids=["full", "low ceiling", "no ceiling", "top_k", "shared layers", "local layers"],
 )
-def test_steps_that_are_not_static_run_eagerly(family, policy):
+def test_steps_that_are_not_static_are_not_recorded_whole(family, policy):
     length, count = (5, 3) if policy.span == 4 else (30, 12)
     with attach(build(family), policy) as handle:
         handle.steps.recorder = TraceRecorder()
@@ -357,11 +357,9 @@ def test_a_cpu_records_once_enough_was_written():
 
 def test_recording_can_be_switched_off(handle):
     ours, theirs = read(handle)
-    write(handle, ours, theirs, ENOUGH)
-    handle.steps.recorder, recorder = None, handle.steps.recorder
-    replayed = recorder.replayed
-    write(handle, ours, theirs, 12)
-    assert recorder.replayed == replayed
+    handle.steps.stop()
+    assert write(handle, ours, theirs, CallTapes.eager_steps + 2) == 0
+    assert ours.recorded is None and ours.recorded_open is None
 
 
 # --- what fails ---------------------------------------------------------------------------------------
@@ -426,6 +424,7 @@ def test_a_recording_that_differs_is_dropped_and_reported_once(handle, mistake, 
         write(handle, *read(handle), ENOUGH)
     assert len([report for report in reports if "dropped" in str(report.message)]) == 1
     assert ours.recorded is None and handle.steps.recorder is None
+    assert handle.steps.open.recorder is None, "and no other way is tried"
 
 
 class _Failing:

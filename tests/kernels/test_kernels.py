@@ -1,8 +1,10 @@
 """Compiled kernels against what they compute, written down in float64."""
 
+import hashlib
 import math
 import subprocess
 import sys
+from pathlib import Path
 from threading import Thread
 
 import pytest
@@ -400,3 +402,11 @@ def test_a_compiler_that_fails_costs_a_warning_and_nothing_else(monkeypatch):
             assert not loading.in_use()
     finally:
         loading.compiled.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["compiled", "looking"])
+def test_kernels_name_what_they_are_made_of(name):
+    """Numba looks at a kernel's own file alone to know whether what it keeps is outdated."""
+    folder = Path(loading.__file__).parent
+    made_of = hashlib.sha256((folder / "compiling.py").read_bytes()).hexdigest()[:16]
+    assert f'_MADE_OF = "{made_of}"' in (folder / f"{name}.py").read_text()

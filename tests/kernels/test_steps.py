@@ -39,7 +39,7 @@ def counting(counted, method):
     return count
 
 
-def taken(monkeypatch, model, rows=1, close=1e-4):
+def taken(monkeypatch, model, rows=1, close=1e-4, pad=0):
     """Write until a step is recorded and repeated, hold it against an eager one, and count kernels."""
     counted = Counter()
     for name in ("repeated", "repeated_of"):
@@ -47,8 +47,10 @@ def taken(monkeypatch, model, rows=1, close=1e-4):
     with attach(model, LMInfinite(window=20, sinks=3)) as handle:
         recorder = handle.steps.recorder = CountedTapes()
         ours, theirs = (handle.new_cache() for _ in range(2))
+        mask = torch.ones(rows, 30, dtype=torch.long)
+        mask[1:, :pad] = 0
         for cache in (ours, theirs):
-            model(tiny.random_ids(rows, 30), **tiny.cached(cache))
+            model(tiny.random_ids(rows, 30), attention_mask=mask, **tiny.cached(cache))
         for token in tiny.random_ids(30, rows, seed=1):
             expected = model(token[:, None], **tiny.cached(theirs)).logits
             found = handle.step(ours, token[:, None])
@@ -67,6 +69,17 @@ def test_layers_of_several_forms_take_what_fits_them(family, rows, monkeypatch):
     found = taken(monkeypatch, model, rows)
     expected = {name: count * layers for name, count in TAKEN[family].items()}
     assert found == expected
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gemma2"])
+@torch.inference_mode()
+def test_rows_with_padding_take_them_once_their_windows_are_full(family, monkeypatch):
+    """Padding stands where their sinks do, keys and values."""
+    with torch.inference_mode(False):
+        model = tiny.build(family)
+    layers = model.config.num_hidden_layers
+    found = taken(monkeypatch, model, rows=3, pad=9)
+    assert found == {name: count * layers for name, count in TAKEN[family].items()}
 
 
 @pytest.mark.parametrize("rows", [1, 3])

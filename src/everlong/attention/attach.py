@@ -67,8 +67,8 @@ class Attachment:
     cache_argument : str
         What its forward calls the cache: ``"cache"``, or ``"past_key_values"`` before transformers 5.24.
     steps : StepRecorder
-        What :meth:`step` goes through: records steps, to repeat them at once, where its ``recorder`` is not
-        None. It is one for CUDA graphs where the model is on such a device.
+        What :meth:`step` goes through: records steps, to repeat them at once, until its ``stop()``; as CUDA
+        graphs where the model is on such a device.
     """
 
     def __init__(self, model: nn.Module, policy: Policy, tier: Tier | str | Path | None = None) -> None:

@@ -47,12 +47,14 @@ class BlockMaxima:
 
     def look(self, first: int, keys: Tensor) -> None:
         """Look at the raw keys of tokens from `first` on, shape (key-value heads, n, d)."""
-        if not keys.shape[1]:
+        count = min(first + keys.shape[1], self.stop) - max(first, self.begin)
+        if count <= 0:
             return
-        segments = Segments([keys], first=first, segment=first + keys.shape[1])
-        if compiled_keys.pays(self.asked, segments, self.found):
-            look(self.asked, segments, None, self.found, **self.blocks())
-            return
+        if compiled_keys.may_pay(self.asked, count):
+            segments = Segments([keys], first=first, segment=first + keys.shape[1])
+            if compiled_keys.pays(self.asked, segments, self.found):
+                look(self.asked, segments, None, self.found, **self.blocks())
+                return
         asked = self.asked.to(keys.device)
         self.take(first, asked @ keys.to(asked.dtype).mT)
 

@@ -15,10 +15,18 @@ from everlong.kernels.direct import Segments, look, looks
 from everlong.kernels.loading import compiled, wanted
 from everlong.kernels.team import has_team
 
+_LEAST = 2**17  # products of numbers: what is smaller does without a compiler
+
+
+def may_pay(asked: Tensor, tokens: int) -> bool:
+    """Whether it may pay to take the kernel for so many tokens; how their keys lie is not looked at."""
+    is_plain = asked.dtype == torch.float32 and asked.device.type == "cpu"
+    return is_plain and asked.numel() * tokens >= _LEAST and wanted()
+
 
 def pays(asked: Tensor, segments: Segments, found: Tensor) -> bool:
     """Whether there is a kernel that takes what asks, keys or their codes, and maxima like these."""
-    return wanted() and looks(asked, segments, found) and _is_right()
+    return looks(asked, segments, found) and _is_right()
 
 
 @functools.cache
@@ -26,6 +34,11 @@ def _is_right() -> bool:
     """Whether the kernel, compiled now if it was not, gives what plain operations give on this machine."""
     if compiled() is None or not has_team():
         return False
+    with torch.autocast("cpu", enabled=False):  # whoever asks first
+        return _gives_the_same()
+
+
+def _gives_the_same() -> bool:
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(-127, 128, (2, 50, 20), generator=generator, dtype=torch.int8, device="cpu")
     asked, scales, centers = (

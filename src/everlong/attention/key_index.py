@@ -26,8 +26,9 @@ class KeyIndex:
     """The raw keys of one layer's tokens in a tier: as bytes in whole segments, the latest as they are.
 
     In bytes, a key is ``center + scale * code`` in each channel; center and scale are a segment's own. A byte
-    for each channel is a quarter of what a tier in half precision holds. What is asked for is put into bytes
-    for each segment, too, so that what is added up are whole numbers. Segments are shared between copies.
+    for each channel is a quarter of what a tier in half precision holds. Without a compiled kernel what is
+    asked for is put into bytes for each segment, too, so that what is added up are whole numbers. Segments
+    are shared between copies.
 
     Parameters
     ----------
@@ -57,7 +58,7 @@ class KeyIndex:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         twin = copy.copy(self)
-        twin._segments, twin._rows = list(self._segments), {}
+        twin._segments, twin._rows = list(self._segments), dict(self._rows)
         twin._open = None if self._open is None else self._open.clone()
         return twin
 
@@ -134,17 +135,21 @@ class KeyIndex:
 
     def look(self, row: int, best: BlockMaxima) -> None:
         """Look at those of a row's keys that are here, for blocks of tokens that all are."""
-        if self._segments and best.begin < self._open_begin:
-            if self._scales is None or self._centers is None:
-                asked, spread = best.asked, None
-            else:
-                asked, spread = best.asked.to(self._scales), (self._scales[row], self._centers[row])
-            if compiled_keys.pays(asked, self._of_row(row), best.found):
-                look(asked, self._of_row(row), spread, best.found, **best.blocks())
-            else:
-                self._look_by_segment(row, best)
+        count = min(best.stop, self._open_begin) - max(best.begin, self._begin)
+        if count > 0 and not self._look_at_once(row, best, count):
+            self._look_by_segment(row, best)
         if best.stop > self._open_begin:
             best.look(self._open_begin, self._held()[row])
+
+    def _look_at_once(self, row: int, best: BlockMaxima, count: int) -> bool:
+        """Look at `count` tokens of segments by a compiled kernel; return whether there is one for them."""
+        segments = self._of_row(row) if compiled_keys.may_pay(best.asked, count) else None
+        if segments is None or not compiled_keys.pays(best.asked, segments, best.found):
+            return False
+        both = self._scales, self._centers
+        spread = None if both[0] is None or both[1] is None else (both[0][row], both[1][row])
+        look(best.asked, segments, spread, best.found, **best.blocks())
+        return True
 
     def _of_row(self, row: int) -> Segments:
         """Return a row's segments, found once as long as they are the same."""

@@ -88,14 +88,15 @@ class OpenStep(RecordableStep):
 
     def attend(self, number: int, given: Given, **logits: Unpack[Logits]) -> Tensor:
         """Let layer `number` attend, or hand out what it gave; what is given may be written over after."""
-        query, key, value = (x.clone() for x in given)
         if self._forward is None:
+            query, key, value = (x.clone() for x in given)
             self.given[number] = query, key, value
             return self._outputs[number].clone()
         with ExitStack() as stack:
             if torch.is_inference_mode_enabled() and not self._is_in_inference_mode:
                 stack.enter_context(torch.inference_mode(False))
                 stack.enter_context(torch.no_grad())
+            query, key, value = (x.clone() for x in given)
             output = self._forward.attend(number, query, key, value, **logits)
         if self._takes_notes:
             self.given[number], self._outputs[number] = (query, key, value), output.clone()

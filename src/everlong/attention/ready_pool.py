@@ -19,8 +19,9 @@ class ReadyPool(ReadyTokens):
     """The same as its base, for blocks of one size, of which few are exchanged from one asking to the next.
 
     A row's blocks, those that are wanted and the latest of those that were, lie in slots of a pool, keys
-    rotated already; what is wanted is brought together from there in the order of the stream. So the blocks
-    that stay are copied once, and none is set aside. Whatever is no such choice is the base's.
+    rotated to 0 already; what is wanted is brought together from there in the order of the stream. So the
+    blocks that stay are copied once, and none is set aside. Whatever is no such choice, or seen elsewhere, is
+    the base's.
 
     Parameters
     ----------
@@ -37,10 +38,7 @@ class ReadyPool(ReadyTokens):
         self._slots: list[dict[Span, int]] = []  # of each row: which block lies where, the latest wanted last
         self._wanted: list[list[Span]] = []
         self._free: list[list[int]] = []  # slots of each row where nothing lies
-        self._turned: tuple[int, float | None] = (
-            0,
-            None,
-        )  # how the keys are rotated: to where, scaled by what
+        self._scaling: float | None = None  # of the rotation to 0 that the keys went through
         self._buffers: tuple[Tensor, Tensor] | None = None
 
     def anew(self) -> Self:
@@ -58,16 +56,18 @@ class ReadyPool(ReadyTokens):
         self, chosen: Sequence[Choice], view: LayerView, places: Positions, *, is_final: bool
     ) -> tuple[Tensor, Tensor]:
         """Return keys and values of the sinks, and behind them of each row's spans; as the base does."""
-        if not isinstance(places, int) or view.wants_gradient or not self._takes(chosen):
-            self._empty()
+        may_be_kept = torch.is_grad_enabled()  # by what a gradient goes through
+        if not isinstance(places, int) or places or may_be_kept or not self._takes(chosen):
+            if self._pool is not None:
+                self._empty()
             return super().placed(chosen, view, places, is_final=is_final)
         if self._held is not None:  # the base's
             self._forget()
         frequencies, wanted = view.rotation.frequencies, [spans for (spans,) in chosen]
-        turned = places, None if frequencies is None else frequencies.scaling
-        if turned != self._turned:
+        scaling = None if frequencies is None else frequencies.scaling
+        if scaling != self._scaling:
             self._empty()
-        self._turned = turned
+        self._scaling = scaling
         self._drop_coded_blocks(view)
         if self._placed is None or wanted != self._wanted:
             self._wanted, self._placed = wanted, None
@@ -76,8 +76,8 @@ class ReadyPool(ReadyTokens):
                     if self._pool is None:
                         self._reserve(view)
                     for row, spans in enumerate(wanted):
-                        self._bring(row, spans, view, places)
-                    found = self._together(view, places)
+                        self._bring(row, spans, view)
+                    found = self._together(view)
             except BaseException:  # some slots may not hold what they are said to
                 self._empty()
                 raise
@@ -111,7 +111,7 @@ class ReadyPool(ReadyTokens):
                     self._free[row].append(slots.pop((begin, stop)))
                     self._placed = None
 
-    def _bring(self, row: int, spans: Sequence[Span], view: LayerView, place: int) -> None:
+    def _bring(self, row: int, spans: Sequence[Span], view: LayerView) -> None:
         """Have a row's blocks in its slots: those that are not, in place of what was not wanted longest."""
         assert self._pool is not None
         slots, free = self._slots[row], self._free[row]
@@ -127,7 +127,7 @@ class ReadyPool(ReadyTokens):
             slots[span] = free.pop() if free else slots.pop(next(iter(slots)))
         keys, values = (torch.cat([x[row] for x in some], 1) for some in zip(*read, strict=True))
         index = torch.tensor([slots[span] for span in missing], device=keys.device)
-        for pool, new in zip(self._pool, (view.rotation(keys[None], place)[0], values), strict=True):
+        for pool, new in zip(self._pool, (view.rotation(keys[None], 0)[0], values), strict=True):
             pool[row].index_copy_(1, index, new.reshape(len(new), len(missing), -1))
 
     def _reserve(self, view: LayerView) -> None:
@@ -140,7 +140,7 @@ class ReadyPool(ReadyTokens):
         self._slots = [{} for _ in keys]
         self._free = [[*range(count)][::-1] for _ in keys]
 
-    def _together(self, view: LayerView, place: int) -> tuple[Tensor, Tensor]:
+    def _together(self, view: LayerView) -> tuple[Tensor, Tensor]:
         """Return the sinks and behind them what rows want, in memory that is written anew each time."""
         assert self._pool is not None
         sinks = view.memory.sinks
@@ -150,18 +150,16 @@ class ReadyPool(ReadyTokens):
             self._buffers = self._pool[0].new_empty(shapes[0]), self._pool[1].new_empty(shapes[1])
         if sinks:
             keys, values = view.sinks()
-            self._buffers[0][:, :, :sinks] = view.rotation(keys, place)
+            self._buffers[0][:, :, :sinks] = view.rotation(keys, 0)
             self._buffers[1][:, :, :sinks] = values
         for row, spans in enumerate(self._wanted):
             stop = sinks + self._block * len(spans)
             index = torch.tensor([self._slots[row][span] for span in spans], dtype=torch.long)
+            index = index.to(self._pool[0].device)
             for pool, buffer in zip(self._pool, self._buffers, strict=True):
                 if stop < length:
                     buffer[row, :, stop:] = 0
-                for held, out in zip(pool[row], buffer[row, :, sinks:stop], strict=True):
-                    torch.index_select(
-                        held, 0, index.to(held.device), out=out.view(len(spans), held.shape[1])
-                    )
+                _gather(pool[row], index, buffer[row, :, sinks:stop])
         return self._buffers
 
 
@@ -173,3 +171,12 @@ def _runs(spans: Sequence[Span]) -> list[Span]:
             begin = found.pop()[0]
         found.append((begin, stop))
     return found
+
+
+def _gather(held: Tensor, index: Tensor, out: Tensor) -> None:
+    """Write the given slots, of (heads, slots, block * d), as tokens, (heads, n, d), each head's together."""
+    if held.device.type != "cpu":
+        out.copy_(held.index_select(1, index).view(out.shape))
+        return
+    for of_head, into in zip(held, out, strict=True):  # without a copy between
+        torch.index_select(of_head, 0, index, out=into.view(len(index), of_head.shape[1]))

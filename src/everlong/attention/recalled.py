@@ -289,7 +289,7 @@ class BlockRecallPolicy(RecallPolicy):
     def worth(self, blocks: range, asking: Asking, queries: Queries, view: LayerView) -> Tensor:
         """Return what each block is worth to the queries that ask, shape (blocks,).
 
-        Or (key-value heads, blocks): then each head recalls its own.
+        Or (key-value heads, blocks): then each head recalls its own, and :attr:`heads_agree` is False.
         """
 
     def choose(self, asking: Asking, queries: Queries, view: LayerView) -> Choice:

@@ -93,7 +93,7 @@ class StepRecorder:
     Parameters
     ----------
     recorder : Recorder or None
-        How steps are recorded; None: every step runs by itself.
+        How static steps are recorded; None: they are not.
     watch : callable
         Returns a new :class:`ModelWatch` of the model.
     layers : Layers
@@ -187,6 +187,7 @@ class StepRecorder:
         recorded.step.count()
         cache.end(1)
         recorded.latest, recorded.seen = found, cache.seen
+        cache.recorded_open = None  # of rows that were padded, or other windows, before
         return recorded.result.clone()  # the next step writes over it
 
     def _next(self, cache: StreamCache, ids: Tensor, output: str) -> list[Aim] | None:
@@ -291,7 +292,7 @@ class StepRecorder:
             if step.grows:
                 self._grows = False
             else:
-                self.recorder = None
+                self.stop()
             if reason:
                 until = " until windows are full" if step.grows else ""
                 warnings.warn(

@@ -105,16 +105,14 @@ class TokenStep:
         assert keys is not None and values is not None
         if self.sinks:
             keys.narrow(2, 0, memory.sinks).copy_(self.sinks[id(memory)])
-            if self.pads:  # padding stood in their slots
-                assert memory.sink_values is not None
-                values.narrow(2, 0, memory.sinks).copy_(memory.sink_values)
+            self._put_sink_values(memory)
         if self.slots < keys.shape[2]:
             keys, values = keys.narrow(2, 0, self.slots), values.narrow(2, 0, self.slots)
         return attend_all(turned_query, keys, values, **logits)
 
     def _takes_kernels(self, memory: LayerMemory, query: Tensor, key: Tensor, value: Tensor) -> bool:
         """Whether compiled kernels are to be taken, and take this."""
-        if self.slot is None or self.here is None or self.pads or not in_use():
+        if self.slot is None or self.here is None or not in_use():
             return False
         keys, values = memory.keys, memory.values
         return (
@@ -135,12 +133,20 @@ class TokenStep:
         keys, values, sinks = memory.keys, memory.values, self.sinks.get(id(memory))
         assert keys is not None and values is not None and self.here is not None
         query = turn_and_put(query, key, value, *self.here, self.slot, keys, values, sinks, memory.raw)
+        if sinks is not None:
+            self._put_sink_values(memory)
         is_plain = logits.get("softcap") is None and logits.get("sink_logits") is None
         if is_plain and attends(query, keys, values):
             return attend(query, keys, values, self.count, logits["scaling"], self.scratch)
         if self.grows:
             raise _growing_refused()
         return attend_all(query, keys, values, **logits)
+
+    def _put_sink_values(self, memory: LayerMemory) -> None:
+        """Put the sinks' values into their slots, where padding stood."""
+        if self.pads:
+            assert memory.values is not None and memory.sink_values is not None
+            memory.values.narrow(2, 0, memory.sinks).copy_(memory.sink_values)
 
 
 def token_step(

@@ -27,6 +27,8 @@ from everlong.kernels.looking import LOOKED, look
 
 __all__ = ["LOOKED", "RUN", "attend_runs", "gated", "look", "merge_runs", "rms_norm", "turn_and_put"]
 
+_MADE_OF = "a082c9c806e21575"  # of compiling.py: when that changes, what Numba keeps of these is outdated
+
 RUN = 128
 """Keys that a thread attends to at once: with their values they fit into its own cache."""
 

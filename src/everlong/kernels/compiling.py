@@ -1,7 +1,7 @@
 """How kernels are compiled, and what all of them are made of; imported only where Numba is installed.
 
-What Numba keeps of a kernel it takes for outdated by the kernel's own file alone: whoever changes this one
-in a checkout touches the others.
+What Numba keeps of a kernel it takes for outdated by the kernel's own file alone. So these name this one's
+hash.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Whether there are kernels, and whether what runs now may take them.
 
 Most are taken only in steps that are recorded: there what they give is held against PyTorch's before it is
-believed, and there what they save is not lost among the calls around them. Attention to several parts saves
-enough by itself, and is held against plain operations by itself (:mod:`everlong.attention.compiled_parts`).
+believed, and there what they save is not lost among the calls around them. Attention to several parts, and
+looking at keys, save enough by themselves, and are held against plain operations by themselves
+(:mod:`everlong.attention.compiled_parts`, :mod:`everlong.attention.compiled_keys`).
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ from numba import carray
 
 from everlong.kernels.compiling import answer_of, bytes_at, f32, floats_at, inner, kernel, longs_at
 
+_MADE_OF = "a082c9c806e21575"  # of compiling.py: when that changes, what Numba keeps of these is outdated
+
 LOOKED = 256
 """Keys that a thread looks at before it seeks the largest products."""
 

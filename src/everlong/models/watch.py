@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from itertools import chain
+from itertools import chain, count
 from operator import is_, itemgetter, methodcaller
 from typing import Any
 
@@ -37,6 +37,10 @@ _is_training = itemgetter("training")
 _forward = methodcaller("get", "forward")
 
 
+_numbers = count()
+"""Of all watches, so that a later one of the same model never says what an earlier one said."""
+
+
 class ModelWatch:
     """Watches one model.
 
@@ -51,7 +55,7 @@ class ModelWatch:
     def __init__(self, model: nn.Module, is_own: Callable[[Any], bool]) -> None:
         self._model = model
         self._is_own = is_own
-        self._number = 0
+        self._number = next(_numbers)
         self._snapshot: _Snapshot | None = None
 
     def state(self, *, lying_still: bool = True) -> int | None:
@@ -66,7 +70,7 @@ class ModelWatch:
         """
         if self._snapshot is None or not self._snapshot.holds(lying_still):
             self._snapshot = _Snapshot(self._model, self._is_own)
-            self._number += 1
+            self._number = next(_numbers)
         return self._number if self._snapshot.can_be_recorded else None
 
     @property
