@@ -321,7 +321,8 @@ def goals() -> list[str]:
         "them; on two machines of 2 cores each. The one without AVX-512 reads memory and multiplies about "
         "half as fast; the other was measured before there were compiled kernels, and its sessions together, "
         "and the one that they are held against, in steps that were not recorded. With AVX2 the 32,768 "
-        "tokens were read in an earlier run than the rest, of the same day.",
+        "tokens were read in an earlier run than the rest, of the same day, and sessions together "
+        "measured a day later.",
         "",
         *table(
             [*heading[:3], *(f"{heading[3]}, {name}" for name in PROCESSORS.values())],
