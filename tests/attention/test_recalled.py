@@ -223,7 +223,7 @@ def test_gradients_flow_into_what_is_recalled_and_into_what_looks_at_it(policy, 
             return model(ids_of(), **cache, use_cache=True).logits[0, :, 5].sum()
 
     loss().backward()
-    found, step = float(weight.grad[0, 0]), 2e-3  # norms are computed in single precision
+    found, step = float(weight.grad[0, 0]), 8e-3  # norms are computed in single precision
     with torch.no_grad():
         sides = []
         for side in (step, -2 * step):
