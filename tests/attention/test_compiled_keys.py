@@ -163,7 +163,7 @@ def test_a_kernel_that_is_wrong_is_left_with_a_warning(monkeypatch):
     monkeypatch.setattr(compiled_keys, "_is_right", compiled_keys._is_right.__wrapped__)
     keys, asked = randn(2, 90, 16), randn(2, 3, 16, seed=1)
     best = BlockMaxima(asked, 0, 90, 8)
-    with pytest.warns(UserWarning, match="looks at keys wrongly"):
+    with pytest.warns(UserWarning, match="look at keys wrongly"):
         best.look(0, keys)
     torch.testing.assert_close(best.found.double(), largest(asked, keys, 0, 0, 90, 8), atol=1e-4, rtol=0)
 

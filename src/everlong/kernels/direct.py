@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import torch
@@ -11,6 +12,27 @@ from torch import Tensor
 from everlong.kernels.calls import attends, fit, function, given_to, require
 from everlong.kernels.loading import compiled
 from everlong.kernels.team import asking_addresses, has_team, in_every_thread
+
+
+def is_believed(gives_the_same: Callable[[], bool], what_they_do: str) -> bool:
+    """Whether there are kernels, compiled now if they were not, that give what plain operations give here.
+
+    Parameters
+    ----------
+    gives_the_same : callable
+        Holds them against plain operations.
+    what_they_do : str
+        For a warning where they differ.
+    """
+    if compiled() is None or not has_team():
+        return False
+    with torch.autocast("cpu", enabled=False):  # whoever asks first
+        is_right = gives_the_same()
+    if not is_right:
+        warnings.warn(
+            f"compiled kernels {what_they_do} wrongly on this machine: PyTorch's are taken", stacklevel=3
+        )
+    return is_right
 
 
 def attends_parts(parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> bool:
