@@ -63,7 +63,7 @@ class ReadyPool(ReadyTokens):
             return super().placed(chosen, view, places, is_final=is_final)
         if self._held is not None:  # the base's
             self._forget()
-        frequencies, wanted = view.rotation.frequencies, [spans for (spans,) in chosen]
+        frequencies, wanted = view.rotation.frequencies, [list(spans) for (spans,) in chosen]
         scaling = None if frequencies is None else frequencies.scaling
         if scaling != self._scaling:
             self._empty()
