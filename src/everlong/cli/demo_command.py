@@ -53,12 +53,14 @@ def demo(
         from everlong.evaluation import report
         from everlong.evaluation.comparison import STOCK, Method, Plan, compare_methods
         from everlong.evaluation.texts import standard_library
+        from everlong.kernels.loading import compiled
         from everlong.models.loading import load_model
         from everlong.reading.sampling import Sampling
 
         options: dict[str, Any] = {"window": _WINDOW} if has_option(method.name, "window") else {}
         policy = make_policy(method.name, options | parse_settings(method.settings))
         loaded = load_model(model.model, **model.loading(progress))
+    compiled()  # once for a machine: not while reading is timed
     excerpt = standard_library(loaded.tokenizer, tokens, system=system)
     what = f"{len(excerpt.ids):,} tokens of {excerpt.name}"
     how = f"a window of {policy.span:,} tokens" if policy.span else "no window"
