@@ -330,8 +330,9 @@ def goals() -> list[str]:
         ),
         "",
         "Where a step's time goes: [with AVX-512](benchmarks/results/profile_step.md), "
-        "[with AVX2](benchmarks/results/avx2/profile_step.md). What guessing",
-        "ahead saves: [speculation.md](benchmarks/results/speculation.md).",
+        "[with AVX2](benchmarks/results/avx2/profile_step.md); where that of",
+        "reading goes, [with AVX2](benchmarks/results/avx2/profile_read.md). What guessing ahead saves: "
+        "[speculation.md](benchmarks/results/speculation.md).",
         *(source(name, load(name), "goals") for name in PROCESSORS),
     ]
 

@@ -43,6 +43,7 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     names += (
         "speculation",
         "profile_step",
+        "profile_read",
         "together",
         "memories",
         "naive",

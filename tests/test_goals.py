@@ -220,6 +220,32 @@ def test_what_is_besides_is_a_share_of_the_step_of_the_same_turn(
     assert found["besides"] == pytest.approx(0.5), "of 1 - 5 / 10, 1 - 19 / 20, 1 - 10 / 40"
 
 
+@pytest.mark.usefixtures("scripts")
+def test_reading_is_profiled_by_kinds_of_operators(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = Script("profile_read", monkeypatch, tmp_path / "profile_read.json")
+    monkeypatch.setattr(script.module, "PIECE", 64)
+    monkeypatch.setattr(script.module, "REPEATS", 3)
+    monkeypatch.setattr(rooflines, "_SIDE", {"cpu": 16})
+    monkeypatch.setattr(rooflines, "_BUFFER", {"cpu": 4096})
+    in_this_process(script, "profile_read.py", monkeypatch)
+    script.run("--model", str(folder / "tiny"), "--windows", "100")
+    assert measured(capsys) == ["a window of 100"]
+    row = script.rows["a window of 100"]
+    kinds, layers = row["kinds"], 2  # of the tiny model
+    assert kinds["products"]["calls"] == 7 * layers
+    assert [kinds[name]["calls"] for name in ("whole", "triangle", "sinks")] == [layers, 2 * layers, layers]
+    counted = sum(kind["flops"] for kind in kinds.values())
+    assert counted == pytest.approx(row["flops"], rel=0.01), "as the definition counts them"
+    assert kinds["others"]["calls"] > 100 and kinds["others"]["flops"] == 0
+    shown = script.table(0)
+    assert [line[0] for line in shown[1:-1]] == list(script.module.KINDS.values())
+    spent = sum(kind["milliseconds"] for kind in kinds.values())
+    assert shown[-1][1] == f"{row['milliseconds'] - spent:.0f}"
+    assert shown[0][-1] == f"{row['share']:.0%}"
+
+
 # --- llama.cpp ----------------------------------------------------------------------------------------
 
 STUB = """
