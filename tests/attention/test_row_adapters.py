@@ -1,8 +1,12 @@
 """Streams with adapters of their own in one forward, as rows or packed: each as it would be alone."""
 
+import threading
+
 import peft
 import pytest
 import torch
+from peft.tuners.lora import LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 import tests.tiny as tiny
 from everlong.attention import LMInfinite, attach
@@ -227,3 +231,69 @@ def test_a_layer_that_is_not_given_all_tokens_is_noticed(llama):
     packed = PackedSequences(caches, [4, 3])
     with pytest.raises(UnsupportedUseError, match="2 of 7 tokens"):
         llama.model(ids_of(7, 0), logits_to_keep=2, **tiny.cached(packed))
+
+
+# --- interrupted, and beside others -------------------------------------------------------------------
+
+
+def interrupt_once(monkeypatch, after):
+    """Raise KeyboardInterrupt when PEFT has put so many layers in, once."""
+    replace, count = LoraModel._create_and_replace, [0]
+
+    def replaced(*args, **kwargs):
+        count[0] += 1
+        if count[0] == after + 1:
+            raise KeyboardInterrupt
+        return replace(*args, **kwargs)
+
+    monkeypatch.setattr(LoraModel, "_create_and_replace", replaced)
+
+
+def has_adapters_in(handle):
+    return any(isinstance(module, BaseTunerLayer) for module in handle.model.modules())
+
+
+def test_what_an_interruption_kept_out_is_put_back_by_the_next_forward(llama, monkeypatch):
+    expected = [llama.model(ids_of(9, 3), **tiny.cached(cache)).logits for cache in alone(llama, LORAS)]
+    caches = alone(llama, LORAS)
+    interrupt_once(monkeypatch, after=1)
+    with pytest.raises(KeyboardInterrupt), llama.adapters.set_aside():
+        assert not has_adapters_in(llama)
+    assert not has_adapters_in(llama), "all of them or none"
+    assert all(parameter.requires_grad for parameter in llama.model.parameters())
+    for cache, logits in zip(caches, expected, strict=True):
+        assert torch.equal(llama.model(ids_of(9, 3), **tiny.cached(cache)).logits, logits)
+
+
+def test_an_adapter_whose_loading_was_interrupted_is_not_there(llama, monkeypatch):
+    cache, other = (alone(llama, ["wide"])[0] for _ in range(2))
+    expected = llama.model(ids_of(9, 3), **tiny.cached(other)).logits
+    interrupt_once(monkeypatch, after=1)
+    with pytest.raises(KeyboardInterrupt):
+        llama.adapters.load("another", *llama.adapters.loaded("wide"))
+    assert len(llama.adapters) == len(LORAS)
+    assert torch.equal(llama.model(ids_of(9, 3), **tiny.cached(cache)).logits, expected)
+
+
+@pytest.mark.parametrize("loras", [{}, LORAS], ids=["none", "some"])
+def test_other_threads_wait_while_all_are_aside(loras):
+    with attach(tiny.build("llama"), POLICY) as handle, torch.no_grad():
+        load(handle, loras)
+        expected = handle.model(ids_of(9, 3)).logits
+        found = []
+
+        def read():
+            with torch.no_grad():
+                found.append(handle.model(ids_of(9, 3)).logits)
+
+        other = threading.Thread(target=read)
+        with handle.adapters.set_aside():
+            config = peft.LoraConfig(**LORAS["everywhere"] | {"init_lora_weights": False})
+            student = peft.get_peft_model(handle.model, config)
+            other.start()
+            assert not torch.allclose(student(ids_of(9, 3)).logits, expected, atol=0.1)
+            other.join(0.3)
+            assert other.is_alive() and not found
+            student.unload()
+        other.join()
+        assert torch.equal(found[0], expected)

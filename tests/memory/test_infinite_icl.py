@@ -382,6 +382,25 @@ def test_earlier_lessons_are_rehearsed_in_measure(
             pool += lessons
 
 
+def test_of_a_long_text_each_segment_is_rehearsed_as_often_as_any_other(
+    model: AttachedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(infinite_icl, "_POOL", 100)
+    left = torch.zeros(40)
+    for seed in range(30):
+        learner, state = learner_of(model, seed), Progress()
+        for segment in range(40):
+            lessons: Any = [(segment, number) for number in range(11)]
+            state.pool = learner._pooled(state, lessons, segment)
+            state.pairs += lessons
+            assert len(set(state.pool)) == len(state.pool) == min(100, len(state.pairs))
+        for pooled in state.pool:
+            left[pooled[0]] += 1  # type: ignore[index]
+    expected = 30 * 100 / 40  # of each segment, with a deviation of some 8
+    assert (left - expected).abs().max() < 4.5 * 8
+    assert abs(left[:10].mean() - expected) < 10
+
+
 @pytest.mark.parametrize("held_out", [0.0, 0.1, 0.5])
 def test_what_is_held_out_is_not_learned(
     model: AttachedModel, held_out: float, monkeypatch: pytest.MonkeyPatch

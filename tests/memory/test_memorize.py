@@ -7,7 +7,9 @@ from everlong import LLM, FullAttention
 from everlong.errors import ConfigurationError, InputError, MemoryStoreError, UnknownNameError
 from everlong.memory import unfinished
 from everlong.memory.memorize import memorize
+from everlong.memory.progress import Progress
 from everlong.memory.recipes import Recipe, make_recipe
+from everlong.memory.unfinished import Unfinished
 from tests import tiny
 from tests.memory.adapters import content
 from tests.memory.test_infinite_icl import TEXT, recipe_of
@@ -80,6 +82,22 @@ def test_what_was_saved_and_is_damaged_is_learned_again(llm, store):
     begun = []
     llm.memorize(TEXT, "bees", FAST, store=store, progress=lambda at: begun.append(at.segment))
     assert min(begun) == 0
+
+
+def test_two_processes_that_learn_the_same_do_not_disturb_each_other(store):
+    stops = []
+    saved = [Unfinished(store.folder, "a text") for _ in range(2)]
+    for number in (0, 1):
+        for one in saved:
+            one.save(Progress(segment=number))
+            stops.append(one.load().segment)
+    saved[0].save(Progress(segment=2))
+    saved[1].save(Progress(segment=1))
+    assert [*stops, saved[1].load().segment] == [0, 0, 1, 1, 2], "what is ahead stays"
+    assert len(list(saved[0].folder.glob("segment-*"))) == 2
+    saved[0].discard()
+    saved[1].save(Progress(segment=2))
+    assert saved[0].load().segment == 2
 
 
 def test_a_full_disk_is_explained_and_what_was_saved_stays(llm, store, monkeypatch):

@@ -8,6 +8,7 @@ import torch
 
 from everlong import LLM, FullAttention
 from everlong.errors import ConfigurationError, StateError, UnknownNameError, UnsupportedUseError
+from everlong.memory.routing import known_memories
 from everlong.models.fingerprint import weights_hash
 from tests import tiny
 from tests.memory.adapters import adapter_of, lora, record
@@ -170,3 +171,22 @@ def test_a_model_with_adapters_of_its_own_takes_no_memories(stocked):
         stocked.add(record("own", base_hash=llm._attached.weights_hash), lora())
         with pytest.raises(UnsupportedUseError, match="adapters of PEFT's already"):
             llm.session(memories=["own"], store=stocked)
+
+
+def test_what_does_not_fit_into_the_largest_rank_is_told(llm, stocked, model, monkeypatch):
+    monkeypatch.setattr("everlong.memory.combine.RANKS", (8, 16))
+    stocked.add(record("boots", base_hash=weights_hash(model), rank=8), adapter_of(model, 5))
+    logits_of(llm, stocked, "bees", "boats")
+    with pytest.warns(UserWarning, match="bees, boats, boots together need a rank above 16: .*left out"):
+        logits_of(llm, stocked, "bees", "boats", "boots")
+
+
+def test_weights_are_told_by_their_hash_once_for_all_memories(llm, stocked, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "everlong.reading.attached.weights_hash", lambda model: asked.append(1) or weights_hash(model)
+    )
+    for memories in (["bees", "boats"], "auto"):
+        recalled = known_memories(llm._attached, memories, None, stocked)
+        assert len(asked) == 1, recalled
+        asked.clear()

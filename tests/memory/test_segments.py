@@ -8,7 +8,7 @@ import pytest
 
 from everlong.errors import InputError
 from everlong.memory import segments as segments_module
-from everlong.memory.segments import Segment, segments, split_sentences
+from everlong.memory.segments import Cutter, Segment, segments, split_sentences
 from everlong.reading.tokens import TextCoder
 from tests.reading.small_tokenizers import trained
 from tests.tiny import byte_tokenizer
@@ -109,6 +109,19 @@ def test_no_more_than_a_segment_is_held() -> None:
     assert taken < 6
 
 
+@pytest.mark.parametrize("word", ["rain ", "rain, left. nobody ", "rain", "雨"])
+def test_so_it_is_where_no_sentence_ends(word: str) -> None:
+    cutter = Cutter(CODERS["bytes"], 64)
+    found = []
+    for _ in range(400):
+        found += cutter.feed(word)
+        assert cutter.waiting < 4 * 64
+    assert len(found) > 400 * len(word) // 64 - 4
+    found += cutter.finish()
+    assert found == list(segments([word * 400], CODERS["bytes"], 64))
+    assert all(part.tokens > 24 for part in found[:-1])
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -121,6 +134,8 @@ def test_no_more_than_a_segment_is_held() -> None:
         ("Title\n\nIt rained.", ["Title\n\n", "It rained."]),
         ("她卖蜂蜜！是吗？是的。", ["她卖蜂蜜！", "是吗？", "是的。"]),
         ("one line\nand another", ["one line\nand another"]),
+        ("वह शहद बेचती है। बारिश हुई।", ["वह शहद बेचती है। ", "बारिश हुई।"]),
+        ("هل تبيع العسل؟ نعم.", ["هل تبيع العسل؟ ", "نعم."]),
         ("", []),
     ],
 )
@@ -130,8 +145,8 @@ def test_where_sentences_end(text: str, expected: list[str]) -> None:
 
 def test_white_space_beyond_measure_is_left_out() -> None:
     found = list(segments(["It rained." + "\n" * 200 + "It snowed." + " " * 99], CODERS["bytes"], 32))
-    assert [part.text for part in found] == ["It rained.", "It", "snowed."]
-    assert [part.number for part in found] == [0, 1, 2]
+    assert [part.text for part in found] == ["It rained.", "It snowed."]
+    assert [part.number for part in found] == [0, 1]
 
 
 def test_sentences_fill_segments() -> None:
@@ -154,3 +169,18 @@ def test_a_text_that_the_tokenizer_shatters_is_refused(monkeypatch: pytest.Monke
         list(segments(["奥拉养蜂。" * 40], CODERS["gpt2"], 64))
     prose = "It is a truth universally acknowledged. " * 40
     assert len(list(segments([prose], CODERS["gpt2"], 64))) > 4
+
+
+def test_a_script_of_three_bytes_a_character_is_known_if_each_is_a_token(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.undo()
+
+    class Known(TextCoder):
+        def encode_after(self, text: str) -> list[int]:
+            return list(map(ord, text))
+
+    text = "子曰學而時習之不亦說乎。" * 40
+    assert len(list(segments([text], Known(byte_tokenizer()), 64))) > 4
+    with pytest.raises(InputError, match="does not know this script"):
+        list(segments(["9f86d081 884c7d65 " * 40], Known(byte_tokenizer()), 64))

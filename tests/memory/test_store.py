@@ -14,8 +14,10 @@ from everlong.errors import ConfigurationError, InputError, MemoryStoreError, Un
 from everlong.memory import store as store_module
 from everlong.memory.adapter import Adapter
 from everlong.memory.pairs import Pair
+from everlong.memory.progress import Progress
 from everlong.memory.record import Recipe, Source
 from everlong.memory.store import MemoryStore
+from everlong.memory.unfinished import Unfinished
 from tests.memory.adapters import IDS, PAIRS, content, logits_with, lora, record
 
 # --- there and back ----------------------------------------------------------------------------------
@@ -294,7 +296,9 @@ def test_deleting_that_fails_says_so(kept, monkeypatch):
 def test_reset_deletes_all(kept):
     kept.add(record("other"), lora())
     (kept.folder / "other" / "memory.json").write_text("{")
+    Unfinished(kept.folder, "a text").save(Progress(segment=1))
     assert kept.reset() == 2 and content(kept.folder) == {} and kept.reset() == 0
+    assert Unfinished(kept.folder, "a text").load() is None
 
 
 def test_export_copies_the_folder(kept, tmp_path):

@@ -299,7 +299,7 @@ class Attachment:
         if given is not None:
             refuse_foreign_cache(given, self.owner)
         cache = self._implicit_cache() if given is None else given
-        spans = cache.adapters(inputs.rows, inputs.tokens) if len(self.adapters) else []
+        spans = cache.adapters(inputs.rows, inputs.tokens) if self.adapters.are_needed else []
         self.adapters.refuse_mixture(spans)
         is_kept = given is not None or bool(use_cache)
         if isinstance(cache, (PackedSequences, RecordableStep, Merging)):

@@ -176,8 +176,8 @@ class LayerView:
         if self.new is None:
             return _joined([buffer[:, :, run] for run in self.memory.runs(begin, stop)] or [buffer[:, :, :0]])
         if name not in self._lists:
-            pieces = [] if buffer is None or not self.memory.seen else [self.memory.ordered(buffer)]
-            self._lists[name] = _joined([*pieces, self.new[which]])
+            runs = [] if buffer is None else self.memory.runs(self.first, self.memory.seen)
+            self._lists[name] = _joined([*(buffer[:, :, run] for run in runs), self.new[which]])
         return self._lists[name][:, :, begin - self.first : stop - self.first]
 
     # --- parts -------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from everlong.models.adapters import while_peft_wraps
+from everlong.models.adapters import take_out_adapters, while_peft_wraps
 from everlong.models.loading import LoadedModel
 
 
@@ -26,12 +26,15 @@ def adapted(loaded: LoadedModel, folder: str | Path) -> Iterator[LoadedModel]:
     from peft import PeftModel
 
     wanted = {parameter: parameter.requires_grad for parameter in loaded.model.parameters()}
-    with while_peft_wraps():
-        model: Any = PeftModel.from_pretrained(loaded.model, str(folder))
+    model: Any = None
     try:
+        with while_peft_wraps():
+            model = PeftModel.from_pretrained(loaded.model, str(folder))
         yield dataclasses.replace(loaded, model=model)
     finally:
-        if not model.active_peft_config.is_prompt_learning:  # a cartridge leaves the model's layers alone
+        if model is None:  # interrupted: some layers may have it
+            take_out_adapters(loaded.model)
+        elif not model.active_peft_config.is_prompt_learning:  # a cartridge leaves the model's layers alone
             model.unload()
         for parameter, wants in wanted.items():
             parameter.requires_grad_(wants)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from everlong.memory.adapter import Adapter
 from everlong.memory.compatible import RANKS, lora_key
 
 Factors = tuple[Tensor, Tensor]
+_TOLD = 5e-4  # of the weights, left out: less is 0.0 %
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,16 @@ class Combination:
     adapter: Adapter
     method: str
     error: float
+
+    def told(self, whose: str) -> Adapter:
+        """Return the adapter; warn, naming what it was made of, where it is not all of that."""
+        if self.error > _TOLD:
+            warnings.warn(
+                f"{whose} together need a rank above {RANKS[-1]}: of their weights {self.error:.1%} are left "
+                "out. Use fewer at a time, or learn with a smaller rank",
+                stacklevel=3,
+            )
+        return self.adapter
 
     @property
     def rank(self) -> int:

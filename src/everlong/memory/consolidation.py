@@ -18,7 +18,7 @@ from everlong.errors import NumericalError
 from everlong.memory.distillation import divergence
 from everlong.memory.forest import in_batches, read_past, run_forest
 from everlong.memory.lessons import Lesson, response_rows
-from everlong.models.adapters import while_peft_wraps
+from everlong.models.adapters import take_out_adapters, while_peft_wraps
 from everlong.models.head import Head
 from everlong.reading.attached import AttachedModel
 
@@ -272,13 +272,16 @@ def student(model: AttachedModel, config: Any, name: str = "memory") -> Iterator
     base: Any = model.attachment.model
     config = replace(config, base_model_name_or_path=None)  # else PEFT warns that it is none it knows
     wanted = {parameter: parameter.requires_grad for parameter in base.parameters()}
-    with while_peft_wraps():
-        adapted = get_peft_model(base, config, adapter_name=name)
-    adapted.eval()
+    adapted: Any = None
     try:
+        with while_peft_wraps():
+            adapted = get_peft_model(base, config, adapter_name=name)
+        adapted.eval()
         yield adapted
     finally:
-        if not config.is_prompt_learning:  # that puts nothing into the model
+        if adapted is None:  # interrupted: some layers may have it
+            take_out_adapters(base)
+        elif not config.is_prompt_learning:  # that puts nothing into the model
             adapted.unload()
         for parameter, wants in wanted.items():
             parameter.requires_grad_(wants)

@@ -17,6 +17,9 @@ ANOTHER_FOLDER = "choose another folder (EVERLONG_HOME)"
 REPLACED_SUFFIX = ".replaced"
 """What a folder that is being replaced ends in, for an instant."""
 
+UNFINISHED = ".unfinished"
+"""What the folder in a store is called that holds how far learning has come."""
+
 
 @contextmanager
 def explained(folder: Path, task: str, remedy: str = ANOTHER_FOLDER) -> Iterator[None]:

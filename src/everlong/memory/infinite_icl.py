@@ -173,7 +173,7 @@ class InfiniteICL:
                     self._train(adapted, lessons, segment, state, report)
                     saved = _state(adapted)
                     state.adapters = [*state.adapters, saved] if self.recipe.carry == "separate" else [saved]
-                    state.pool = self._pooled(state.pool, lessons, segment.number)
+                    state.pool = self._pooled(state, lessons, segment.number)
                     state.pairs += [lesson.pair for lesson in lessons]
                 state.segment = segment.number + 1
                 if on_segment is not None:
@@ -350,19 +350,26 @@ class InfiniteICL:
         keeps_hidden = self.recipe.hidden_weight > 0 and teacher is self.model
         return Teacher(teacher, top_k=self.recipe.top_k, hidden=keeps_hidden, student=self.model)
 
-    def _pooled(self, pool: list[Lesson], lessons: list[Lesson], segment: int) -> list[Lesson]:
-        """Return the lessons to rehearse from now on: of all so far, each as likely as any other."""
+    def _pooled(self, state: Progress, lessons: list[Lesson], segment: int) -> list[Lesson]:
+        """Return the lessons to rehearse from now on: of all so far, each as likely as any other.
+
+        Of a sample of all is kept what a sample of all and the new ones would have of it (Vitter 1985, in
+        batches).
+        """
         if self.recipe.carry != "replay":
             return []
+        before = len(state.pairs)
+        if before + len(lessons) <= _POOL:
+            return [*state.pool, *lessons]
         draws = random.Random(self.seed + segment)
-        together = [*pool, *lessons]
-        return together if len(together) <= _POOL else draws.sample(together, _POOL)
+        new = sum(number >= before for number in draws.sample(range(before + len(lessons)), _POOL))
+        return [*draws.sample(state.pool, _POOL - new), *draws.sample(lessons, new)]
 
     @contextmanager
     def _seeded(self) -> Iterator[None]:
-        """Draw the adapter's first weights from the seed, and leave PyTorch's generator as it was."""
+        """Draw the adapter's first weights, which PEFT does on the CPU, from the seed, beside other draws."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
+            torch.default_generator.manual_seed(self.seed)
             yield
 
 

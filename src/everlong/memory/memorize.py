@@ -103,7 +103,9 @@ def as_one(learner: InfiniteICL, progress: Progress) -> Adapter:
         Adapter(learner.config(len(tensors.get(cartridge.WEIGHTS, ()))), tensors)
         for tensors in progress.adapters
     ]
-    return adapters[0] if len(adapters) == 1 else combine(adapters).adapter
+    if len(adapters) == 1:
+        return adapters[0]
+    return combine(adapters).told(f"the adapters of {len(adapters)} segments")
 
 
 def _whole(source: Any, model: AttachedModel) -> str:

@@ -27,7 +27,7 @@ from everlong.memory.own_texts import OwnTexts
 from everlong.memory.progress import LearnProgress, Progress
 from everlong.memory.recalling import adapter_name, put_on
 from everlong.memory.recipes import Recipe, make_recipe
-from everlong.memory.record import AUTO, LONGEST_NAME, Source, check_name
+from everlong.memory.record import AUTO, LONGEST_NAME, Source, check_name, read_record
 from everlong.memory.segments import Cutter, Segment
 from everlong.memory.store import MemoryStore
 from everlong.reading.attached import AttachedModel
@@ -298,7 +298,7 @@ class PassingLearner:
         adapter = own
         if before.names:
             loaded = self._model.attachment.adapters.loaded(before.adapter)
-            adapter = combine([Adapter(*loaded), own]).adapter
+            adapter = combine([Adapter(*loaded), own]).told("what the session knew and what it learned")
         name = adapter_name(before.adapter, [(own, 1.0)])
         return put_on(self._model, (*before.names, self._name), (*before.weights, 1.0), adapter, name)
 
@@ -308,7 +308,7 @@ class PassingLearner:
             return
         is_ours = False
         with suppress(UnknownNameError):  # none is called so
-            is_ours = self._store.get(self._name).record.created == self._created
+            is_ours = read_record(self._store.path(self._name)).created == self._created
             if self._was_kept and not is_ours:
                 raise ConfigurationError(
                     f"memory {self._name!r} is another one now than that which this session learns: rename "

@@ -48,27 +48,23 @@ def recall_memories(
     shares = [1.0] * len(found) if weights is None else [float(weight) for weight in weights]
     if len(shares) != len(found):
         raise ConfigurationError(f"{len(found)} memories need as many weights, not {len(shares)}")
+    base_hash = model.weights_hash
     for memory in found:
-        if reason := why_foreign(model, memory):
-            raise ConfigurationError(reason)
+        if memory.record.base_hash != base_hash:
+            raise ConfigurationError(foreign(memory, model.name))
         if memory.record.kind == "cartridge" and (len(found) > 1 or shares != [1.0]):
             raise ConfigurationError(
                 f"memory {memory.name!r} is a cartridge: it is used alone, with no other and no weight"
             )
+    names = [memory.name for memory in found]
     adapters = [memory.adapter() for memory in found]
     together: Adapter = adapters[0]
     if len(found) > 1 or shares != [1.0]:
-        together = combine(adapters, shares).adapter
-    names = [memory.name for memory in found]
+        together = combine(adapters, shares).told("memories " + ", ".join(names))
     called = adapter_name("", list(zip(adapters, shares, strict=True)))
     if found[0].record.kind == "cartridge":
         return Memories(tuple(names), tuple(shares), called, prefix_of(model, together.tensors[WEIGHTS]))
     return put_on(model, names, shares, together, called)
-
-
-def why_foreign(model: AttachedModel, memory: Memory) -> str | None:
-    """Say why a memory is none of a model's; None: it is one."""
-    return None if memory.record.base_hash == model.weights_hash else foreign(memory, model.name)
 
 
 def foreign(memory: Memory, name: str) -> str:

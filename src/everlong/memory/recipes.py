@@ -42,7 +42,8 @@ class Recipe:
     top_k : int
         Next tokens whose probability the teacher tells; the others are one event.
     hidden_weight : float
-        Of the distance between last hidden states in the loss.
+        Of the distance between last hidden states in the loss. With hard targets it concerns what holds the
+        student to the base model, and not the lessons.
     carry : {"carried", "replay", "separate"}
         One adapter goes through all segments; or that, while earlier pairs are rehearsed; or each segment
         has its own, combined in the end.

@@ -9,7 +9,7 @@ from torch import Tensor
 from everlong.errors import ConfigurationError
 from everlong.memory.folder import Memory
 from everlong.memory.lexical import FUNCTION_WORDS, LexicalIndex, words_of
-from everlong.memory.recalling import recall_memories, why_foreign
+from everlong.memory.recalling import foreign, recall_memories
 from everlong.memory.record import AUTO
 from everlong.memory.store import MemoryStore
 from everlong.reading.attached import AttachedModel
@@ -131,16 +131,15 @@ def known_memories(
         )
     named = [memory for memory in asked if memory != AUTO]
     found = [store.get(memory) if isinstance(memory, str) else memory for memory in named]
+    base_hash = model.weights_hash
     for memory in found:
-        if reason := _why_not(model, memory):
-            raise ConfigurationError(reason)
+        if memory.record.kind != "lora":
+            raise ConfigurationError(
+                f"memory {memory.name!r} is a {memory.record.kind}: it is named, not chosen"
+            )
+        if memory.record.base_hash != base_hash:
+            raise ConfigurationError(foreign(memory, model.name))
     if not named:
-        found = [memory for memory in store.list() if _why_not(model, memory) is None]
+        ours = "lora", base_hash
+        found = [memory for memory in store.list() if (memory.record.kind, memory.record.base_hash) == ours]
     return Routing(model, found, store, [AUTO, *(memory.name for memory in found if named)])
-
-
-def _why_not(model: AttachedModel, memory: Memory) -> str | None:
-    """Say why a memory cannot be chosen; None: it can."""
-    if memory.record.kind != "lora":
-        return f"memory {memory.name!r} is a {memory.record.kind}: it is named, not chosen"
-    return why_foreign(model, memory)

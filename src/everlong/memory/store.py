@@ -13,7 +13,7 @@ from filelock import FileLock
 
 from everlong.errors import ConfigurationError, MemoryStoreError, UnknownNameError
 from everlong.memory.adapter import Adapter
-from everlong.memory.disk import ANOTHER_FOLDER, erase, explained, put_back, put_in_place
+from everlong.memory.disk import ANOTHER_FOLDER, UNFINISHED, erase, explained, put_back, put_in_place
 from everlong.memory.folder import (
     PAIRS_FILE,
     BrokenMemory,
@@ -251,10 +251,17 @@ class MemoryStore:
         return freed
 
     def reset(self) -> int:
-        """Delete all memories, sound and broken, and return their number. Other files stay."""
+        """Delete all memories, sound and broken, and return their number.
+
+        What of a text was not learned to its end is deleted, too; other files stay.
+        """
         paths = memories_in(self.folder)
         for path in paths:
             self.delete(path.name)
+        unfinished = self.folder / UNFINISHED
+        if unfinished.exists():
+            with self._writing("delete what is not finished", "delete what is left of it by hand"):
+                erase(unfinished)
         return len(paths)
 
     def _all(self) -> Iterator[Memory | BrokenMemory]:

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from everlong.memory.disk import erase, explained
+from everlong.memory.disk import UNFINISHED, erase, explained, put_back, put_in_place
 from everlong.memory.progress import Progress
 from everlong.models.files import make_folder, scratch_folder, sweep
 
-_FOLDER = ".unfinished"
 _STATE, _TENSORS = "state.json", "state.safetensors"
 
 
 class Unfinished:
-    """The last whole segment of one text being learned in one way.
+    """The last whole segment of one text being learned in one way, by any number of processes.
 
     Parameters
     ----------
@@ -32,7 +31,7 @@ class Unfinished:
 
     def __init__(self, store: Path, *identity: Any) -> None:
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
-        self.folder = store / _FOLDER / key
+        self.folder = store / UNFINISHED / key
 
     def save(self, progress: Progress) -> None:
         """Put `progress` in the place of what was saved before.
@@ -42,17 +41,22 @@ class Unfinished:
         MemoryStoreError
             There is no room, or no right to; what was saved before is still there.
         """
-        with explained(self.folder, "save how far learning has come"):
-            make_folder(self.folder)
+        with (
+            explained(self.folder, "save how far learning has come"),
+            FileLock(make_folder(self.folder) / ".lock"),
+        ):
+            put_back(self.folder)
             sweep(self.folder)
             before = self._saved()
             with scratch_folder(self.folder) as draft:
                 tensors, values = progress.state()
                 save_file(tensors, draft / _TENSORS)
                 (draft / _STATE).write_text(json.dumps(values), encoding="utf-8")
-                os.replace(draft, self.folder / f"segment-{progress.segment}")
-            for path in before:
-                erase(path)
+                path = self.folder / f"segment-{progress.segment}"
+                put_in_place(draft, path)
+            for other in before:
+                if _number(other) < progress.segment:  # another process may be ahead
+                    erase(other)
 
     def load(self) -> Progress | None:
         """Return what was saved last; None: nothing, or nothing that can be read."""
@@ -71,7 +75,11 @@ class Unfinished:
 
     def _saved(self) -> list[Path]:
         found = [path for path in self.folder.glob("segment-*") if path.name[8:].isdigit()]
-        return sorted(found, key=lambda path: int(path.name[8:]))
+        return sorted(found, key=_number)
+
+
+def _number(path: Path) -> int:
+    return int(path.name[8:])
 
 
 def _read(path: Path) -> Progress:

@@ -42,6 +42,7 @@ class Adapters:
         self._uses: Counter[str] = Counter()
         self._released: deque[str] = deque()
         self._layers: list[Any] = []
+        self._in: set[str] = set()  # of those loaded, what PEFT's layers have
         self._current: str | None | tuple[Span, ...] = None
         self._hooks: list[Any] = []  # on the layers, while tokens differ
         self._alone: set[str] = set()
@@ -50,6 +51,11 @@ class Adapters:
 
     def __len__(self) -> int:
         return len(self._loaded)
+
+    @property
+    def are_needed(self) -> bool:
+        """Whether a forward must :meth:`begin`: there are some, or somebody has the model without any."""
+        return bool(self._loaded) or self._aside > 0
 
     def load(self, name: str, config: Any, tensors: Mapping[str, Tensor]) -> None:
         """Put an adapter beside the others.
@@ -115,8 +121,15 @@ class Adapters:
             "whoever uses an adapter holds its Memories"
         )
         self._lock.acquire()
-        if wanted == self._current:
-            return
+        try:
+            self._put_back()
+            if wanted != self._current:
+                self._use(wanted)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _use(self, wanted: str | None | tuple[Span, ...]) -> None:
         self._unhook()
         name, before = (now if isinstance(now, str) else None for now in (wanted, self._current))
         if name != before:
@@ -132,7 +145,7 @@ class Adapters:
     @contextmanager
     def active(self, name: str | None) -> Iterator[None]:
         """Within the block, forwards of this thread use adapter `name` (None: none), and no others run."""
-        if not self._loaded:
+        if not self.are_needed:
             yield
             return
         self.begin([(name, 1)])
@@ -145,29 +158,29 @@ class Adapters:
     def set_aside(self) -> Iterator[None]:
         """Within the block, and blocks within it, the model is what it was without any adapter."""
         with self._lock:
-            self.remove()
-            self._forget_released()
             self._aside += 1
             try:
+                self.remove()
+                self._forget_released()
                 yield
             finally:
                 self._aside -= 1
-                if not self._aside:
-                    for name in self._loaded:
-                        self._put_in(name)
+                self._put_back()
 
     def remove(self) -> None:
         """Take PEFT's layers out of the model."""
         with self._lock:
             if not self._layers:
                 return
-            for path, layer in list(self._model.named_modules()):
-                if layer in self._layers:
-                    parent, _, child = path.rpartition(".")
-                    setattr(self._model.get_submodule(parent), child, layer.get_base_layer())
-            self._model.__dict__.pop("peft_config", None)
+            take_out_adapters(self._model)
             self._unhook()
-            self._layers, self._current = [], None
+            self._layers, self._in, self._current = [], set(), None
+
+    def _put_back(self) -> None:
+        """Put in what is not, unless all are aside: also what an interruption kept out."""
+        if not self._aside:
+            for name in [name for name in self._loaded if name not in self._in]:
+                self._put_in(name)
 
     def _forget_released(self) -> None:
         while self._released:
@@ -189,11 +202,18 @@ class Adapters:
             )
         config, tensors = self._loaded[name]
         wanted = {parameter: parameter.requires_grad for parameter in self._model.parameters()}
-        with while_peft_wraps():
-            model: Any = inject_adapter_in_model(config, self._model, adapter_name=name)
-        set_peft_model_state_dict(model, _unprefixed(tensors), adapter_name=name)
-        for parameter, wants in wanted.items():
-            parameter.requires_grad_(wants)
+        try:
+            with while_peft_wraps():
+                model: Any = inject_adapter_in_model(config, self._model, adapter_name=name)
+            set_peft_model_state_dict(model, _unprefixed(tensors), adapter_name=name)
+        except BaseException:  # some layers may have it
+            self.remove()
+            take_out_adapters(self._model)
+            raise
+        finally:
+            for parameter, wants in wanted.items():
+                parameter.requires_grad_(wants)
+        self._in.add(name)
         self._layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
         for layer in self._layers:
             layer.enable_adapters(False)
@@ -289,6 +309,18 @@ def _has(layer: Any, name: str) -> bool:
 def _is_plain(layer: Any, name: str) -> bool:
     """Whether all that an adapter does in a linear layer is to add a product of two factors."""
     return name not in layer.lora_variant and layer.lora_B[name].bias is None
+
+
+def take_out_adapters(model: nn.Module) -> None:
+    """Put the model's own layers in the place of PEFT's, of all that there are."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for path, layer in list(model.named_modules()):
+        if isinstance(layer, BaseTunerLayer):
+            parent, _, child = path.rpartition(".")
+            own: Any = layer
+            setattr(model.get_submodule(parent), child, own.get_base_layer())
+    model.__dict__.pop("peft_config", None)
 
 
 @contextmanager
