@@ -580,6 +580,8 @@ def test_tokens_cannot_be_taken_back_where_notes_are_taken(policy, name):
         (lambda: Recall(probes=0), "Recall: probes must be a whole number of at least 1"),
         (lambda: Recall(distance=-1), "Recall: distance must be a whole number of at least 0"),
         (lambda: Recall(window=18).resolve(None), "cannot hold 16 sinks, 0 recalled tokens"),
+        (lambda: Recall(window=8).resolve(None), "a window of 8 cannot hold 16 sinks, 0 recalled tokens"),
+        (lambda: Recall(window=10**23), "Recall: window can be 1,099,511,627,776 at most"),
         (lambda: Quest(window=200, recalled=100).resolve(None), "use 96 or 112"),
         (lambda: Quest(block=1), "Quest: block must be a whole number of at least 2"),
         (lambda: InfiniteHiP(window=200, recalled=100).resolve(None), "use 96 or 104"),

@@ -266,6 +266,7 @@ def test_what_leaves_the_window_goes_to_the_tier_that_is_named(everlong, tmp_pat
     ("words", "said"),
     [
         (("bench niah", "--needle", "x"), "--question and --answer is missing"),
+        (("bench niah", *OWN[:-1], "Bob"), "the needle does not say 'Bob'"),
         (("bench niah", "--text", "missing.txt", "--methods", "stock"), "missing.txt"),
         (("bench methods", "--tasks", "vtt"), "did you mean 'vt'"),
         (("bench methods", "--tasks", "vt,vt"), "each of the tasks once"),

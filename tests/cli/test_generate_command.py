@@ -55,3 +55,11 @@ def test_json_has_the_text_and_the_accounts(everlong, folder):
 def test_a_prompt_of_nothing_is_refused(everlong, words, stdin):
     result = everlong("generate", *words, "--quiet", stdin=stdin)
     assert result.code == 2 and "empty" in result.err and not result.out
+
+
+def test_the_name_of_a_file_is_no_prompt(everlong, tmp_path):
+    story = tmp_path / "story.txt"
+    story.write_text("Once")
+    result = everlong("generate", story)
+    assert result.code == 2 and f"everlong generate < {story}" in "".join(result.err.splitlines())
+    assert everlong("generate", "x" * 5000, "--threads", 99999).code == 2

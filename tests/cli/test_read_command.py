@@ -102,6 +102,7 @@ def test_ctrl_c_saves_what_was_read(everlong, novel, tmp_path, folder, monkeypat
     monkeypatch.setattr(Session, "read", interrupted)
     result = everlong("read", novel, "--state", state, *WINDOW)
     assert result.code == 130 and "saved to" in result.err and "interrupted" in result.err
+    assert " waiting; " in result.err, "for the model"
     with load(folder, device="cpu") as llm:
         stats = llm.restore(state).stats
     assert 0 < stats.tokens_read - stats.waiting < len(TEXT)
@@ -114,6 +115,13 @@ def test_a_bad_place_in_a_later_file_keeps_what_was_read_before_it(everlong, nov
     assert result.code == 2 and "picture.png is not a text file: byte 4 is a NUL" in result.err
     with load(folder, device="cpu") as llm:
         assert llm.restore(state).stats.tokens_read >= len(TEXT)
+
+
+def test_where_nothing_could_be_read_the_error_stands_alone(everlong, tmp_path):
+    latin = tmp_path / "latin.txt"
+    latin.write_bytes("Élan".encode("latin1"))
+    result = everlong("read", latin, *WINDOW)
+    assert result.code == 2 and "iconv" in result.err and "tokens read" not in result.err
 
 
 def test_a_system_text_is_pinned(everlong, novel, folder):

@@ -293,12 +293,18 @@ def with_sinks(policy: Policy, pinned: int) -> Policy:
     return policy.pinned(max(sinks, pinned)).resolve(None)
 
 
+MOST = 2**40
+"""Of whatever policies count: more would not fit into the positions of a model."""
+
+
 def require_count(owner: str, name: str, value: object, *, least: int, optional: bool = False) -> None:
     """Raise unless `value` is a whole number of at least `least` (or None where optional)."""
     if optional and value is None:
         return
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ConfigurationError(f"{owner}: {name} must be a whole number of at least {least}, not {value!r}")
+    if value > MOST:
+        raise ConfigurationError(f"{owner}: {name} can be {MOST:,} at most, not {value:,}")
 
 
 def require_share(owner: str, name: str, value: object) -> None:

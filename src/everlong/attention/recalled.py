@@ -88,7 +88,7 @@ class RecallPolicy(Policy):
         window, sinks = resolved._window, resolved._field("sinks")
         recalled = resolved._field("recalled")
         if recalled is None:
-            recalled = self.default_recalled(window - sinks) // self.unit() * self.unit()
+            recalled = max(0, self.default_recalled(window - sinks)) // self.unit() * self.unit()
         if recalled < self.unit() or window - sinks - recalled <= self.least_local():
             raise ConfigurationError(
                 f"{type(self).__name__}: a window of {window} cannot hold {sinks} sinks, {recalled} recalled "

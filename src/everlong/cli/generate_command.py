@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -44,6 +45,8 @@ def generate(
     """Go on writing from a text of any length, printing it as it comes."""
     if not prompt:
         raise InputError("the prompt is empty: give a text to go on from, or - for standard input")
+    if _is_file(prompt):
+        raise InputError(f"{prompt} is a file: to go on from what it holds, everlong generate < {prompt}")
     arguments = writing.arguments()
     with open_llm(model, method, weights=weights, quiet=output_options.quiet, below=below) as llm:
         session = open_session(llm, method, system=system, seed=writing.seed, memories=memory, below=below)
@@ -61,3 +64,10 @@ def generate(
                 "stats": account(result.stats),
             }
         )
+
+
+def _is_file(prompt: str) -> bool:
+    try:
+        return Path(prompt).is_file()
+    except (OSError, ValueError):  # too long for a name, or with a NUL
+        return False

@@ -97,7 +97,9 @@ class ModelOptions:
     ] = None
     threads: Annotated[
         int | None,
-        typer.Option("--threads", min=1, help="CPU threads (default: PyTorch's)", rich_help_panel=_MODEL),
+        typer.Option(
+            "--threads", min=1, max=1024, help="CPU threads (default: PyTorch's)", rich_help_panel=_MODEL
+        ),
     ] = None
 
     def loading(self, progress: OnProgress) -> dict[str, Any]:

@@ -97,6 +97,8 @@ def niah(
     if any(own.values()) and not all(own.values()):
         missing = " and ".join(f"--{name}" for name, value in own.items() if not value)
         raise ConfigurationError(f"a needle goes with its question and its answer: {missing} is missing")
+    if needle and answer and answer.casefold() not in needle.casefold():
+        raise ConfigurationError(f"the needle does not say {answer!r}: nobody could find that in the text")
 
     def make_tasks() -> list[Task]:
         from everlong.evaluation.needles import SentenceInText

@@ -34,7 +34,12 @@ def method_name(named: str) -> str:
     if colon and name in registered:
         return name
     if colon or len(registered) != 1:
-        known = ", ".join(f"{file}:{each}" for each in registered) or "none"
+        if not registered:
+            raise ConfigurationError(
+                f'{file} registers no policy: put @POLICIES.register("name") above its class, '
+                "see docs/adding-a-method.md"
+            )
+        known = ", ".join(f"{file}:{each}" for each in registered)
         raise ConfigurationError(f"{named} is not one policy; those it registers: {known}")
     return registered[0]
 

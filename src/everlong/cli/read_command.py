@@ -116,9 +116,10 @@ def read(
     """Read files as one stream of any length, in bounded memory, and answer questions about it.
 
     Each question is answered from the end of the stream by itself; several are written at the same time, and
-    the first is shown as it is written. Ctrl-C ends the reading; with `--state` what was read is saved, and
-    the same command with the rest of the text goes on. With `--memorize` what leaves the window is learned;
-    what is in it at the end is learned too, unless `--state` is there to go on.
+    the first is shown as it is written. Ctrl-C ends the reading; with `--state` what was read is saved, also
+    what is waiting for the model, and the same command with the rest of the text goes on. With `--memorize`
+    what leaves the window is learned; what is in it at the end is learned too, unless `--state` is there to
+    go on.
     """
     from everlong.memory.passing import Learning
 
@@ -192,7 +193,8 @@ def _read(
         if state is not None and session.stats.tokens_read > before:
             session.save(state)
             console.print(f"saved to {state}", soft_wrap=True, markup=False)
-        console.print(in_words(session.stats), soft_wrap=True)
+        if session.stats.tokens_read:
+            console.print(in_words(session.stats), soft_wrap=True)
 
 
 def _answers(

@@ -162,10 +162,11 @@ def account(stats: Stats) -> dict[str, Any]:
 def in_words(stats: Stats) -> str:
     """Return a session's accounts as one line."""
     perplexity = "" if stats.perplexity is None else f", perplexity {stats.perplexity:,.2f}"
-    counts = {"kept": stats.kept, "recallable": stats.recallable, "forgotten": stats.forgotten}
+    always = {"kept": stats.kept, "forgotten": stats.forgotten}
+    counts = {"kept": stats.kept, "recallable": stats.recallable, **always, "waiting": stats.waiting}
     return (
         f"{stats.tokens_read:,} tokens read, {stats.tokens_written:,} written: "
-        + ", ".join(f"{count:,} {word}" for word, count in counts.items() if count or word != "recallable")
+        + ", ".join(f"{count:,} {word}" for word, count in counts.items() if count or word in always)
         + f"; {human_bytes(sum(stats.bytes.values()))} held; "
         f"{stats.seconds:,.1f} s in the model, {stats.tokens_per_second:,.0f} tokens/s{perplexity}"
     )

@@ -289,7 +289,8 @@ class MemoryStore:
                 f"{self.folder / name} is something else than a memory: take another name"
             )
         raise ConfigurationError(
-            f"there is a memory {name!r} already: take another name, delete it, or ask for it to be replaced"
+            f"there is a memory {name!r} already: take another name, delete it, or replace it (--replace, or "
+            "replace=True)"
         )
 
     @contextmanager

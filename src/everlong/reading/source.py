@@ -271,8 +271,8 @@ def _utf8(data: bytes, offset: int, name: str, final: bool) -> tuple[str, bytes,
 
 def _binary(name: str, place: str, what: str) -> str:
     return (
-        f"{name} is not a text file: {place} is {what}; convert it to text first, "
-        "or open it yourself with its own encoding and pass the open file"
+        f"{name} is not a text file: {place} is {what}; convert it to UTF-8 text first (what is text: "
+        "iconv -f latin1 -t utf-8), or, from Python, open it with its own encoding and pass the open file"
     )
 
 
