@@ -115,7 +115,9 @@ def test_unknown_methods_and_policies_are_told_apart(everlong, novel):
 
 def test_without_a_method_it_answers_from_what_the_model_knows(everlong):
     result = everlong("ask", "Who?", "Where?", "--json", "-q", "--max-new-tokens", 3, "--set", "window=200")
-    assert [answer["question"] for answer in json.loads(result.out)["answers"]] == ["Who?", "Where?"]
+    answers = json.loads(result.out)["answers"]
+    assert [answer["question"] for answer in answers] == ["Who?", "Where?"]
+    assert all(answer["seconds"] > 0 and answer["stop_reason"] == "length" for answer in answers)
 
 
 def test_without_a_method_a_file_is_not_taken_for_a_question(everlong, novel):

@@ -23,6 +23,7 @@ from everlong.cli.options import (
 )
 from everlong.cli.session_options import (
     account,
+    answered,
     check_sources,
     in_words,
     open_llm,
@@ -90,14 +91,7 @@ def ask(
                 session.stream_answer(question, **arguments), silent=output_options.as_json
             )
             say_memory(console, session, answer)
-            shown.append(
-                {
-                    "question": question,
-                    "answer": answer.text,
-                    "tokens": answer.tokens,
-                    "memories": answer.memories,
-                }
-            )
+            shown.append(answered(question, answer))
         if output_options.as_json:
             print_json({"answers": shown, "stats": account(session.stats)})
 
@@ -163,15 +157,7 @@ def _ask_about(
         answer = print_as_written(_behind_bars(pieces, bars), silent=output_options.as_json)
     console.print(in_words(answer.stats), soft_wrap=True)
     if output_options.as_json:
-        shown = {
-            "question": question,
-            "answer": answer.text,
-            "tokens": answer.tokens,
-            "seconds": answer.seconds,
-            "stop_reason": answer.stop_reason,
-            "memories": answer.memories,
-        }
-        print_json({"answers": [shown], "stats": account(answer.stats)})
+        print_json({"answers": [answered(question, answer)], "stats": account(answer.stats)})
 
 
 def _behind_bars(

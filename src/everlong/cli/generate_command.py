@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -45,7 +45,7 @@ def generate(
     """Go on writing from a text of any length, printing it as it comes."""
     if not prompt:
         raise InputError("the prompt is empty: give a text to go on from, or - for standard input")
-    if _is_file(prompt):
+    if os.path.isfile(prompt):
         raise InputError(f"{prompt} is a file: to go on from what it holds, everlong generate < {prompt}")
     arguments = writing.arguments()
     with open_llm(model, method, weights=weights, quiet=output_options.quiet, below=below) as llm:
@@ -64,10 +64,3 @@ def generate(
                 "stats": account(result.stats),
             }
         )
-
-
-def _is_file(prompt: str) -> bool:
-    try:
-        return Path(prompt).is_file()
-    except (OSError, ValueError):  # too long for a name, or with a NUL
-        return False

@@ -26,6 +26,7 @@ from everlong.cli.options import (
 )
 from everlong.cli.session_options import (
     account,
+    answered,
     check_sources,
     check_state,
     first_of,
@@ -154,7 +155,7 @@ def read(
         _read(session, files, state, console, learning)
         answers = _answers(llm, session, ask or [], arguments, console, silent=output_options.as_json)
         if output_options.as_json:
-            shown = [_as_json(question, answer) for question, answer in zip(ask or [], answers, strict=True)]
+            shown = [answered(question, answer) for question, answer in zip(ask or [], answers, strict=True)]
             print_json({"answers": shown, "stats": account(session.stats)})
 
 
@@ -229,17 +230,6 @@ def _answers(
             sys.stdout.write(f"{answer.text}\n")
         say_memory(console, session, answer)
     return answers
-
-
-def _as_json(question: str, answer: Generation) -> dict[str, Any]:
-    return {
-        "question": question,
-        "answer": answer.text,
-        "tokens": answer.tokens,
-        "seconds": answer.seconds,
-        "stop_reason": answer.stop_reason,
-        "memories": answer.memories,
-    }
 
 
 def _estimate(llm: LLM, files: Sequence[str], *, surprisal: bool, as_json: bool) -> None:

@@ -154,6 +154,18 @@ def first_of(
         writing.close()
 
 
+def answered(question: str, answer: Generation) -> dict[str, Any]:
+    """Return a question and its answer for JSON."""
+    return {
+        "question": question,
+        "answer": answer.text,
+        "tokens": answer.tokens,
+        "seconds": answer.seconds,
+        "stop_reason": answer.stop_reason,
+        "memories": answer.memories,
+    }
+
+
 def account(stats: Stats) -> dict[str, Any]:
     """Return a session's accounts for JSON."""
     return dataclasses.asdict(stats)
