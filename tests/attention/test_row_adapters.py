@@ -297,3 +297,61 @@ def test_other_threads_wait_while_all_are_aside(loras):
             student.unload()
         other.join()
         assert torch.equal(found[0], expected)
+
+
+@pytest.mark.parametrize("loras", [{}, LORAS], ids=["none", "some"])
+def test_a_forward_that_was_interrupted_while_all_are_aside_holds_up_nobody(loras):
+    with attach(tiny.build("llama"), POLICY) as handle, torch.no_grad():
+        load(handle, loras)
+        expected, found = handle.model(ids_of(9, 3)).logits, []
+
+        def interrupt(*_):
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt), handle.adapters.set_aside():
+            handle.decoder.layers[1].register_forward_pre_hook(interrupt)
+            handle.model(ids_of(9, 3))
+        handle.decoder.layers[1]._forward_pre_hooks.clear()
+
+        def read():
+            with torch.no_grad():
+                found.append(handle.model(ids_of(9, 3)).logits)
+
+        other = threading.Thread(target=read, daemon=True)
+        other.start()
+        other.join(60)
+        assert not other.is_alive() and torch.equal(found[0], expected)
+        assert torch.equal(handle.model(ids_of(9, 3)).logits, expected)
+
+
+@pytest.mark.parametrize("where", ["taken out", "switched on"])
+def test_layers_that_an_interruption_left_half_changed_are_made_anew(llama, where, monkeypatch):
+    names = ["wide", "everywhere"]
+    expected = [llama.model(ids_of(9, 3), **tiny.cached(cache)).logits for cache in alone(llama, names)]
+    caches, count = alone(llama, names), [0]
+    last = [module for module in llama.model.modules() if isinstance(module, BaseTunerLayer)][-1]
+    whole = type(last).get_base_layer if where == "taken out" else type(last).enable_adapters
+
+    def interrupted(layer, *args):
+        if layer is last and not count[0]:
+            count[0] = 1
+            raise KeyboardInterrupt
+        return whole(layer, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(BaseTunerLayer, whole.__name__, interrupted)
+        if where == "taken out":
+            with llama.adapters.set_aside():
+                pass
+        else:
+            llama.model(ids_of(9, 3))  # with none, after one
+    for cache, logits in zip(caches, expected, strict=True):
+        assert torch.equal(llama.model(ids_of(9, 3), **tiny.cached(cache)).logits, logits)
+
+
+def test_no_session_with_an_adapter_runs_where_all_are_aside(llama):
+    (cache,) = alone(llama, ["wide"])
+    with llama.adapters.set_aside():
+        with pytest.raises(UnsupportedUseError, match="while a text is learned"):
+            llama.step(cache, ids_of(1, 3))
+        llama.model(ids_of(9, 3))

@@ -62,4 +62,9 @@ def test_the_name_of_a_file_is_no_prompt(everlong, tmp_path):
     story.write_text("Once")
     result = everlong("generate", story)
     assert result.code == 2 and f"everlong generate < {story}" in "".join(result.err.splitlines())
-    assert everlong("generate", "x" * 5000, "--threads", 99999).code == 2
+    assert everlong("generate", "x" * 5000, "--max-new-tokens", 1, "--set", "window=40").code == 0
+
+
+def test_threads_beyond_all_measure_are_refused(everlong):
+    result = everlong("generate", "Once", "--threads", 99999)
+    assert result.code == 2 and "99999 is not in the range 1<=x<=1024" in " ".join(result.err.split())

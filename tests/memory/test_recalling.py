@@ -181,11 +181,6 @@ def test_what_does_not_fit_into_the_largest_rank_is_told(llm, stocked, model, mo
         logits_of(llm, stocked, "bees", "boats", "boots")
 
 
-def test_a_memory_is_named_once(llm, stocked):
-    with pytest.raises(ConfigurationError, match="each memory once; to let one count for more"):
-        llm.session(memories=["bees", "boats", "bees"], store=stocked)
-
-
 def test_weights_are_told_by_their_hash_once_for_all_memories(llm, stocked, monkeypatch):
     asked = []
     monkeypatch.setattr(

@@ -92,7 +92,7 @@ class Attachment:
         self.tier = Tier.of(tier)
         self.owner = uuid.uuid4().hex
         self._generator = inner
-        self.adapters = Adapters(inner)
+        self.adapters = Adapters(inner, self._end_forward)
         self._with_adapter: set[int] = set()  # forwards that hold its lock
         self._layers = Layers(anatomy.layers)
         self._closing = self._open([layer.module for layer in anatomy.layers if anatomy.can_skip_rotation])

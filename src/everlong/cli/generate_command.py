@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from typing import Annotated
 
@@ -45,8 +46,10 @@ def generate(
     """Go on writing from a text of any length, printing it as it comes."""
     if not prompt:
         raise InputError("the prompt is empty: give a text to go on from, or - for standard input")
-    if os.path.isfile(prompt):
-        raise InputError(f"{prompt} is a file: to go on from what it holds, everlong generate < {prompt}")
+    if prompt != "-" and os.path.isfile(prompt):
+        raise InputError(
+            f"{prompt} is a file: to go on from what it holds, everlong generate < {shlex.quote(prompt)}"
+        )
     arguments = writing.arguments()
     with open_llm(model, method, weights=weights, quiet=output_options.quiet, below=below) as llm:
         session = open_session(llm, method, system=system, seed=writing.seed, memories=memory, below=below)

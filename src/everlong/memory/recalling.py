@@ -48,8 +48,6 @@ def recall_memories(
     shares = [1.0] * len(found) if weights is None else [float(weight) for weight in weights]
     if len(shares) != len(found):
         raise ConfigurationError(f"{len(found)} memories need as many weights, not {len(shares)}")
-    if len({memory.path for memory in found}) < len(found):
-        raise ConfigurationError("name each memory once; to let one count for more, give it a weight")
     base_hash = model.weights_hash
     for memory in found:
         if memory.record.base_hash != base_hash:

@@ -163,9 +163,10 @@ class Cutter:
         """Return the parts of a sentence without an end that are cut off whatever follows, and what is left.
 
         Where a part ends is known from the unit behind it, and that no sentence ends there, too, once that
-        unit is whole: the last one of all may not be.
+        unit is whole: the last one of all may not be. (A cut in a word of more than 32 letters may hide that
+        it ends in an abbreviation.)
         """
-        if 4 * len(rest) <= self._most:  # no character has more bytes, and no byte more tokens
+        if 4 * len(rest) <= self._most:  # no character has more than four bytes, and so tokens
             return [], rest
         parts = list(_parts(_units(rest)[:-1], self._coder, self._most))
         ripe = ["".join(units) for units in parts[:-1]]
@@ -200,6 +201,11 @@ class Cutter:
 
 def _cut(text: str, coder: TextCoder, most: int) -> Iterator[tuple[str, int]]:
     """Yield a text in parts of at most `most` tokens, cut between words, or inside of one that is longer."""
+    if 4 * len(text) <= most:
+        count = len(coder.encode_after(text))
+        if count <= most:
+            yield text, count
+            return
     for units in _parts(_units(text), coder, most):
         part = "".join(units)
         count = len(coder.encode_after(part))

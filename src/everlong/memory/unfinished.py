@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +43,8 @@ class Unfinished:
         MemoryStoreError
             There is no room, or no right to; what was saved before is still there.
         """
-        with (
-            explained(self.folder, "save how far learning has come"),
-            FileLock(make_folder(self.folder) / ".lock"),
-        ):
+        with self._writing("save how far learning has come"):
+            make_folder(self.folder)
             put_back(self.folder)
             sweep(self.folder)
             before = self._saved()
@@ -70,8 +70,15 @@ class Unfinished:
     def discard(self) -> None:
         """Delete what was saved."""
         if self.folder.exists():
-            with explained(self.folder, "delete what is finished"):
-                erase(self.folder)
+            with self._writing("delete what is finished"):
+                if self.folder.exists():
+                    erase(self.folder)
+
+    @contextmanager
+    def _writing(self, task: str) -> Iterator[None]:
+        """Let no other process save or delete meanwhile."""
+        with explained(self.folder, task), FileLock(make_folder(self.folder.parent) / ".lock"):
+            yield
 
     def _saved(self) -> list[Path]:
         found = [path for path in self.folder.glob("segment-*") if path.name[8:].isdigit()]

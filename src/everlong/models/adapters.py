@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +16,7 @@ from itertools import accumulate, groupby
 from operator import itemgetter
 from threading import RLock
 from typing import Any
+from weakref import WeakMethod
 
 from torch import Tensor, nn
 
@@ -34,10 +35,15 @@ class Adapters:
     ----------
     model : nn.Module
         A transformers model that has no adapters of PEFT's yet.
+    close : method
+        Ends this thread's forward if one is still open, as after a KeyboardInterrupt in it. Its object holds
+        these adapters, and is not held by them.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, close: Callable[[], object]) -> None:
         self._model = model
+        self._close = WeakMethod(close)
+        self._is_whole = True  # nothing that changes the layers was interrupted
         self._loaded: dict[str, tuple[Any, Mapping[str, Tensor]]] = {}
         self._uses: Counter[str] = Counter()
         self._released: deque[str] = deque()
@@ -55,7 +61,7 @@ class Adapters:
     @property
     def are_needed(self) -> bool:
         """Whether a forward must :meth:`begin`: there are some, or somebody has the model without any."""
-        return bool(self._loaded) or self._aside > 0
+        return bool(self._loaded) or self._aside > 0 or not self._is_whole
 
     def load(self, name: str, config: Any, tensors: Mapping[str, Tensor]) -> None:
         """Put an adapter beside the others.
@@ -112,6 +118,11 @@ class Adapters:
         ----------
         spans : sequence of (str or None, int)
             The adapter of its first so many tokens, of the next, and so on, row after row; all of one group.
+
+        Raises
+        ------
+        UnsupportedUseError
+            This thread has set all adapters aside, as while something is learned, and the forward has one.
         """
         joined = tuple(
             (name, sum(count for _, count in same)) for name, same in groupby(spans, itemgetter(0))
@@ -122,6 +133,11 @@ class Adapters:
         )
         self._lock.acquire()
         try:
+            if self._aside and wanted is not None:
+                raise UnsupportedUseError(
+                    "while a text is learned, no session with memories runs in the thread that learns it: "
+                    "let it wait until the end"
+                )
             self._put_back()
             if wanted != self._current:
                 self._use(wanted)
@@ -130,13 +146,14 @@ class Adapters:
             raise
 
     def _use(self, wanted: str | None | tuple[Span, ...]) -> None:
-        self._unhook()
-        name, before = (now if isinstance(now, str) else None for now in (wanted, self._current))
-        if name != before:
-            self._activate(name)
-        if isinstance(wanted, tuple):
-            self._hook(wanted)
-        self._current = wanted
+        with self._changing():
+            self._unhook()
+            name, before = (now if isinstance(now, str) else None for now in (wanted, self._current))
+            if name != before:
+                self._activate(name)
+            if isinstance(wanted, tuple):
+                self._hook(wanted)
+            self._current = wanted
 
     def end(self) -> None:
         """Let other forwards run."""
@@ -164,23 +181,36 @@ class Adapters:
                 self._forget_released()
                 yield
             finally:
+                if (close := self._close()) is not None:
+                    close()
                 self._aside -= 1
                 self._put_back()
 
     def remove(self) -> None:
         """Take PEFT's layers out of the model."""
         with self._lock:
-            if not self._layers:
+            if not self._layers and self._is_whole:
                 return
-            take_out_adapters(self._model)
-            self._unhook()
-            self._layers, self._in, self._current = [], set(), None
+            with self._changing():
+                take_out_adapters(self._model)
+                self._unhook()
+                self._layers, self._in, self._current = [], set(), None
 
     def _put_back(self) -> None:
-        """Put in what is not, unless all are aside: also what an interruption kept out."""
-        if not self._aside:
-            for name in [name for name in self._loaded if name not in self._in]:
-                self._put_in(name)
+        """Put in what is not, unless all are aside; all anew, where an interruption left them half."""
+        if self._aside:
+            return
+        if not self._is_whole:
+            self.remove()
+        for name in [name for name in self._loaded if name not in self._in]:
+            self._put_in(name)
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Note, while layers are changed, that they are half changed: whatever interrupts it."""
+        self._is_whole = False
+        yield
+        self._is_whole = True
 
     def _forget_released(self) -> None:
         while self._released:
@@ -203,29 +233,29 @@ class Adapters:
         config, tensors = self._loaded[name]
         wanted = {parameter: parameter.requires_grad for parameter in self._model.parameters()}
         try:
-            with while_peft_wraps():
-                model: Any = inject_adapter_in_model(config, self._model, adapter_name=name)
-            set_peft_model_state_dict(model, _unprefixed(tensors), adapter_name=name)
+            with self._changing():
+                with while_peft_wraps():
+                    model: Any = inject_adapter_in_model(config, self._model, adapter_name=name)
+                set_peft_model_state_dict(model, _unprefixed(tensors), adapter_name=name)
+                self._layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+                for layer in self._layers:
+                    layer.enable_adapters(False)
+                    for part in layer.children():
+                        if part is not layer.base_layer:
+                            part.eval()  # no dropout: PEFT makes them for training
+                self._unhook()
+                self._current = None
+                self._want_no_gradients()
+                own = [layer for layer in self._layers if _has(layer, name)]
+                if not all(type(layer) is Linear and _is_plain(layer, name) for layer in own):
+                    self._alone.add(name)
+                self._in.add(name)
         except BaseException:  # some layers may have it
             self.remove()
-            take_out_adapters(self._model)
             raise
         finally:
             for parameter, wants in wanted.items():
                 parameter.requires_grad_(wants)
-        self._in.add(name)
-        self._layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-        for layer in self._layers:
-            layer.enable_adapters(False)
-            for part in layer.children():
-                if part is not layer.base_layer:
-                    part.eval()  # no dropout: PEFT makes them for training
-        self._unhook()
-        self._current = None
-        self._want_no_gradients()
-        own = [layer for layer in self._layers if _has(layer, name)]
-        if not all(type(layer) is Linear and _is_plain(layer, name) for layer in own):
-            self._alone.add(name)
 
     def _activate(self, name: str | None) -> None:
         """Let all tokens use an adapter, by PEFT's own code."""
