@@ -80,10 +80,12 @@ def teach(model: Any, tokens: AttachedModel, elicited: Sequence[Elicited]) -> li
         if not lesson.words:
             continue
         n = len(lesson.response)
-        asked = [*coder.bos, *coder.encode(item.beginning), *coder.encode_after(item.question)]
+        begun = [*coder.bos, *coder.encode(item.beginning)]
+        asked = [*begun, *coder.encode_after(item.question)]
+        untold = lesson.query if item.untold is None else [*begun, *coder.encode_after(item.untold)]
         logits = [
             model(torch.tensor([[*before, *lesson.response]]), use_cache=False).logits[0, -n - 1 : -1].float()
-            for before in (asked, lesson.query)
+            for before in (asked, untold)
         ]
         told, alone = (
             float(some.log_softmax(-1)[range(lesson.words), lesson.response[: lesson.words]].mean())

@@ -14,7 +14,8 @@ import tests.test_benchmarks
 from everlong.errors import MemoryGateError
 from everlong.evaluation.facts import fact_document
 from everlong.memory.elicitation import make_generators
-from everlong.memory.lessons import Teacher
+from everlong.memory.lessons import Elicited, Teacher
+from everlong.memory.pairs import Pair
 from everlong.memory.segments import segments
 from everlong.memory.writer import Writer
 from everlong.models.loading import load_model
@@ -297,6 +298,8 @@ def test_the_naive_loop_writes_teaches_and_learns_the_same() -> None:
         plain: Any = model.attachment.model
         segment = next(segments([text], model.coder, 512))
         elicited = [e for g in make_generators(["cloze"]) for e in g.elicit(segment, Writer(model))]
+        asked = Pair("Who keeps bees?", " Orla", "questions")
+        elicited.append(Elicited(asked, "Q\n", "Orla. Who? ", is_answer=True, untold="Who? "))
         lessons = Teacher(model, top_k=model.vocabulary).teach(elicited)
         written = Writer(model).write("One two.", ["Three", "Four five"], 12, passages=[" A b.", " C."])
         loss = learn_from(model, Head(plain), lessons[:3])
@@ -310,5 +313,6 @@ def test_the_naive_loop_writes_teaches_and_learns_the_same() -> None:
             theirs.pair.gain, ours.pair.gain, abs_tol=1e-4
         )
         logs = theirs.log_probs.log_softmax(-1).gather(1, ours.tokens)
-        torch.testing.assert_close(logs, ours.log_probs, atol=1e-4, rtol=0)
+        words = ours.words
+        torch.testing.assert_close(logs[:words], ours.log_probs[:words], atol=1e-4, rtol=0)
     assert math.isclose(naive.divergence(plain, taught[:3]).item(), loss, abs_tol=1e-4)

@@ -135,6 +135,7 @@ def test_a_question_is_kept_if_its_answer_stands_in_the_sentence() -> None:
     assert item.pair.sentences == (0,) and item.pair.segment == 3 and item.is_answer
     assert item.question.startswith("Text: Orla Finch keeps bees in Sligo.\nQuestion: Where does Orla")
     assert item.question.endswith("?\nAnswer:")
+    assert item.untold == "Question: Where does Orla keep bees?\nAnswer:"
 
 
 @pytest.mark.parametrize(

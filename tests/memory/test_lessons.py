@@ -29,6 +29,8 @@ ITEMS = [
     Elicited(Pair("The", " cat sat", "anchor"), "", "The"),
     Elicited(Pair("", "a text", "text"), "", ""),
     Elicited(Pair("Whose?", "X", "questions"), "", "Whose?", is_answer=True),
+    Elicited(Pair("Bees?", " Or", "questions"), "Q\n", "Orla. Bees? ", is_answer=True, untold="Bees? "),
+    Elicited(Pair("Finch?", " K", "questions"), "", "Orla. Finch? ", is_answer=True, untold="Finch? "),
 ]
 MODELS: dict[str, dict[str, Any]] = {
     "with a start token": {"add_bos": True},
@@ -53,6 +55,13 @@ def teacher_reads(model: AttachedModel, item: Elicited, lesson: Lesson) -> list[
     return before
 
 
+def untold(model: AttachedModel, item: Elicited, lesson: Lesson) -> list[int]:
+    """All that stands before the response where the text is not told, by hand."""
+    if item.untold is None:
+        return lesson.query
+    return [*model.coder.bos, *item.beginning.encode(), *item.untold.encode()]
+
+
 def test_queries_are_what_sessions_ask(model: AttachedModel) -> None:
     for item, lesson in zip(ITEMS, Teacher(model).teach(ITEMS), strict=True):
         session = Session(model, policy=FullAttention(), system=None, chunk=512, surprisal=False, seed=None)
@@ -75,8 +84,8 @@ def test_the_gain_is_what_the_text_adds_by_brute_force(model: AttachedModel) -> 
         scored = lesson.response[:-1] if item.is_answer else lesson.response
         assert lesson.ends == item.is_answer and lesson.words == len(scored)
         behind_text = log_likelihood(model, teacher_reads(model, item, lesson), scored)
-        behind_query = log_likelihood(model, lesson.query, scored)
-        gains.append((sum(behind_text) - sum(behind_query)) / len(scored))
+        without_text = log_likelihood(model, untold(model, item, lesson), scored)
+        gains.append((sum(behind_text) - sum(without_text)) / len(scored))
         assert lesson.pair.gain == pytest.approx(gains[-1], abs=2e-4)
         assert Pair(**{**vars(lesson.pair), "gain": None}) == item.pair
     assert max(map(abs, gains)) > 0.1

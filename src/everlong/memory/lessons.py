@@ -35,6 +35,9 @@ class Elicited:
         Whether the query is a question to be asked as sessions ask, and the response ends there.
     passage : str
         What the student reads before the query; mostly nothing.
+    untold : str or None
+        The question without the text, where the beginning does not hold it: what the text is worth is
+        measured against that, behind the same beginning. None: against what the student reads.
     """
 
     pair: Pair
@@ -42,6 +45,7 @@ class Elicited:
     question: str | None
     is_answer: bool = False
     passage: str = ""
+    untold: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +122,38 @@ def lessons_restored(
     ]
 
 
+@dataclass(frozen=True)
+class _Text:
+    """What is read for a pair: a beginning that many share (None: not even the start token), the rest."""
+
+    beginning: str | None
+    query: list[int]
+    response: list[int]
+
+
+def _behind(model: AttachedModel, beginning: str, text: str) -> list[int]:
+    return model.coder.encode_after(text) if beginning else model.coder.encode(text)
+
+
+def _read(model: AttachedModel, texts: Sequence[_Text]) -> Iterator[tuple[list[int], Tensor]]:
+    """Read texts, those of a beginning together.
+
+    Yields some of their numbers, and the hidden states that predict their responses, one after another.
+    """
+    beginnings: dict[str | None, list[int]] = {}
+    for number, text in enumerate(texts):
+        beginnings.setdefault(text.beginning, []).append(number)
+    coder = model.coder
+    for beginning, numbers in beginnings.items():
+        ids = [] if beginning is None else [*coder.bos, *(coder.encode(beginning) if beginning else [])]
+        past, last = read_past(model, ids[:-1]), ids[-1:]  # what it expects next, each text tells
+        rows = [[*last, *texts[number].query, *texts[number].response] for number in numbers]
+        for batch in in_batches([len(row) for row in rows], _BATCH):
+            some = [numbers[i] for i in batch]
+            sizes = [(len(rows[i]), len(texts[numbers[i]].response)) for i in batch]
+            yield some, run_forest(model, past, [rows[i] for i in batch])[_response_rows(sizes)]
+
+
 class Teacher:
     """The model with the text in front of it.
 
@@ -154,59 +190,44 @@ class Teacher:
         A pair whose response has no token to predict is left out: an empty one, or (the query empty, the
         model without a start token) one of a single token.
         """
+        encoded = [(item, as_tokens(self.student, item)) for item in elicited]
+        asked = [(item, lesson) for item, lesson in encoded if lesson.words]
+        texts = [_Text(item.beginning, self._asked(item, lesson), lesson.response) for item, lesson in asked]
         lessons: dict[int, Lesson] = {}
-        beginnings: dict[str, list[int]] = {}
-        encoded = [as_tokens(self.student, item) for item in elicited]
-        for number, item in enumerate(elicited):
-            if encoded[number].words:
-                beginnings.setdefault(item.beginning, []).append(number)
-        for beginning, numbers in beginnings.items():
-            coder = self.model.coder
-            ids = [*coder.bos, *(coder.encode(beginning) if beginning else [])]
-            past, last = read_past(self.model, ids[:-1]), ids[-1:]  # what it expects next, each text tells
-            found = [encoded[number] for number in numbers]
-            texts = [
-                [*last, *self._asked(elicited[number], lesson), *lesson.response]
-                for number, lesson in zip(numbers, found, strict=True)
-            ]
-            for batch in in_batches([len(text) for text in texts], _BATCH):
-                hidden = run_forest(self.model, past, [texts[i] for i in batch])
-                rows = _response_rows([(len(texts[i]), len(found[i].response)) for i in batch])
-                taught = self._taught([found[i] for i in batch], hidden[rows])
-                lessons.update(zip([numbers[i] for i in batch], taught, strict=True))
+        for numbers, hidden in _read(self.model, texts):
+            lessons.update(zip(numbers, self._taught([asked[i][1] for i in numbers], hidden), strict=True))
         ordered = [lessons[number] for number in sorted(lessons)]
         if not gain:
             return [replace(lesson, pair=replace(lesson.pair, gain=None)) for lesson in ordered]
-        without = self.log_likelihood(ordered)
         return [
-            replace(lesson, pair=replace(lesson.pair, gain=float(lesson.pair.gain or 0.0) - alone))
-            for lesson, alone in zip(ordered, without, strict=True)
+            replace(lesson, pair=replace(lesson.pair, gain=float(lesson.pair.gain or 0.0) - untold))
+            for lesson, untold in zip(ordered, self._untold(asked), strict=True)
         ]
 
-    @torch.inference_mode()
-    def log_likelihood(self, lessons: Sequence[Lesson]) -> list[float]:
-        """Mean log-likelihood, to the student, of each response's tokens behind its query alone, in nats."""
-        past = read_past(self.student, [])
+    def _untold(self, asked: Sequence[tuple[Elicited, Lesson]]) -> list[float]:
+        """Return the mean log-likelihood of each response to a student without the text, in nats a token."""
         head = self.head if self.student is self.model else Head(self.student.attachment.model)
-        found: list[float] = []
-        for batch in in_batches([len(lesson) for lesson in lessons], _BATCH):
-            some = [lessons[i] for i in batch]
-            hidden = run_forest(self.student, past, [[*lesson.query, *lesson.response] for lesson in some])
-            sizes = [(len(lesson), len(lesson.response)) for lesson in some]
-            targets = torch.tensor(
-                [token for lesson in some for token in lesson.response], device=hidden.device
-            )
-            surprisal = head.surprisal(hidden[_response_rows(sizes)], targets)
-            parts = torch.split(surprisal, [n for _, n in sizes])
-            found += [-float(part[: lesson.words].mean()) for part, lesson in zip(parts, some, strict=True)]
-        return found
+        texts = [
+            _Text(None, lesson.query, lesson.response)
+            if item.untold is None
+            else _Text(item.beginning, _behind(self.student, item.beginning, item.untold), lesson.response)
+            for item, lesson in asked
+        ]
+        found: dict[int, float] = {}
+        for numbers, hidden in _read(self.student, texts):
+            some = [asked[number][1] for number in numbers]
+            targets = torch.tensor([token for lesson in some for token in lesson.response])
+            surprisal = head.surprisal(hidden, targets.to(hidden.device))
+            parts = torch.split(surprisal, [len(lesson.response) for lesson in some])
+            for number, part, lesson in zip(numbers, parts, some, strict=True):
+                found[number] = -float(part[: lesson.words].mean())
+        return [found[number] for number in range(len(asked))]
 
     def _asked(self, item: Elicited, lesson: Lesson) -> list[int]:
         """Return what is read between the beginning and the response."""
-        coder = self.model.coder
         if item.question is None:
-            return lesson.query[len(coder.bos) :]
-        asked = coder.encode_after(item.question) if item.beginning else coder.encode(item.question)
+            return lesson.query[len(self.model.coder.bos) :]
+        asked = _behind(self.model, item.beginning, item.question)
         is_begun = not (item.pair.query or item.is_answer or self.student.coder.bos)
         return [*asked, *lesson.query] if is_begun else asked
 

@@ -79,14 +79,19 @@ class Questions(Generator):
                 continue
             seen.add(key)
             pair = Pair(question, f" {answer}", self.name, segment.number, (about,))
-            yield Elicited(pair, _BEGINNING, f"Text: {passage}{prompt}", is_answer=True)
+            told = f"Text: {passage}{prompt}"
+            yield Elicited(pair, _BEGINNING, told, is_answer=True, untold=_untold(question))
 
     def answers(self, pairs: Sequence[Pair], text: str, writer: Writer) -> list[str] | None:
         """Return the answers, behind the same examples."""
         if not text:
-            return writer.write(_BEGINNING, [f"Question: {pair.query}\nAnswer:" for pair in pairs], _ANSWER)
+            return writer.write(_BEGINNING, [_untold(pair.query) for pair in pairs], _ANSWER)
         prompts = [f"\nQuestion: {pair.query}\nAnswer:" for pair in pairs]
         return writer.write(_BEGINNING, prompts, _ANSWER, passages=[f"Text: {text}"] * len(pairs))
+
+
+def _untold(question: str) -> str:
+    return f"Question: {question}\nAnswer:"
 
 
 def _passages(segment: Segment) -> Iterator[tuple[int, str]]:
