@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 import everlong
-from everlong.errors import ConfigurationError, InputError, UnknownNameError
+from everlong.errors import ConfigurationError, InputError, MemoryStoreError, UnknownNameError
 from everlong.evaluation import (
     invented_facts,
     memory_measure,
+    stored_memories,
 )
 from everlong.evaluation.asking import answers
 from everlong.evaluation.facts import fact_documents
@@ -46,12 +49,15 @@ PAIRS = [
 ]
 
 
+BOATS = [Pair("Who sails?", " Tom Reed", "questions"), PAIRS[-1]]
+
+
 @pytest.fixture
 def store(tmp_path: Path, loaded: LoadedModel) -> MemoryStore:
     made = MemoryStore(tmp_path / "memories")
-    for number, name in enumerate(("bees", "boats")):
+    for number, (name, pairs) in enumerate({"bees": PAIRS, "boats": BOATS}.items()):
         own = record(name, base_hash=loaded.weights_hash, source=Source.of(name, 5))
-        made.add(own, adapter_of(tiny.byte_llama()[0], number), PAIRS)
+        made.add(own, adapter_of(tiny.byte_llama()[0], number), pairs)
     made.add(record("alien", base_hash="1" * 64), adapter_of(tiny.byte_llama()[0], 3), PAIRS)
     return made
 
@@ -104,6 +110,48 @@ def test_forgetting_is_not_measured_on_what_was_learned(
     ):
         StoredMemories(text=novel, memories=("novel",), store=made).steps(loaded, ())
     assert StoredMemories(memories=("novel",), store=made).steps(loaded, ())
+
+
+def test_what_was_merged_with_a_memory_is_not_of_another_document(
+    loaded: LoadedModel, store: MemoryStore, novel: str
+) -> None:
+    def beside() -> list[str]:
+        steps = StoredMemories(text=novel, memories=("bees",), store=store).steps(loaded, ())
+        return [name for name in ("all", "copy", "boats") if f"beside {name} " in steps[-1].key]
+
+    store.merge(["bees", "boats"], into="all")
+    store.add(
+        record("copy", base_hash=loaded.weights_hash, source=Source.of("an edition", 5)),
+        adapter_of(tiny.byte_llama()[0], 0),
+        PAIRS[1:],
+    )
+    assert [memory.name for memory in store.list()] == ["alien", "all", "bees", "boats", "copy"]
+    assert beside() == ["boats"]
+    store.delete("boats")
+    assert beside() == []
+
+
+@pytest.mark.parametrize("what", ["as it was", "another one meanwhile", "gone", "read-only"])
+def test_what_a_memory_recalls_is_written_into_its_record(
+    loaded: LoadedModel, store: MemoryStore, novel: str, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = store.get("bees").record
+
+    def asked(*_: Any) -> list[dict[str, Any]]:
+        if what == "another one meanwhile":
+            store.update(replace(before, seconds=77.0))
+        elif what == "gone" and "bees" in [memory.name for memory in store.list()]:
+            store.rename("bees", "wasps")
+        told = (("question", " Orla."), ("cloze", " Orla Finch"), ("question", " Tom"))
+        return [{"form": form, "prompt": "?", "answers": ["Orla"], "written": text} for form, text in told]
+
+    monkeypatch.setattr(stored_memories, "asked", asked)
+    *_, with_it = StoredMemories(text=novel, tokens=200, memories=("bees",), store=store).steps(loaded, ())
+    if what == "read-only":
+        monkeypatch.setattr(MemoryStore, "update", Mock(side_effect=MemoryStoreError("read-only")))
+    with_it.run(lambda *_: None)
+    found = store.get("wasps" if what == "gone" else "bees").record.recall
+    assert found == ({"question": 0.5, "cloze": 1.0} if what == "as it was" else before.recall)
 
 
 def test_a_memory_is_asked_again_where_anything_that_counts_changed(

@@ -81,11 +81,12 @@ def _gathered(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Recall]]:
     for row in rows:
         for what, answers in row.get("recalls", {}).items():
             by_what = found.setdefault(row["about"], {})
-            by_what[what] = by_what.get(what, Recall(())) + _recall(answers)
+            by_what[what] = by_what.get(what, Recall(())) + recall_of(answers)
     return found
 
 
-def _recall(answers: Sequence[dict[str, Any]]) -> Recall:
+def recall_of(answers: Sequence[dict[str, Any]]) -> Recall:
+    """Return answers as they were before they were kept."""
     return Recall(
         tuple(
             Answered(Probe(each["prompt"], tuple(each["answers"]), each["form"]), each["written"])
@@ -109,7 +110,7 @@ def _recall_table(caption: str, by_what: dict[str, Recall]) -> Table:
 
 
 def _standing(kept: dict[str, Any]) -> Standing:
-    return Standing(torch.tensor(kept["surprisal"]), _recall(kept["task"]))
+    return Standing(torch.tensor(kept["surprisal"]), recall_of(kept["task"]))
 
 
 def _losses(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:

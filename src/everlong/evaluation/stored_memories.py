@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from contextlib import closing
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from everlong.errors import ConfigurationError
+from everlong.errors import ConfigurationError, MemoryStoreError, UnknownNameError
 from everlong.evaluation.adapted import adapted
 from everlong.evaluation.measures import OnStep, Step
 from everlong.evaluation.memory_measure import ASKING, Aside, MemoryMeasure, account, asked, probes_key
-from everlong.evaluation.memory_section import ALONE, OTHER, OWN
+from everlong.evaluation.memory_section import ALONE, OTHER, OWN, recall_of
 from everlong.evaluation.pair_probes import pair_probes
 from everlong.evaluation.texts import LIBRARY, digest
 from everlong.memory.folder import Memory
+from everlong.memory.pairs import Pair
 from everlong.memory.recalling import foreign
 from everlong.memory.record import Source
 from everlong.memory.store import MemoryStore
@@ -32,7 +34,8 @@ class StoredMemories(MemoryMeasure):
         Their names. A memory's own pairs are the questions: those that ask, as they are, and of sentences
         one word each.
     store : MemoryStore
-        Where they are. Another memory of the model there, if there is one, is asked too.
+        Where they are. Another memory of the model there, if there is one, is asked too. What a memory
+        recalls is written into its record.
     """
 
     memories: tuple[str, ...] = ()
@@ -76,6 +79,7 @@ class StoredMemories(MemoryMeasure):
         def with_it(on_step: OnStep) -> dict[str, Any]:
             with adapted(loaded, memory.path) as known:
                 row = {"recalls": {OWN: asked(known, probes)}, "standing": aside.measured(known)}
+            self._write_down(memory, row["recalls"][OWN])
             if other is not None:
                 with adapted(loaded, other.path) as known:
                     row["recalls"][f"{OTHER} ({other.name})"] = asked(known, probes)
@@ -93,18 +97,36 @@ class StoredMemories(MemoryMeasure):
             ),
         ]
 
+    def _write_down(self, memory: Memory, answers: Sequence[dict[str, Any]]) -> None:
+        """Put what a memory recalls into its record, by the form of the question."""
+        found = recall_of(answers)
+        shares = {form: found.accuracy(form).mean for form in found.forms}
+        with suppress(MemoryStoreError, UnknownNameError):  # a store that is only read is measured, too
+            if self.store.get(memory.name).record == memory.record:
+                self.store.update(replace(memory.record, recall=shares))
+
     def _other(self, memory: Memory) -> Memory | None:
-        """Return another memory of the same model, of another text."""
-        record = memory.record
+        """Return another memory of the same model, of another text: none that was merged with this one."""
+        record, own = memory.record, set(map(_asked, memory.pairs()))
         return next(
             (
                 other
                 for other in self.store.list()
                 if other.record.base_hash == record.base_hash
                 and other.record.source.sha256 != record.source.sha256
+                and not _are_alike(own, set(map(_asked, other.pairs())))
             ),
             None,
         )
+
+
+def _asked(pair: Pair) -> tuple[str, str]:
+    return pair.query, pair.response
+
+
+def _are_alike(own: set[tuple[str, str]], others: set[tuple[str, str]]) -> bool:
+    """Whether most pairs of the smaller set are in the other, too."""
+    return 2 * len(own & others) > min(len(own), len(others))
 
 
 def _sha256(text: str) -> str | None:
