@@ -19,7 +19,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 help:
 	@echo "make demo         read 14,000 tokens with and without Everlong (a few minutes; fetches a small model once)"
 	@echo "make test         linter, types, all tests"
-	@echo "make test-oldest  all tests under the oldest transformers that is supported"
+	@echo "make test-oldest  the tests, with fewer combinations of parameters, under the oldest transformers that is supported"
 	@echo "make test-harness the tests of what lm-evaluation-harness runs, which brings many packages of its own"
 	@echo "make lint         linter and types only;  make format: rewrite the files as the linter wants them"
 	@echo "make clean        remove the virtual environments (models stay: see everlong models)"
@@ -30,8 +30,9 @@ demo: $(VENV)/ready
 test: lint
 	$(VENV)/bin/python -m pytest --numprocesses $(WORKERS)
 
+# Combinations of parameters are for `test`; here each value of each occurs. Benchmarks ask no more of transformers.
 test-oldest: $(OLDEST_VENV)/ready
-	$(OLDEST_VENV)/bin/python -m pytest --numprocesses $(WORKERS)
+	$(OLDEST_VENV)/bin/python -m pytest --thin --ignore-glob='tests/test_*benchmark*.py' --numprocesses $(WORKERS)
 
 # lm-evaluation-harness is not among what the other tests run with: transformers imports some of what it brings.
 test-harness: $(HARNESS_VENV)/ready

@@ -375,6 +375,7 @@ def test_copies_and_saved_states_go_on_bit_by_bit(policy, monkeypatch):
         assert off(picked, theirs[[1, 1, 0]]) < 1e-5
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("read_first", [600, 700, 812], ids=["open", "closed", "two closed"])
 @pytest.mark.parametrize("precision", ["float16", "int8"])
 @pytest.mark.parametrize("policy", ["recall, single keys", "infinite-hip", "re-attention"])

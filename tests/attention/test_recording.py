@@ -87,6 +87,7 @@ ENOUGH = TraceRecorder.eager_steps + 1 + TURNS
 # --- exactness ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("recorder", RECORDERS)
 @pytest.mark.parametrize("code", ["lean", "the model's own"])
 @pytest.mark.parametrize("policy", POLICIES)
@@ -414,6 +415,7 @@ def test_a_number_that_was_baked_in_makes_repeated_steps_wrong(handle, mistake, 
         write(handle, *read(handle), ENOUGH)
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_recording_that_differs_is_dropped_and_reported_once(handle, mistake, policy, monkeypatch):

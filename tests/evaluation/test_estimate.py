@@ -99,6 +99,7 @@ def occupied(cache: StreamCache) -> int:
     return sum(tensor.nbytes for tensor in cache.state()[0].values())
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("chunk", [1, 13, 128])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 @pytest.mark.parametrize("policy", WINDOWS)

@@ -99,15 +99,19 @@ def test_it_tells_what_a_layer_changes_in_texts_of_the_model_itself(model: Attac
 
 
 def drawn(model: AttachedModel, count: int, length: int) -> list[Lesson]:
-    generator, texts = torch.Generator().manual_seed(5), []
-    for number in range(count):
-        ids = [256, 65 + number % 26]
-        for _ in range(length):
-            probs = torch.softmax(plain_logits(model, ids)[-1].double(), -1)
-            ids.append(int(torch.multinomial(probs, 1, generator=generator)))
-        text = lesson("A", "b" * length)
-        texts.append(Lesson(text.pair, ids[:2], ids[2:], text.tokens, text.log_probs))
-    return texts
+    """Texts that the model writes, each token drawn from all that it may be: all of them at once."""
+    inner: Any = model.attachment.model
+    ids = torch.tensor([[256, 65 + number % 26] for number in range(count)])
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(length):
+        with torch.no_grad():
+            logits = inner(ids, use_cache=False).logits[:, -1]
+        probs = torch.softmax(logits.double(), -1)
+        ids = torch.cat([ids, torch.multinomial(probs, 1, generator=generator)], 1)
+    text = lesson("A", "b" * length)
+    return [
+        Lesson(text.pair, row[:2], row[2:], text.tokens, text.log_probs) for row in map(list, ids.tolist())
+    ]
 
 
 def log_probs(model: AttachedModel, text: Lesson) -> Tensor:

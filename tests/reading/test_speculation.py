@@ -51,6 +51,7 @@ def begun(policy: Policy, seed: int | None = 3) -> Session:
     return session
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("right", [0, 1, 3, 30])
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("policy", [*POLICIES, *UNBRANCHED])

@@ -1,0 +1,46 @@
+"""How tests are thinned out: not all combinations of their parameters, but each value of each."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--thin",
+        action="store_true",
+        help="of the combinations of a test's parameters run so many only that each value of each occurs",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    is_thin = config.getoption("thin")
+    kept = thinned(items, [item for item in items if is_thin or item.get_closest_marker("thin")])
+    dropped = set(items).difference(kept)
+    if dropped:
+        config.hook.pytest_deselected(items=[item for item in items if item in dropped])
+        items[:] = kept
+
+
+def thinned(items: Sequence[Any], thin: Sequence[Any]) -> list[Any]:
+    """Return tests, in order: of those in `thin` so many that each value of each parameter occurs.
+
+    Which ones is drawn, the same at any time and in any process.
+    """
+    combinations: dict[str, list[Any]] = {}
+    for item in thin:
+        combinations.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    kept = set(items) - set(thin)
+    for name, some in combinations.items():
+        seen: set[tuple[str, str]] = set()
+        for item in random.Random(name).sample(some, len(some)):
+            parameters = item.callspec.params if hasattr(item, "callspec") else {"": ""}
+            values = {(parameter, repr(value)) for parameter, value in parameters.items()}
+            if not values <= seen:
+                seen |= values
+                kept.add(item)
+    return [item for item in items if item in kept]
