@@ -27,6 +27,9 @@ help:
 demo: $(VENV)/ready
 	$(VENV)/bin/everlong demo
 
+# There are as many workers as cores: more than one thread each, and they are in each other's way.
+test test-oldest: export OMP_NUM_THREADS = 1
+
 test: lint
 	$(VENV)/bin/python -m pytest --numprocesses $(WORKERS)
 
