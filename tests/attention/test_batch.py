@@ -80,6 +80,7 @@ def close(ours, expected):
 # --- rows of a batch ----------------------------------------------------------------------------------
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("lengths", [LENGTHS, [7, 2, 20], [500, 60, 60], [60, 60]], ids=str)
 def test_rows_of_a_batch_write_as_they_would_alone_and_go_on_alone(handle, lengths):
     caches = alone(handle, lengths)
