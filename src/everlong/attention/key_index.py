@@ -13,6 +13,7 @@ from torch import Tensor
 from everlong.attention import compiled_keys
 from everlong.attention.block_maxima import BlockMaxima
 from everlong.attention.positions import working_dtype
+from everlong.attention.slabs import Slabs
 from everlong.kernels.direct import Segments, look
 
 SEGMENT = 1024
@@ -46,6 +47,7 @@ class KeyIndex:
         self._is_exact = is_exact
         self._begun = None if is_exact else begun
         self._segments: list[Tensor] = []  # keys or codes, (batch, key-value heads, n, d)
+        self._slabs = Slabs()
         self._rows: dict[int, Segments] = {}
         self._scales: Tensor | None = None  # (batch, segments, key-value heads, d)
         self._centers: Tensor | None = None
@@ -59,6 +61,7 @@ class KeyIndex:
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         twin = copy.copy(self)
         twin._segments, twin._rows = list(self._segments), dict(self._rows)
+        twin._slabs = Slabs()
         twin._open = None if self._open is None else self._open.clone()
         return twin
 
@@ -96,7 +99,7 @@ class KeyIndex:
         keys = self._held()
         self._open_begin, self._rows = self._next, {}
         if self._is_exact:
-            self._segments.append(keys.clone())
+            self._segments.append(self._slabs.keep(keys))
             return
         keys = keys.float()
         if self._begun is None:
@@ -105,7 +108,7 @@ class KeyIndex:
         else:
             scale, center, self._begun = self._begun["scale"], self._begun["center"], None
         keys = keys - center
-        self._segments.append((keys / scale).round().to(torch.int8))
+        self._segments.append(self._slabs.keep((keys / scale).round().to(torch.int8)))
         scale, center = scale.transpose(1, 2), center.transpose(1, 2)
         self._scales = scale if self._scales is None else torch.cat((self._scales, scale), 1)
         self._centers = center if self._centers is None else torch.cat((self._centers, center), 1)
