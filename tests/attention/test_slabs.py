@@ -5,13 +5,17 @@ from __future__ import annotations
 import copy
 import mmap
 import weakref
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from everlong.attention import key_index, slabs
 from everlong.attention.key_index import KeyIndex
+from everlong.attention.shelves import DiskShelf, RamShelf
 from everlong.attention.slabs import Slabs
 
 SHAPES = [(3, 7), (1,), (0, 4), (2, 3, 50), (40, 40), *[(5, 5)] * 40]
@@ -42,7 +46,8 @@ def test_pages_are_given_back_with_the_last_tensor_in_them(monkeypatch: pytest.M
 
     monkeypatch.setattr(slabs, "mmap", _With(mmap, mmap=pages))
     room = Slabs()
-    kept = [room.keep(torch.ones(1000)) for _ in range(40)]
+    monkeypatch.setattr(slabs, "_SLAB", 16 * 4096)
+    kept = [room.keep(torch.ones(1024)) for _ in range(40)]
     assert len(made) == 3, "sixteen of them in each"
     del kept[:15]
     assert made[0]() is not None
@@ -57,6 +62,21 @@ class _With:
 
     def __init__(self, module: Any, **others: Any) -> None:
         self.__dict__.update(vars(module), **others)
+
+
+def test_blocks_in_ram_lie_together_whoever_puts_them_there(tmp_path: Path) -> None:
+    full = DiskShelf(tmp_path)
+    full._file = Mock(write=Mock(side_effect=OSError("full")))
+    with pytest.warns(UserWarning, match="the tier goes on in RAM"):
+        full.put([torch.ones(2000)])
+    for shelf in (RamShelf(), full):
+        with ThreadPoolExecutor(4) as pool:
+            blocks = [
+                *pool.map(shelf.put, ([torch.full((2000,), n), torch.ones(n % 3)] for n in range(1500)))
+            ]
+        assert all(torch.equal(block[0], torch.full((2000,), n)) for n, block in enumerate(blocks))
+        pages = {tensor.untyped_storage().data_ptr() for block in blocks for tensor in block if len(tensor)}
+        assert len(pages) <= 1500 * (2000 * 8 + 128) / slabs._SLAB + 2
 
 
 def test_copies_of_an_index_go_on_in_pages_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from everlong.attention.slabs import Slabs
+
 Block = Any
 """What a shelf gives for a block: as long as somebody has it, the block is there."""
 
@@ -50,18 +52,24 @@ class Shelf(Protocol):
 
 
 class RamShelf:
-    """Keeps blocks in RAM."""
+    """Keeps blocks in RAM, apart from the heap."""
 
     kind = "ram"
 
+    def __init__(self) -> None:
+        self._slabs = Slabs()
+
     def put(self, tensors: Sequence[Tensor]) -> Block:
         """Keep a copy."""
-        with torch.inference_mode(False):
-            return tuple(tensor.detach().to("cpu", copy=True).contiguous() for tensor in tensors)
+        return tuple(map(self._slabs.keep, tensors))
 
     def get(self, blocks: Sequence[Block]) -> list[Tensor]:
         """Return the blocks' tensors, stacked."""
-        return [torch.stack(tensors) for tensors in zip(*blocks, strict=True)]
+        return _stacked(blocks)
+
+
+def _stacked(blocks: Sequence[Block]) -> list[Tensor]:
+    return [torch.stack(tensors) for tensors in zip(*blocks, strict=True)]
 
 
 class _Place:
@@ -103,7 +111,7 @@ class DiskShelf:
         self._freed: defaultdict[Form, deque[int]] = defaultdict(deque)
         self._forms: dict[Form, Form] = {}  # each once, however many blocks have it
         self._length = 0
-        self._is_full = False
+        self._in_ram: RamShelf | None = None  # once the file takes no more
         self._lock = Lock()
         weakref.finalize(self, self._file.close)
 
@@ -122,13 +130,13 @@ class DiskShelf:
             except OSError as error:
                 if begin < self._length:
                     freed.appendleft(begin)
-                if not self._is_full:
-                    self._is_full = True
+                if self._in_ram is None:
+                    self._in_ram = RamShelf()
                     warnings.warn(
                         f"nothing more can be written in {self.folder} ({error}): the tier goes on in RAM",
                         stacklevel=2,
                     )
-                return RamShelf().put(flat)
+                return self._in_ram.put(flat)
             self._length = max(self._length, begin + len(data))
         return _Place(begin, form, freed)
 
@@ -136,7 +144,7 @@ class DiskShelf:
         """Read blocks, those at once that lie one behind the other."""
         found = []
         for in_ram, some in groupby(blocks, is_in_ram):
-            found.append((RamShelf().get if in_ram else self._read)([*some]))
+            found.append((_stacked if in_ram else self._read)([*some]))
         return found[0] if len(found) == 1 else [torch.cat(parts) for parts in zip(*found, strict=True)]
 
     def _read(self, places: Sequence[_Place]) -> list[Tensor]:

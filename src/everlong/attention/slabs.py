@@ -9,29 +9,32 @@ from __future__ import annotations
 
 import mmap
 import sys
+from threading import Lock
 
 import torch
 from torch import Tensor
 
-_TENSORS = 16  # of the size of the first, in a slab
+_SLAB = 2**21  # bytes
 _LINE = 64  # bytes to which each is aligned
 
 
 class Slabs:
-    """Keeps copies of tensors, some in each slab of pages; a page is taken when it is first written to."""
+    """Keeps copies of tensors, many in each slab of pages; a page is taken when it is first written to."""
 
     def __init__(self) -> None:
         self._slab = torch.empty(0, dtype=torch.uint8)
         self._used = 0
+        self._lock = Lock()
 
     def keep(self, tensor: Tensor) -> Tensor:
         """Return a contiguous copy of a tensor, on the CPU."""
         size = -(-tensor.nbytes // _LINE) * _LINE
         with torch.inference_mode(False), torch.no_grad():
-            if self._used + size > len(self._slab):
-                self._slab, self._used = _pages(max(1, _TENSORS * size)), 0
-            room = self._slab[self._used : self._used + tensor.nbytes]
-            self._used += size
+            with self._lock:
+                if self._used + size > len(self._slab):
+                    self._slab, self._used = _pages(max(_SLAB, size)), 0
+                room = self._slab[self._used : self._used + tensor.nbytes]
+                self._used += size
             return room.view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
 
 
