@@ -35,7 +35,7 @@ SHOWN = {
 }
 FAR = ("passkey_far", "passkey_farther")
 PROCESSORS = {"goals": "AVX-512", "avx2/goals": "AVX2"}
-METHODS = ("methods_smollm2-135m", "methods_gemma-3-270m")
+METHODS = ("methods_smollm2-135m", "avx2/methods_smollm2-135m", "methods_gemma-3-270m")
 BASELINES = ("stock", "last", "first-and-last")
 POSITIONS = (2048, 8192, 12288, 16384, 24576, 32768)
 
@@ -188,7 +188,7 @@ def side_by_side() -> list[str]:
         "with one of 2,048 tokens: of how many texts all was told",
         "that was asked for. So few texts tell methods that find from those that do not, no more. `snap-kv` "
         "and `pyramid-kv` knew the question; `linear` and `yarn`",
-        "stretch positions four times, which these models do not need at this length.",
+        "stretch positions four times, which these models do not need at these lengths.",
         "",
         *table(["", *columns], shown),
         "",
