@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,18 +30,32 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def thinned(items: Sequence[Any], thin: Sequence[Any]) -> list[Any]:
     """Return tests, in order: of those in `thin` so many that each value of each parameter occurs.
 
-    Which ones is drawn, the same at any time and in any process.
+    Parameters that are given together are one: of cases written down none is lost. Which combinations stay is
+    drawn, the same at any time and in any process.
     """
     combinations: dict[str, list[Any]] = {}
     for item in thin:
         combinations.setdefault(item.nodeid.partition("[")[0], []).append(item)
     kept = set(items) - set(thin)
     for name, some in combinations.items():
-        seen: set[tuple[str, str]] = set()
+        seen: set[frozenset[tuple[str, str]]] = set()
         for item in random.Random(name).sample(some, len(some)):
-            parameters = item.callspec.params if hasattr(item, "callspec") else {"": ""}
-            values = {(parameter, repr(value)) for parameter, value in parameters.items()}
+            values = _values(item)
             if not values <= seen:
                 seen |= values
                 kept.add(item)
     return [item for item in items if item in kept]
+
+
+def _values(item: Any) -> set[frozenset[tuple[str, str]]]:
+    """Return the values of a test's parameters, those that are given together as one; never none."""
+    left = {name: repr(value) for name, value in getattr(item, "callspec", _WITHOUT).params.items()}
+    found = set()
+    for mark in item.iter_markers("parametrize"):
+        names = mark.args[0] if mark.args else mark.kwargs["argnames"]
+        together = names.replace(" ", "").split(",") if isinstance(names, str) else names
+        found.add(frozenset((name, left.pop(name)) for name in together if name in left))
+    return found | {frozenset([pair]) for pair in left.items()} or {frozenset()}
+
+
+_WITHOUT = SimpleNamespace(params={})

@@ -6,22 +6,30 @@ from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from tests.conftest import thinned
 
 SIZES, NAMES = range(9), "abc"
 
 
+class Item:
+    def __init__(self, nodeid: str, *marks: pytest.MarkDecorator, **params: Any) -> None:
+        self.nodeid, self._marks = nodeid, [mark.mark for mark in marks]
+        if params:
+            self.callspec = SimpleNamespace(params=params)
+
+    def iter_markers(self, name: str) -> list[pytest.Mark]:
+        assert name == "parametrize"
+        return self._marks
+
+
 def items() -> list[Any]:
-    of = [SimpleNamespace(nodeid="file.py::one")]
-    for size, name in product(SIZES, NAMES):
-        spec = SimpleNamespace(params={"size": size, "name": name})
-        of.append(SimpleNamespace(nodeid=f"file.py::two[{size}-{name}]", callspec=spec))
-    return [_Hashable(**vars(item)) for item in of]
-
-
-class _Hashable(SimpleNamespace):
-    __hash__ = object.__hash__
-    __eq__ = object.__eq__
+    by_name = pytest.mark.parametrize("name", NAMES)  # the other one is a fixture's
+    return [
+        Item("file.py::one"),
+        *(Item(f"file.py::two[{s}-{n}]", by_name, size=s, name=n) for s, n in product(SIZES, NAMES)),
+    ]
 
 
 def test_each_value_of_each_parameter_occurs_and_a_test_without_any_stays() -> None:
@@ -33,6 +41,21 @@ def test_each_value_of_each_parameter_occurs_and_a_test_without_any_stays() -> N
     assert {item.callspec.params["name"] for item in kept[1:]} == set(NAMES)
     again = items()
     assert [item.nodeid for item in thinned(again, again)] == [item.nodeid for item in kept]
+
+
+@pytest.mark.parametrize("names", ["a, b", ["a", "b"]])
+def test_cases_that_are_written_down_are_all_kept(names: Any) -> None:
+    cases = [(1, 2), (1, 3), (2, 2), (2, 3)]
+    both = pytest.mark.parametrize(names, cases)
+    named = pytest.mark.parametrize(argnames=names, argvalues=cases)
+    for mark in (both, named):
+        every = [Item(f"file.py::it[{a}-{b}]", mark, a=a, b=b) for a, b in cases]
+        assert thinned(every, every) == every
+        other = pytest.mark.parametrize("c", [5, 6])
+        more = [
+            Item(f"file.py::it[{a}-{b}-{c}]", other, mark, a=a, b=b, c=c) for a, b in cases for c in (5, 6)
+        ]
+        assert {each.nodeid[:-3] for each in thinned(more, more)} == {each.nodeid[:-1] for each in every}
 
 
 def test_others_are_left_alone() -> None:

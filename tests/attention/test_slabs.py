@@ -7,6 +7,7 @@ import mmap
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -17,6 +18,7 @@ from everlong.attention import key_index, slabs
 from everlong.attention.key_index import KeyIndex
 from everlong.attention.shelves import DiskShelf, RamShelf
 from everlong.attention.slabs import Slabs
+from everlong.attention.tiers import BLOCK, BlockStore
 
 SHAPES = [(3, 7), (1,), (0, 4), (2, 3, 50), (40, 40), *[(5, 5)] * 40]
 
@@ -36,20 +38,26 @@ def test_what_is_kept_is_a_copy_and_none_lies_on_another(dtype: torch.dtype, inf
     assert all(bool((held == number).all()) for number, held in enumerate(kept))
 
 
-def test_pages_are_given_back_with_the_last_tensor_in_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[Any] = []
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Weak references to the slabs that are made, of 40 times 4,096 bytes each."""
+    found: list[Any] = []
 
     def pages(*arguments: Any, **fields: Any) -> mmap.mmap:
-        found = mmap.mmap(*arguments, **fields)
-        made.append(weakref.ref(found))
-        return found
+        slab = mmap.mmap(*arguments, **fields)
+        found.append(weakref.ref(slab))
+        return slab
 
-    monkeypatch.setattr(slabs, "mmap", _With(mmap, mmap=pages))
+    monkeypatch.setattr(slabs, "mmap", SimpleNamespace(**{**vars(mmap), "mmap": pages}))
+    monkeypatch.setattr(slabs, "_SLAB", 40 * 4096)
+    return found
+
+
+def test_pages_are_given_back_with_the_last_tensor_in_them(made: list[Any]) -> None:
     room = Slabs()
-    monkeypatch.setattr(slabs, "_SLAB", 16 * 4096)
-    kept = [room.keep(torch.ones(1024)) for _ in range(40)]
-    assert len(made) == 3, "sixteen of them in each"
-    del kept[:15]
+    kept = [room.keep(torch.ones(1024)) for _ in range(100)]
+    assert len(made) == 3
+    del kept[:39]
     assert made[0]() is not None
     del kept[:1]
     assert made[0]() is None and made[1]() is not None
@@ -57,11 +65,27 @@ def test_pages_are_given_back_with_the_last_tensor_in_them(monkeypatch: pytest.M
     assert all(each() is None for each in made)
 
 
-class _With:
-    """A module with other names in it."""
+def test_what_a_copy_of_a_stream_put_down_goes_with_it(made: list[Any]) -> None:
+    def some(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.randn(1, 2, tokens, 16), torch.randn(1, 2, tokens, 16)
 
-    def __init__(self, module: Any, **others: Any) -> None:
-        self.__dict__.update(vars(module), **others)
+    store = BlockStore()
+    for _ in range(100):
+        store.append(*some(BLOCK))
+        twin = copy.deepcopy(store)
+        twin.append(*some(5 * BLOCK))
+        assert all(map(torch.equal, twin.read(0, BLOCK), store.read(0, BLOCK)))
+        del twin
+    alive = sum(each() is not None for each in made)
+    assert len(made) > 100 and alive * slabs._SLAB <= store.nbytes()["ram"] + slabs._SLAB
+
+
+def test_what_is_kept_later_does_not_count_as_a_change_of_what_was_kept() -> None:
+    room, weight = Slabs(), torch.ones(4, requires_grad=True)
+    product = (weight * room.keep(torch.ones(4))).sum()
+    room.keep(torch.ones(4))
+    product.backward()
+    assert weight.grad is not None
 
 
 def test_blocks_in_ram_lie_together_whoever_puts_them_there(tmp_path: Path) -> None:
@@ -86,10 +110,12 @@ def test_copies_of_an_index_go_on_in_pages_of_their_own(monkeypatch: pytest.Monk
         first.append(torch.randn(1, 2, 16, 4))
         twin = copy.deepcopy(first)
         before = [segment.clone() for segment in first._segments]
-        first.append(torch.randn(1, 2, 8, 4))
-        theirs = first._segments[-1].clone()
-        twin.append(torch.randn(1, 2, 8, 4))
-        assert torch.equal(first._segments[-1], theirs)
-        assert not torch.equal(twin._segments[-1], theirs)
+        for index in (first, twin):
+            index.append(torch.randn(1, 2, 8, 4))
+        assert not torch.equal(first._segments[-1], twin._segments[-1])
         for index in (first, twin):
             assert all(map(torch.equal, index._segments, before))
+        places = [segment.untyped_storage().data_ptr() for segment in (*first._segments, twin._segments[-1])]
+        assert len(set(places[:3])) == 1 != len(set(places))
+        first.pick_rows(torch.tensor([0, 0]))
+        assert len({segment.untyped_storage().data_ptr() for segment in first._segments}) == 1

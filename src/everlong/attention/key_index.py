@@ -126,7 +126,8 @@ class KeyIndex:
 
     def pick_rows(self, rows: Tensor) -> None:
         """Keep the given rows of the batch, in that order (repeats allowed)."""
-        self._segments, self._rows = [keys[rows.to(keys.device)] for keys in self._segments], {}
+        self._segments = [self._slabs.keep(keys[rows.to(keys.device)]) for keys in self._segments]
+        self._rows = {}
         for name in ("_scales", "_centers", "_open"):
             held = getattr(self, name)
             if held is not None:

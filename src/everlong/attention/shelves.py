@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, groupby, pairwise
 from pathlib import Path
 from threading import Lock
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -58,6 +58,10 @@ class RamShelf:
 
     def __init__(self) -> None:
         self._slabs = Slabs()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Return another shelf: what a copy of a stream puts down shares no page with what outlives it."""
+        return type(self)()
 
     def put(self, tensors: Sequence[Tensor]) -> Block:
         """Keep a copy."""
@@ -114,6 +118,10 @@ class DiskShelf:
         self._in_ram: RamShelf | None = None  # once the file takes no more
         self._lock = Lock()
         weakref.finalize(self, self._file.close)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Return the same: copies of a stream share the file."""
+        return self
 
     def put(self, tensors: Sequence[Tensor]) -> Block:
         """Write a block where one like it was, or at the end; where there is no room, keep it in RAM."""

@@ -33,7 +33,7 @@ class Slabs:
             with self._lock:
                 if self._used + size > len(self._slab):
                     self._slab, self._used = _pages(max(_SLAB, size)), 0
-                room = self._slab[self._used : self._used + tensor.nbytes]
+                room = self._slab.data[self._used : self._used + tensor.nbytes]  # each with its own version
                 self._used += size
             return room.view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
 

@@ -136,7 +136,7 @@ class BlockStore:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         twin = copy.copy(self)
-        twin._blocks = list(self._blocks)
+        twin._blocks, twin._shelf = list(self._blocks), copy.deepcopy(self._shelf, memo)
         if self._open is not None:
             twin._open = (self._open[0].clone(), self._open[1].clone())
         twin._index = copy.deepcopy(self._index, memo)

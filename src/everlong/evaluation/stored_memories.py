@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from everlong.errors import ConfigurationError, MemoryStoreError, UnknownNameError
+from everlong.errors import ConfigurationError, MemoryStoreError
 from everlong.evaluation.adapted import adapted
 from everlong.evaluation.measures import OnStep, Step
 from everlong.evaluation.memory_measure import ASKING, Aside, MemoryMeasure, account, asked, probes_key
@@ -101,7 +101,7 @@ class StoredMemories(MemoryMeasure):
         """Put what a memory recalls into its record, by the form of the question."""
         found = recall_of(answers)
         shares = {form: found.accuracy(form).mean for form in found.forms}
-        with suppress(MemoryStoreError, UnknownNameError):  # a store that is only read is measured, too
+        with suppress(MemoryStoreError, ConfigurationError):  # only read, or another memory by now
             if self.store.get(memory.name).record == memory.record:
                 self.store.update(replace(memory.record, recall=shares))
 
