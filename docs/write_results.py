@@ -188,8 +188,8 @@ def side_by_side() -> list[str]:
         "with one of 2,048 tokens: of how many texts all was told",
         "that was asked for. So few texts tell methods that find from those that do not, no more. `snap-kv` "
         "and `pyramid-kv` knew the question; `linear` and `yarn`",
-        "stretch positions four times, which these models do not need where they were trained: to 8,192 tokens, "
-        "and gemma to 32,768. Where nothing stands, it was not measured.",
+        "stretch positions four times, which these models do not need up to the lengths they were trained "
+        "on, 8,192 tokens and gemma 32,768. Where nothing stands, it was not measured.",
         "",
         *table(["", *columns], shown),
         "",
