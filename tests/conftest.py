@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -49,13 +48,10 @@ def thinned(items: Sequence[Any], thin: Sequence[Any]) -> list[Any]:
 
 def _values(item: Any) -> set[frozenset[tuple[str, str]]]:
     """Return the values of a test's parameters, those that are given together as one; never none."""
-    left = {name: repr(value) for name, value in getattr(item, "callspec", _WITHOUT).params.items()}
-    found = set()
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    left, found = {name: repr(value) for name, value in params.items()}, set()
     for mark in item.iter_markers("parametrize"):
         names = mark.args[0] if mark.args else mark.kwargs["argnames"]
         together = names.replace(" ", "").split(",") if isinstance(names, str) else names
         found.add(frozenset((name, left.pop(name)) for name in together if name in left))
     return found | {frozenset([pair]) for pair in left.items()} or {frozenset()}
-
-
-_WITHOUT = SimpleNamespace(params={})
