@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -170,6 +170,20 @@ def test_one_draw_of_signs_leads_where_all_tokens_would(
         assert torch.cosine_similarity(ours, theirs, dim=0) > 0.9
 
 
+def test_what_is_kept_of_it_is_nearly_all_of_it(model: AttachedModel) -> None:
+    with student(model, config()) as adapted:
+        known = judged(model, adapted)
+        state = known.state()
+        assert {tensor.element_size() for tensor in state.values()} == {2}
+        again = Curvature.restored(state)
+        change(adapted, layers_of(adapted))
+        first, second = (float(one.of(adapted)().detach()) for one in (known, again))
+        assert second == pytest.approx(first, rel=1e-2) and second > 0
+        assert again.state().keys() == state.keys()
+        assert all(torch.equal(kept, state[name]) for name, kept in again.state().items())
+    assert not Curvature.restored(Curvature({}).state()).factors
+
+
 def test_gradients_that_the_model_had_stay(model: AttachedModel) -> None:
     weight = model.attachment.model.get_input_embeddings().weight
     weight.grad = torch.ones_like(weight)
@@ -231,11 +245,11 @@ def test_a_model_is_measured_once_and_not_for_a_cartridge(
 ) -> None:
     counted: list[int] = []
 
-    def count(model: AttachedModel, adapted: Any, texts: list[Lesson], seed: int) -> Curvature:
+    def count(model: AttachedModel, adapted: Any, texts: Sequence[Lesson]) -> Curvature:
         counted.append(len(texts))
-        return measured(model, adapted, texts, seed)
+        return measured(model, adapted, texts)
 
-    monkeypatch.setattr(infinite_icl, "measured", count)
+    monkeypatch.setattr(own_texts, "measured", count)
     learner_of(reader, ewc=1.0, passes=1).learn(TEXT)
     assert len(counted) == 1 and counted[0] > 40
     learner_of(reader, ewc=1.0, passes=1, kind="cartridge", prefix=4).learn(TEXT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,20 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
+@pytest.fixture
+def judged(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Of how many texts, each time that the model was measured."""
+    counts: list[int] = []
+    measure = own_texts.measured
+
+    def count(model: Any, adapted: Any, texts: Sequence[Lesson]) -> Any:
+        counts.append(len(texts))
+        return measure(model, adapted, texts)
+
+    monkeypatch.setattr(own_texts, "measured", count)
+    return counts
+
+
 def equal(ours: Sequence[Lesson], theirs: Sequence[Lesson]) -> bool:
     return len(ours) == len(theirs) and all(
         (a.pair, a.query, a.response, a.ends) == (b.pair, b.query, b.response, b.ends)
@@ -56,7 +71,7 @@ def test_texts_are_written_once_and_found_as_they_were(
     model: AttachedModel, tmp_path: Path, written: list[int], hidden: bool
 ) -> None:
     def ask(folder: Path | None) -> list[Lesson]:
-        return OwnTexts(folder).taught_by(Teacher(model, top_k=8, hidden=hidden), 5)
+        return OwnTexts(model, folder).taught_by(Teacher(model, top_k=8, hidden=hidden), 5)
 
     first, again, elsewhere, nowhere = (ask(folder) for folder in (tmp_path, tmp_path, tmp_path / "b", None))
     assert written == [5, 5, 5]
@@ -67,27 +82,27 @@ def test_texts_are_written_once_and_found_as_they_were(
 def test_what_they_depend_on_tells_them_apart(
     model: AttachedModel, tmp_path: Path, written: list[int]
 ) -> None:
-    texts = OwnTexts(tmp_path)
+    texts = OwnTexts(model, tmp_path)
     texts.taught_by(Teacher(model, top_k=8), 5)
     texts.taught_by(Teacher(model, top_k=8), 6)
     texts.taught_by(Teacher(model, top_k=4), 5)
     texts.taught_by(Teacher(model, top_k=8, hidden=True), 5)
     with torch.no_grad():
         model.attachment.model.get_input_embeddings().weight[3] += 0.5  # type: ignore[operator]
-    texts.taught_by(Teacher(model, top_k=8), 5)
+    OwnTexts(model, tmp_path).taught_by(Teacher(model, top_k=8), 5)
     assert written == [5, 6, 5, 5, 5]
 
 
 def test_what_cannot_be_read_is_written_again(
     model: AttachedModel, tmp_path: Path, written: list[int]
 ) -> None:
-    whole = OwnTexts(tmp_path).taught_by(Teacher(model), 4)
+    whole = OwnTexts(model, tmp_path).taught_by(Teacher(model), 4)
     (path,) = tmp_path.rglob("*.safetensors")
     for damage in (b"", path.read_bytes()[:-9], b"\0" * 64):
         path.write_bytes(damage)
-        assert equal(OwnTexts(tmp_path).taught_by(Teacher(model), 4), whole)
+        assert equal(OwnTexts(model, tmp_path).taught_by(Teacher(model), 4), whole)
     assert written == [4] * 4
-    assert equal(OwnTexts(tmp_path).taught_by(Teacher(model), 4), whole) and len(written) == 4
+    assert equal(OwnTexts(model, tmp_path).taught_by(Teacher(model), 4), whole) and len(written) == 4
 
 
 def test_where_nothing_can_be_kept_texts_are_written_each_time(
@@ -96,30 +111,40 @@ def test_where_nothing_can_be_kept_texts_are_written_each_time(
     folder = tmp_path / "a file"
     folder.write_text("no folder")
     for _ in range(2):
-        assert OwnTexts(folder).taught_by(Teacher(model), 3)
+        assert OwnTexts(model, folder).taught_by(Teacher(model), 3)
     assert written == [3, 3]
 
 
-def test_an_adapter_is_the_same_with_texts_that_were_kept(
-    model: AttachedModel, tmp_path: Path, written: list[int]
+def test_an_adapter_is_the_same_with_what_was_kept(
+    model: AttachedModel, tmp_path: Path, written: list[int], judged: list[int]
 ) -> None:
     recipe = recipe_of(anchors=2, ewc=1.0, passes=2)
 
-    def learned(folder: Path | None, seed: int = 0) -> Any:
-        return InfiniteICL(model, recipe, seed=seed, own_texts=OwnTexts(folder)).learn(TEXT)
+    def learned(folder: Path | None, seed: int = 0, **changes: Any) -> Any:
+        changed = replace(recipe, **changes)
+        return InfiniteICL(model, changed, seed=seed, own_texts=OwnTexts(model, folder)).learn(TEXT)
 
     first, again, alone = learned(tmp_path), learned(tmp_path), learned(None)
     assert same(first, again) and same(first, alone)
     learned(tmp_path, seed=1)
-    assert len(written) == 2, "they are of the base model, whatever adapter is about to be learned"
+    learned(tmp_path, rank=16, top_k=4)
+    assert len(written) == 3 and len(judged) == 2, "of the base model, whatever adapter is to be learned"
     with student(model, InfiniteICL(model, recipe).config()):
         pass
     learned(tmp_path)
-    assert len(written) == 2
+    assert len(written) == 3 and len(judged) == 2
+    with torch.no_grad():
+        model.attachment.model.get_input_embeddings().weight[3] += 0.5  # type: ignore[operator]
+    learned(tmp_path)
+    assert len(written) == 4 and len(judged) == 3
+    for path in tmp_path.rglob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:-9])
+    learned(tmp_path)
+    assert len(written) == 5 and len(judged) == 4
 
 
 def test_a_store_does_not_take_them_for_a_memory(model: AttachedModel, tmp_path: Path) -> None:
     store = MemoryStore(tmp_path / "memories")
-    OwnTexts(store.folder).taught_by(Teacher(model), 3)
+    OwnTexts(model, store.folder).taught_by(Teacher(model), 3)
     assert store.list() == () and store.broken() == () and store.reset() == 0
     assert list(store.folder.rglob("*.safetensors"))

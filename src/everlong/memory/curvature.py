@@ -11,7 +11,7 @@ whole, however many segments it learned.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,6 +27,7 @@ from everlong.reading.attached import AttachedModel
 
 _BATCH = 512  # tokens a forward
 _SUMS = 256  # of tokens, by which a change is judged
+_KEPT = torch.bfloat16  # what the sums are kept as
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +45,10 @@ class Factors:
 
     inputs: Tensor
     slopes: Tensor
+
+    def on(self, device: torch.device) -> Factors:
+        """Return the same on a device."""
+        return Factors(self.inputs.to(device), self.slopes.to(device))
 
     def of_change(self, first: Tensor, second: Tensor) -> Tensor:
         """Return ½ tr(G ΔW C ΔWᵀ) of ΔW = second @ first, shapes (out, r) and (r, in), in nats per token."""
@@ -66,13 +71,35 @@ class Curvature:
     def __init__(self, factors: dict[str, Factors]) -> None:
         self.factors = factors
 
+    def state(self) -> dict[str, Tensor]:
+        """Return named tensors for :meth:`restored`, rounded to two bytes a number."""
+        return {
+            f"{name}.{part}": tensor.to(_KEPT)
+            for name, factors in self.factors.items()
+            for part, tensor in (("inputs", factors.inputs), ("slopes", factors.slopes))
+        }
+
+    @classmethod
+    def restored(cls, tensors: Mapping[str, Tensor]) -> Curvature:
+        """Rebuild what :meth:`state` returned."""
+        names = [name.removesuffix(".inputs") for name in tensors if name.endswith(".inputs")]
+        return cls(
+            {
+                name: Factors(tensors[f"{name}.inputs"].float(), tensors[f"{name}.slopes"].float())
+                for name in names
+            }
+        )
+
     def of(self, adapted: nn.Module, weight: float = 1.0) -> Callable[[], Tensor]:
         """Return what computes, from an adapter's weights by then, `weight` times what it changes.
 
         That is a scalar, in nats per token, with a gradient.
         """
         parts = [
-            (self.factors[name], layer.lora_A["memory"], layer.lora_B["memory"], layer.scaling["memory"])
+            (
+                self.factors[name].on(layer.lora_A["memory"].weight.device),
+                *(layer.lora_A["memory"], layer.lora_B["memory"], layer.scaling["memory"]),
+            )
             for name, layer in _adapted_layers(adapted)
             if name in self.factors
         ]

@@ -21,7 +21,7 @@ from everlong.errors import MemoryGateError
 from everlong.memory import cartridge
 from everlong.memory.anchors import continuations, readings
 from everlong.memory.consolidation import Schedule, Step, consolidate, student
-from everlong.memory.curvature import Curvature, measured
+from everlong.memory.curvature import Curvature
 from everlong.memory.elicitation import Cloze, Generator, make_generators
 from everlong.memory.gate import weighed, without_worth
 from everlong.memory.lessons import Elicited, Lesson, Teacher, as_tokens
@@ -55,7 +55,7 @@ class InfiniteICL:
     force : bool
         Whether to go on where the text is not worth anything to the model.
     own_texts : OwnTexts, optional
-        What the model writes by itself, if that is kept.
+        What the model writes by itself and how firmly it expects that, if it is kept.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class InfiniteICL:
         self.generators: list[Generator] = make_generators(recipe.generators)
         self.is_cartridge = recipe.kind == "cartridge"
         self._layers = _linear_layers(model.attachment.model)
-        self._own_texts = own_texts or OwnTexts()
+        self._own_texts = own_texts or OwnTexts(model)
         self._texts: list[Lesson] | None = None
         self._curvature: Curvature | None = None  # of these: both are the same for every segment
 
@@ -195,7 +195,7 @@ class InfiniteICL:
         """Measure the model, once, with an adapter that changes nothing yet."""
         if self._curvature is None and self._is_judged:
             assert self._texts is not None
-            self._curvature = measured(self.model, adapted, self._texts, self.seed)
+            self._curvature = self._own_texts.curvature(adapted, self._texts)
 
     def _lessons(self, segment: Segment, state: Progress, report: Reporter) -> list[Lesson]:
         """Elicit, teach and select."""

@@ -52,7 +52,7 @@ def memorize(
     )
     started = time.perf_counter()
     with model.attachment.adapters.set_aside():
-        texts = OwnTexts(store.folder)
+        texts = OwnTexts(model, store.folder)
         learner = InfiniteICL(model, recipe, seed=seed, teacher=teacher, force=force, own_texts=texts)
         progress = learner.learn(
             text, start=unfinished.load(), on_progress=on_progress, on_segment=unfinished.save

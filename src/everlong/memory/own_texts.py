@@ -1,24 +1,28 @@
-"""Texts that a base model writes by itself, and what it expects in them: the same for all of its memories."""
+"""What a base model writes by itself, expects in it, and how firmly: the same for all of its memories."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from everlong.errors import ModelFileError
 from everlong.memory.anchors import unrelated
+from everlong.memory.curvature import Curvature, measured
 from everlong.memory.lessons import Lesson, Teacher, lessons_restored, lessons_state
 from everlong.memory.writer import Writer
 from everlong.models.files import make_folder, scratch_folder
+from everlong.reading.attached import AttachedModel
 
 _FOLDER = ".own-texts"
-_FORMAT = 1  # raised when other texts would be written, or these in another way
+_FORMAT = 2  # raised when other texts would be written, or these in another way
 
 
 class OwnTexts:
@@ -26,52 +30,75 @@ class OwnTexts:
 
     Parameters
     ----------
+    model : AttachedModel
+        The base model: it has no adapter yet, or they are set aside.
     store : Path or None
-        The folder of a store of memories, where texts are kept beside these, a few megabytes for a model;
-        None: nowhere. If nothing can be kept there, or what is there cannot be read, they are written again.
+        The folder of a store of memories, where all this is kept beside these: a few megabytes of texts for
+        a model, and of curvature up to a quarter of its own bytes. None: nowhere. If nothing can be
+        kept there, or what is there cannot be read, it is made again.
     """
 
-    def __init__(self, store: Path | None = None) -> None:
+    def __init__(self, model: AttachedModel, store: Path | None = None) -> None:
+        self.model = model
         self.folder = None if store is None else store / _FOLDER
+        self._identity: list[object] = [_FORMAT]
+        if store is not None:
+            self._identity += [model.weights_hash, model.packed_as, model.tokenizer_hash]
 
     def taught_by(self, teacher: Teacher, count: int) -> list[Lesson]:
-        """Return so many texts of the teacher's model, with what it expects in them.
+        """Return so many texts, with what a teacher, who is the base model, expects in them."""
+        path = self._path(count, teacher.top_k, teacher.keeps_hidden)
+        found = _read(path)
+        if found is not None:
+            try:
+                tensors, values = found
+                return lessons_restored(tensors, values["lessons"], "text")
+            except (ValueError, KeyError, TypeError):
+                pass  # another file than was written here
+        texts = teacher.teach(unrelated(Writer(self.model), count), gain=False)
+        tensors, lessons = lessons_state(texts, "text")
+        _write(path, tensors, {"lessons": lessons})
+        return texts
 
-        It must be the base model: its adapters are set aside.
+    def curvature(self, adapted: nn.Module, texts: Sequence[Lesson]) -> Curvature:
+        """Return what texts of the model's own tell of its weights; see :func:`measured`.
+
+        It is rounded as it is kept, kept or not, that what is learned be the same.
         """
-        path = None if self.folder is None else self.folder / f"{_key(teacher, count)}.safetensors"
-        found = None if path is None else _read(path)
-        if found is None:
-            found = teacher.teach(unrelated(Writer(teacher.model), count), gain=False)
-            if path is not None:
-                _write(path, found)
-        return found
+        written = [(text.query, text.response) for text in texts]
+        path = self._path("curvature", written)
+        found = _read(path)
+        if found is not None:
+            return Curvature.restored(found[0])
+        state = measured(self.model, adapted, texts).state()
+        _write(path, state, {})
+        return Curvature.restored(state)
+
+    def _path(self, *what: object) -> Path | None:
+        if self.folder is None:
+            return None
+        key = hashlib.sha256(json.dumps([*self._identity, *what]).encode()).hexdigest()[:24]
+        return self.folder / f"{key}.safetensors"
 
 
-def _key(teacher: Teacher, count: int) -> str:
-    model = teacher.model
-    identity = (
-        *(_FORMAT, count, teacher.top_k, teacher.keeps_hidden),
-        *(model.weights_hash, model.packed_as, model.tokenizer_hash),
-    )
-    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
-
-
-def _read(path: Path) -> list[Lesson] | None:
+def _read(path: Path | None) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Return the tensors and the values of a file; None: there is none that can be read."""
+    if path is None:
+        return None
     try:
         with safe_open(path, framework="pt") as file:
-            values: list[dict[str, Any]] = json.loads(file.metadata()["lessons"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return lessons_restored(tensors, values, "text")
+            values = json.loads(file.metadata()["values"])
+            return {name: file.get_tensor(name) for name in file.keys()}, values  # noqa: SIM118
     except (OSError, SafetensorError, ValueError, KeyError, TypeError):
         return None
 
 
-def _write(path: Path, lessons: list[Lesson]) -> None:
-    tensors, values = lessons_state(lessons, "text")
+def _write(path: Path | None, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+    if path is None:
+        return
     try:
         with scratch_folder(make_folder(path.parent)) as scratch:
-            save_file(tensors, scratch / path.name, metadata={"lessons": json.dumps(values)})
+            save_file(tensors, scratch / path.name, metadata={"values": json.dumps(values)})
             os.replace(scratch / path.name, path)
     except (OSError, ModelFileError, SafetensorError):
         return  # what is learned does not depend on it

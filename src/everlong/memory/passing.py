@@ -162,7 +162,7 @@ class PassingLearner:
         self._base_hash = model.weights_hash
         recipe = asked.made_recipe
         with model.attachment.adapters.set_aside():
-            texts = OwnTexts(self._store.folder)
+            texts = OwnTexts(model, self._store.folder)
             self._learner = InfiniteICL(model, recipe, seed=asked.seed, force=asked.force, own_texts=texts)
         self._cutter = Cutter(model.coder, recipe.segment_tokens)
         self._segments: list[Segment] = []  # whole, and not learned yet
