@@ -70,22 +70,46 @@ def page(saved: dict[str, Any], command: str) -> list[str]:
     lines = [
         "# Methods side by side",
         "",
-        *(line for machine in saved["machines"] for line in (machine_line(machine), "")),
+        *(line for named in machine_lines(saved["machines"]) for line in (named, "")),
         f"{saved['setting']['model']}, by `{command}`. Methods that have a window have one of 2,048 tokens, "
         "unless the command says otherwise. Of how many texts all was told that was asked for; in brackets "
         "the mean percentage told, of a passkey of its digits before the first mistake. Stock sees all there "
         "is; last and first-and-last are the stock model, the text cut to the window. "
         f"{AWARE} chose what to keep when it had read the question.",
     ]
+    where = measured_on(saved)
     for length in sorted({share.length for share in every}):
         some = [share for share in every if share.length == length]
         lines += ["", f"## {length:,} tokens", "", *told(some)]
         lines += ["", f"What that takes ({some[0].task}; medians, by the clock, whatever else ran):", ""]
         lines += table(
-            ["", "read", "seen by a token", "forgotten", "window", "tier", "tokens/s", "ms to write a token"],
-            [costs(share) for share in some if share.task == some[0].task],
+            ["", "read", "seen by a token", "forgotten", "window", "tier", "tokens/s", "ms to write a token"]
+            + ["machine"] * bool(where),
+            [
+                costs(share) + [where[share.way, share.task, length]] * bool(where)
+                for share in some
+                if share.task == some[0].task
+            ],
         )
     return lines
+
+
+def machine_lines(machines: Sequence[dict[str, Any]]) -> list[str]:
+    """Return what ran the texts, numbered if that is more than one machine or day."""
+    if len(machines) == 1:
+        return [machine_line(machines[0])]
+    return [f"Machine {number}: {machine_line(machine)}" for number, machine in enumerate(machines, 1)]
+
+
+def measured_on(saved: dict[str, Any]) -> dict[tuple[str, str, int], str]:
+    """Return the numbers of the machines by way, task and length; nothing where there is but one."""
+    if len(saved["machines"]) == 1:
+        return {}
+    found: dict[tuple[str, str, int], set[int]] = {}
+    for key, row in saved["rows"].items():
+        numbers = found.setdefault((row["way"], row["task"], row["length"]), set())
+        numbers.update({saved.get("measured_on", {}).get(key, -1) + 1})
+    return {what: ", ".join(str(n) if n else "?" for n in sorted(some)) for what, some in found.items()}
 
 
 def told(some: Sequence[FoundShare]) -> list[str]:

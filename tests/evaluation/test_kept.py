@@ -24,12 +24,27 @@ def test_rows_are_there_again(tmp_path):
 
 def test_all_machines_are_named_that_rows_are_from(tmp_path, monkeypatch):
     path = tmp_path / "rows.json"
-    for cpu in ("first", "second", "second"):
+    for key, cpu in (("a", "first"), ("b", "second"), ("c", "second"), ("d", "first")):
         monkeypatch.setattr(kept_module, "describe_machine", lambda cpu=cpu: {"cpu": cpu})
         rows = KeptRows(path, SETTING)
-        rows.add(cpu, {})
+        rows.add(key, {})
     assert [machine["cpu"] for machine in rows.machines] == ["first", "second"]
-    assert json.loads(path.read_text())["machines"] == rows.machines
+    saved = json.loads(path.read_text())
+    assert saved["machines"] == rows.machines
+    assert saved["measured_on"] == rows.measured_on == {"a": 0, "b": 1, "c": 1, "d": 0}
+
+
+@pytest.mark.parametrize("others", [[], [{"cpu": "third"}]])
+def test_a_file_that_does_not_say_which_machine_is_gone_on_with(tmp_path, others):
+    path = tmp_path / "rows.json"
+    KeptRows(path, SETTING).add("a", {})
+    saved = json.loads(path.read_text())
+    del saved["measured_on"]
+    saved["machines"] += others
+    path.write_text(json.dumps(saved))
+    rows = KeptRows(path, SETTING)
+    rows.add("b", {})
+    assert rows.measured_on == ({"b": 0} if others else {"a": 0, "b": 0}), "known where there was but one"
 
 
 def test_rows_of_another_model_are_not_mixed_in(tmp_path):

@@ -34,9 +34,12 @@ class KeptRows:
     def __init__(self, path: Path, setting: dict[str, Any]) -> None:
         self.path = path
         self.setting: dict[str, Any] = json.loads(json.dumps(setting))
-        self.machines = [describe_machine()]
-        """The machines that rows were measured on, this one last."""
+        self._here = describe_machine()
+        self.machines = [self._here]
+        """The machines that rows were measured on, and this one."""
         self.rows: dict[str, dict[str, Any]] = {}
+        self.measured_on: dict[str, int] = {}
+        """On which of the machines a row was measured, where that is known."""
         if path.exists():
             self._read()
 
@@ -46,7 +49,9 @@ class KeptRows:
     def add(self, key: str, row: dict[str, Any]) -> None:
         """Keep a row."""
         self.rows[key] = row
-        saved = {"format": _FORMAT, "setting": self.setting, "machines": self.machines, "rows": self.rows}
+        self.measured_on[key] = self.machines.index(self._here)
+        saved = {"format": _FORMAT, "setting": self.setting, "machines": self.machines}
+        saved |= {"rows": self.rows, "measured_on": self.measured_on}
         beside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,6 +84,7 @@ class KeptRows:
             )
         self.rows = saved["rows"]
         if self.rows:
-            here = self.machines[0]
-            others = [machine for machine in saved["machines"] if machine != here]
-            self.machines = [*others, here]
+            machines = saved["machines"]
+            self.machines = machines if self._here in machines else [*machines, self._here]
+            only = dict.fromkeys(self.rows, 0) if len(machines) == 1 else {}
+            self.measured_on = saved.get("measured_on", only)
