@@ -87,7 +87,7 @@ def test_a_command_chooses_its_own_exit_code(with_commands, capsys):
 
 def test_an_unknown_command_is_answered_with_near_ones(capsys):
     assert run(["modles"]) == 2
-    assert "Did you mean 'models'?" in last_words(capsys)
+    assert "Did you mean 'models'" in last_words(capsys)
 
 
 def test_an_unknown_option_is_answered_with_near_ones(capsys):

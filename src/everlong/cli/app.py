@@ -30,8 +30,8 @@ SPIN_COUNT = 5000
 """Turns of a waiting loop before a thread goes to sleep; see benchmarks/results/writing.md."""
 
 _ORDER = (
-    *("demo", "read", "chat", "ask", "generate", "memorize", "memory", "compare", "models", "pull"),
-    "remove",
+    *("demo", "read", "chat", "ask", "generate", "memorize", "memory", "compare", "methods"),
+    *("models", "pull", "remove"),
 )
 
 

@@ -9,7 +9,7 @@ import typer
 
 from everlong.cli.grouping import grouped
 from everlong.cli.learning_bars import learning_bars, uncovered_in_words
-from everlong.cli.options import ModelOptions, OutputOptions, parse_settings
+from everlong.cli.options import RECIPE_DEFAULT, ModelOptions, OutputOptions, parse_settings
 from everlong.cli.session_options import check_sources, source_of
 from everlong.cli.terminal import notes, output, print_json, pull_progress
 from everlong.models.files import human_bytes
@@ -37,13 +37,15 @@ def memorize(
             help="infinite-icl, context-distillation, lift, temp-lora, cartridge.",
             rich_help_panel=_RECIPE,
         ),
-    ] = "infinite-icl",
+    ] = RECIPE_DEFAULT,
     settings: Annotated[
         list[str] | None,
         typer.Option(
             "--set",
+            "--recipe-set",
             metavar="KEY=VALUE",
-            help="A setting of the recipe, such as passes=4 or generators=cloze. May be given several times.",
+            help="A setting of the recipe, such as passes=4 or generators=cloze; everlong methods RECIPE "
+            "lists them. May be given several times.",
             rich_help_panel=_RECIPE,
         ),
     ] = None,

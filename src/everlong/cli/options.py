@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 ATTENTION_DEFAULT = "recall"
 """The method where none is named."""
 
+RECIPE_DEFAULT = "infinite-icl"
+"""The recipe where none is named."""
+
 _MODEL, _METHOD, _WRITING, _OUTPUT = "Model", "Attention", "Writing", "Output"
 
 System = Annotated[
@@ -137,7 +140,8 @@ class MethodOptions:
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="An option of the attention method, such as window=2048. May be given several times.",
+            help="An option of the attention method, such as window=2048; everlong methods NAME lists them. "
+            "May be given several times.",
             rich_help_panel=_METHOD,
         ),
     ] = None

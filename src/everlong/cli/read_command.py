@@ -14,6 +14,7 @@ from rich.console import Console
 
 from everlong.cli.grouping import grouped
 from everlong.cli.options import (
+    RECIPE_DEFAULT,
     MemoryOption,
     MethodOptions,
     ModelOptions,
@@ -84,7 +85,7 @@ def read(
     recipe: Annotated[
         str | None,
         typer.Option(
-            "--recipe", help="How that is learned (default: infinite-icl).", rich_help_panel=_LEARNING
+            "--recipe", help=f"How that is learned (default: {RECIPE_DEFAULT}).", rich_help_panel=_LEARNING
         ),
     ] = None,
     recipe_settings: Annotated[
@@ -131,7 +132,7 @@ def read(
     changes = cast(dict[str, Any], parse_settings(recipe_settings, "--recipe-set"))
     if memorize is not None:
         learning = Learning(
-            memorize, recipe or "infinite-icl", replace=replace, force=force, settings=changes
+            memorize, recipe or RECIPE_DEFAULT, replace=replace, force=force, settings=changes
         )
     elif recipe or changes or replace or force:
         raise ConfigurationError(
