@@ -17,6 +17,7 @@ from everlong.models.catalogue import CATALOGUE
 from everlong.models.checkpoint import read_model, read_tokenizer
 from everlong.models.files import human_bytes
 from everlong.models.fingerprint import weights_hash
+from everlong.models.heap import keep_what_is_freed
 from everlong.models.hub import find_on_hub
 from everlong.models.placement import choose_device, choose_dtype, unpacked_dtype
 from everlong.models.pulling import OnProgress, PullProgress
@@ -102,6 +103,7 @@ def load_model(
     ConfigurationError
         If device or dtype cannot be used, or an option does not go with the source.
     """
+    keep_what_is_freed()
     if isinstance(source, PreTrainedModel):
         return _given(source, tokenizer, device, dtype, revision)
     where = choose_device(device)
