@@ -86,7 +86,7 @@ def page(saved: dict[str, Any], command: str) -> list[str]:
             ["", "read", "seen by a token", "forgotten", "window", "tier", "tokens/s", "ms to write a token"]
             + ["machine"] * bool(where),
             [
-                costs(share) + [where[share.way, share.task, length]] * bool(where)
+                costs(share) + ([where[share.way, share.task, length]] if where else [])
                 for share in some
                 if share.task == some[0].task
             ],

@@ -15,10 +15,12 @@ sys.path.insert(0, str(ROOT / "benchmarks"))  # the scripts' own tables are used
 
 def source(name: str, saved: dict[str, Any], script: str | None = None) -> str:
     """Say where a result comes from; the script has its name unless another is given."""
-    machine, script = saved["machine"], script or name
+    machines = saved["machines"] if "machines" in saved else [saved["machine"]]
+    where = [f"{machine['date']}, {machine['cpu']}, {machine['threads']} threads" for machine in machines]
+    script = script or name
     return (
         f"([{name}.md](benchmarks/results/{name}.md), by [{script}.py](benchmarks/{script}.py); "
-        f"{machine['date']}, {machine['cpu']}, {machine['threads']} threads.)"
+        f"{'; '.join(where)}.)"
     )
 
 

@@ -193,10 +193,7 @@ def side_by_side() -> list[str]:
         "",
         *table(["", *columns], shown),
         "",
-        *(
-            source(name, {"machine": saved["machines"][-1]}, "methods")
-            for name, saved in zip(METHODS, every, strict=True)
-        ),
+        *(source(name, saved, "methods") for name, saved in zip(METHODS, every, strict=True)),
     ]
 
 

@@ -385,6 +385,14 @@ def test_methods_are_measured_by_the_command_and_shown_side_by_side(
     data = script.output.with_suffix(".json")
     saved = json.loads(data.read_text())
     row = next(key for key in saved["rows"] if key.startswith("recall") and key.endswith("1 of 2"))
+    elsewhere = saved["machines"] + [{**saved["machines"][0], "cpu": "another"}]
+    where = {**dict.fromkeys(saved["rows"], 0), row: 1}
+    del where[next(key for key in saved["rows"] if key.startswith("stock"))]
+    data.write_text(json.dumps({**saved, "machines": elsewhere, "measured_on": where}))
+    script.run()
+    page = script.output.with_suffix(".md").read_text()
+    assert "Machine 2: " in page and "another" in page.partition("Machine 2: ")[2].partition("\n")[0]
+    assert [cells[-1] for cells in script.table(1)] == ["?, 1", "1", "1", "1, 2", "1"]
     for other in (row.replace("1 of 2", "1 of 5"), row.replace("recall [", "recall [0")):
         data.write_text(json.dumps({**saved, "rows": {**saved["rows"], other: saved["rows"][row]}}))
         with pytest.raises(SystemExit, match="several plans"):

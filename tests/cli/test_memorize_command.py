@@ -67,7 +67,8 @@ def test_json_is_the_record(everlong, home, handbook):
     [
         (["--recipe", "infinite"], "unknown recipe"),
         (["--set", "pases=1"], "did you mean 'passes'"),
-        (["--set", "rank=7"], "would not load everywhere"),
+        (["--recipe-set", "rank=7"], "would not load everywhere"),
+        (["--set", "rank"], "--recipe-set takes KEY=VALUE"),
         (["--name", "../x"], "cannot name a memory"),
     ],
 )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
+import re
 from dataclasses import dataclass, field
 
 import pytest
@@ -60,11 +62,23 @@ def test_a_docstring_is_taken_apart():
     ]
 
 
+def test_where_nothing_is_said_no_signature_is_shown():
+    @dataclass(frozen=True)
+    class Silent:
+        one: int = 1
+
+    assert described(Silent).title == "Nothing is said of it."
+
+
 @pytest.mark.parametrize("some", [POLICIES, READING_METHODS, RECIPES], ids=lambda some: some.kind)
 def test_every_option_of_what_is_registered_is_explained(some):
     for name in some:
         found = described(some[name])
         assert [option.name for option in found.options if not option.text] == [], name
+        kind = some[name] if isinstance(some[name], type) else type(some[name])
+        section = re.split(r"Parameters\n-+\n|Attributes\n-+\n", inspect.cleandoc(kind.__doc__))[1:]
+        entries = [line for part in section for line in part.splitlines() if line[:1].strip()]
+        assert [line for line in entries if " : " not in line] == [], name
 
 
 def test_all_there_is_is_listed(capsys, monkeypatch):
@@ -98,6 +112,8 @@ def test_as_json(capsys):
     every = json.loads(capsys.readouterr().out)
     assert [*every] == ["attention", "reading", "recipe", "generator"]
     assert [one["name"] for one in every["attention"]] == [*POLICIES]
+    assert one in [{"kind": "recipe", **each} for each in every["recipe"]]
+    assert not any(each["options"] for each in every["generator"]), "recipes know them by name alone"
 
 
 def test_a_generator_is_explained_with_nothing_to_set(capsys):
@@ -113,14 +129,15 @@ def test_of_a_file_it_tells_what_the_policy_takes(capsys, tmp_path):
         "@POLICIES.register('told-by-a-file')\n"
         "@dataclass(frozen=True)\n"
         "class Mine(LMInfinite):\n"
-        '    """One of my own."""\n'
+        '    """One of my own.\n\n    Parameters\n    ----------\n'
+        '    window : int\n        Of [layers], and [/].\n    """\n'
     )
     try:
         assert run(["methods", str(path)]) == 0
     finally:
         POLICIES._entries.pop("told-by-a-file", None)
     shown = capsys.readouterr().out
-    assert "told-by-a-file" in shown and "One of my own." in shown and "window" in shown
+    assert "told-by-a-file" in shown and "One of my own." in shown and "Of [layers], and [/]." in shown
 
 
 @pytest.mark.parametrize(("name", "told"), [("infllm", "did you mean 'inf-llm'"), ("liftt", "'lift'")])

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from everlong.memory import own_texts
 from everlong.memory.consolidation import student
@@ -143,8 +144,47 @@ def test_an_adapter_is_the_same_with_what_was_kept(
     assert len(written) == 5 and len(judged) == 4
 
 
+@pytest.mark.parametrize("damage", ["no slopes", "other layers", "nothing"])
+def test_a_curvature_that_is_not_of_these_layers_is_measured_again(
+    model: AttachedModel, tmp_path: Path, judged: list[int], damage: str
+) -> None:
+    recipe = recipe_of(ewc=1.0, passes=1)
+    first = InfiniteICL(model, recipe, own_texts=OwnTexts(model, tmp_path)).learn(TEXT)
+    (path,) = (
+        path for path in tmp_path.rglob("*.safetensors") if any("slopes" in name for name in load_file(path))
+    )
+    tensors = load_file(path)
+    if damage == "no slopes":
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("slopes")}
+    if damage == "other layers":
+        tensors = {f"other.{name}": tensor for name, tensor in tensors.items()}
+    save_file({} if damage == "nothing" else tensors, path, metadata={"values": "{}"})
+    again = InfiniteICL(model, recipe, own_texts=OwnTexts(model, tmp_path)).learn(TEXT)
+    assert len(judged) == 2 and same(first, again)
+
+
+def test_the_same_curvature_serves_recipes_with_more_texts(
+    model: AttachedModel, tmp_path: Path, written: list[int], judged: list[int]
+) -> None:
+    for anchors in (2, 40):
+        recipe = recipe_of(ewc=1.0, passes=2, anchors=anchors)
+        InfiniteICL(model, recipe, own_texts=OwnTexts(model, tmp_path)).learn(TEXT)
+    assert written == [64, 80] and judged == [64]
+
+
+def test_what_a_killed_process_left_is_swept(model: AttachedModel, tmp_path: Path) -> None:
+    texts = OwnTexts(model, tmp_path)
+    texts.taught_by(Teacher(model), 3)
+    (path,) = tmp_path.rglob("*.safetensors")
+    left = path.parent / "0123.scratch"
+    left.mkdir()
+    texts.taught_by(Teacher(model), 4)
+    assert not left.exists()
+
+
 def test_a_store_does_not_take_them_for_a_memory(model: AttachedModel, tmp_path: Path) -> None:
     store = MemoryStore(tmp_path / "memories")
     OwnTexts(model, store.folder).taught_by(Teacher(model), 3)
-    assert store.list() == () and store.broken() == () and store.reset() == 0
-    assert list(store.folder.rglob("*.safetensors"))
+    assert store.list() == () and store.broken() == () and list(store.folder.rglob("*.safetensors"))
+    assert store.reset() == 0
+    assert not list(store.folder.rglob("*.safetensors")), "they leave with the memories"

@@ -15,6 +15,7 @@ SCRIPT = """
 import ctypes, resource, sys
 from everlong.models.heap import keep_what_is_freed
 c, size, count = ctypes.CDLL(None), ctypes.c_size_t, 40
+c.prctl(41, 1, 0, 0, 0)  # no huge pages, of which few hold it all
 c.malloc.restype, c.malloc.argtypes = ctypes.c_void_p, [size]
 c.free.argtypes, c.memset.argtypes = [ctypes.c_void_p], [ctypes.c_void_p, ctypes.c_int, size]
 def forward():
@@ -60,6 +61,16 @@ def test_what_is_freed_is_not_given_back_to_the_system():
 def test_what_the_environment_sets_is_left_alone(name):
     value = "glibc.malloc.trim_threshold=4096" if name == "GLIBC_TUNABLES" else "4096"
     assert told("keep", **{name: value})[0] == "False"
+
+
+def test_loading_sees_to_it(monkeypatch):
+    from everlong.models import loading
+    from tests.tiny import build, byte_tokenizer
+
+    called = []
+    monkeypatch.setattr(loading, "keep_what_is_freed", lambda: called.append(True))
+    loading.load_model(build("llama"), tokenizer=byte_tokenizer())
+    assert called
 
 
 def test_other_c_libraries_are_left_alone(monkeypatch):

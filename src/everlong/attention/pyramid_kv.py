@@ -21,8 +21,14 @@ class PyramidKV(SnapKV):
 
     Parameters
     ----------
-    budget, ratio, observed, pooled, sinks
-        As of :class:`SnapKV`; the budget is the mean over layers.
+    budget : int or Bytes, optional
+        Tokens kept in each head, in the mean over layers, sinks and observing ones included; by default 1024,
+        or as `ratio` says.
+    ratio : float, optional
+        The share of what is held that is kept, in the mean, in (0, 1], instead of a budget.
+    observed, pooled, sinks : int
+        As of :class:`SnapKV`: latest tokens, whose attention decides; neighbours that are weighed as one; and
+        first tokens kept whatever they receive.
     slope : int
         The paper's beta, 20 there: the larger, the steeper. 1: as SnapKV.
     """

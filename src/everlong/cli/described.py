@@ -34,7 +34,8 @@ class Option:
         """The default as one writes it after ``--set``."""
         if isinstance(self.default, tuple):
             return ",".join(map(str, self.default))
-        return str(self.default).lower() if self.default in (None, True, False) else str(self.default)
+        is_word = self.default is None or isinstance(self.default, bool)
+        return str(self.default).lower() if is_word else str(self.default)
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,9 @@ def described(entry: Any) -> Description:
 
 
 def _docstring(kind: type) -> str:
-    return inspect.cleandoc(kind.__doc__ or "Nothing is said of it.")
+    said = kind.__doc__ or ""
+    is_made = said.startswith(f"{kind.__name__}(")  # by dataclass(), where there is none
+    return "Nothing is said of it." if is_made or not said else inspect.cleandoc(said)
 
 
 def _default(entry: Any, field: dataclasses.Field[Any]) -> Any:

@@ -160,7 +160,8 @@ def find_and_show(
         plan.check(loaded.tokenizer, ways)  # as the measures did, before anything is read
 
     def report() -> FindingReport:
-        machines = [describe_machine()] if kept is None else kept.machines
+        here = describe_machine()
+        machines = [*([] if kept is None else (each for each in kept.machines if each != here)), here]
         given = settings if has_ways else {}
         done = (measure for measure in measures if rows[measure.name])
         sections = tuple(measure.section(rows[measure.name]) for measure in done)

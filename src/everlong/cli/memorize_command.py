@@ -64,7 +64,7 @@ def memorize(
     import everlong
     from everlong.memory.recipes import make_recipe
 
-    changes = parse_settings(settings)
+    changes = parse_settings(settings, "--recipe-set")
     make_recipe(recipe, **changes)  # checks them, before a model is loaded
     check_sources(files)
     console = notes(quiet=output_options.quiet)

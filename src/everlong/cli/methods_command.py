@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from everlong.registry import Registry
 
 _KINDS = {
-    "attention": "--attention NAME --set KEY=VALUE: read, chat, ask, generate, compare, bench",
+    "attention": "--attention NAME --set KEY=VALUE: demo, read, chat, ask, generate, bench speed; elsewhere "
+    "--methods NAME,NAME",
     "reading": "ask --method NAME --set KEY=VALUE: for a question that is known before the text",
     "recipe": "memorize --recipe NAME --set KEY=VALUE, elsewhere --recipe-set: how memories are made",
     "generator": "memorize --set generators=NAME,NAME: what a recipe asks about the text",
@@ -38,7 +39,7 @@ def methods(
     """List the ways to read and to learn; of one, what it does and what can be set of it."""
     known = _known()
     if name is None:
-        found = {kind: [_named(some, each) for each in some] for kind, some in known.items()}
+        found = {kind: [_named(kind, some, each) for each in some] for kind, some in known.items()}
         if as_json:
             print_json({kind: [one.as_json() for one in some] for kind, some in found.items()})
         else:
@@ -68,14 +69,15 @@ def _looked_up(known: dict[str, Registry[Any]], name: str) -> tuple[str, Descrip
     name = method_name(name)
     for kind, some in known.items():
         if name in some:
-            one = _named(some, name)
-            return kind, one if kind != "generator" else dataclasses.replace(one, options=())
+            return kind, _named(kind, some, name)
     raise unknown_name("method", name, sorted(each for some in known.values() for each in some))
 
 
-def _named(some: Registry[Any], name: str) -> Description:
+def _named(kind: str, some: Registry[Any], name: str) -> Description:
     """Describe an entry; one that is an instance is told from others of its class by what it sets."""
     one = dataclasses.replace(described(some[name]), name=name)
+    if kind == "generator":  # recipes know them by their names alone
+        return dataclasses.replace(one, options=())
     if isinstance(some[name], type):
         return one
     usual = {option.name: option for option in described(type(some[name])).options}
@@ -87,13 +89,13 @@ def _list(found: dict[str, list[Description]]) -> None:
     from rich.table import Table
 
     for kind, some in found.items():
-        table = Table(box=None, pad_edge=False, show_header=False, title_justify="left")
+        table = Table(box=None, pad_edge=False, show_header=False)
         table.add_column(no_wrap=True)
         table.add_column()
         for one in some:
             table.add_row(one.name + " (default)" * (one.name in _DEFAULTS), one.title)
         output().print(_KINDS[kind], style="bold", markup=False)
-        output().print(table)
+        output().print(table, markup=False)
         output().print()
     output().print("everlong methods NAME tells what can be set", style="dim")
 
@@ -112,4 +114,4 @@ def _show(kind: str, one: Description) -> None:
         table.add_column(heading, no_wrap=bool(heading))
     for option in one.options:
         table.add_row(option.name, option.shown_default, option.text)
-    output().print(table)
+    output().print(table, markup=False)

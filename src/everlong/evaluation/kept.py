@@ -72,6 +72,7 @@ class KeptRows:
             not isinstance(saved, dict)
             or saved.get("format") != _FORMAT
             or any(not isinstance(saved.get(name), kind) for name, kind in parts.items())
+            or not isinstance(saved.get("measured_on", {}), dict)
         ):
             raise InputError(f"{self.path} holds no rows of a measurement; choose another --output")
         if saved["setting"] != self.setting:

@@ -29,6 +29,9 @@ _BATCH = 512  # tokens a forward
 _SUMS = 256  # of tokens, by which a change is judged
 _KEPT = torch.bfloat16  # what the sums are kept as
 
+CURVATURE = f"1, {_SUMS} sums"
+"""How it is measured: another number where anything of that changes but the number of sums."""
+
 
 @dataclass(frozen=True, eq=False)
 class Factors:
@@ -100,7 +103,7 @@ class Curvature:
                 self.factors[name].on(layer.lora_A["memory"].weight.device),
                 *(layer.lora_A["memory"], layer.lora_B["memory"], layer.scaling["memory"]),
             )
-            for name, layer in _adapted_layers(adapted)
+            for name, layer in adapted_layers(adapted)
             if name in self.factors
         ]
 
@@ -206,7 +209,7 @@ def measured(model: AttachedModel, adapted: nn.Module, texts: Sequence[Lesson], 
     head, lengths = Head(model.attachment.model), list(map(len, texts))
     sums = _Sums(sum(lengths), torch.Generator().manual_seed(seed))
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-    handles = [layer.register_forward_hook(sums.hook(name)) for name, layer in _adapted_layers(adapted)]
+    handles = [layer.register_forward_hook(sums.hook(name)) for name, layer in adapted_layers(adapted)]
     try:
         for batch in in_batches(lengths, _BATCH):
             some = [texts[number].hard() for number in batch]
@@ -220,8 +223,8 @@ def measured(model: AttachedModel, adapted: nn.Module, texts: Sequence[Lesson], 
     return Curvature(sums.factors(sum(len(text.response) for text in texts)))
 
 
-def _adapted_layers(adapted: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield the layers that have an adapter, by their names in PEFT's model."""
+def adapted_layers(adapted: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield the layers that have the memory's adapter, by their names in PEFT's model."""
     for name, module in adapted.named_modules():
         if hasattr(module, "lora_A") and "memory" in module.lora_A:
             yield name, module

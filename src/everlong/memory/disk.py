@@ -20,6 +20,9 @@ REPLACED_SUFFIX = ".replaced"
 UNFINISHED = ".unfinished"
 """What the folder in a store is called that holds how far learning has come."""
 
+OWN_TEXTS = ".own-texts"
+"""And that which holds what models write by themselves."""
+
 
 @contextmanager
 def explained(folder: Path, task: str, remedy: str = ANOTHER_FOLDER) -> Iterator[None]:

@@ -25,7 +25,7 @@ from everlong.memory.curvature import Curvature
 from everlong.memory.elicitation import Cloze, Generator, make_generators
 from everlong.memory.gate import weighed, without_worth
 from everlong.memory.lessons import Elicited, Lesson, Teacher, as_tokens
-from everlong.memory.own_texts import OwnTexts
+from everlong.memory.own_texts import MEASURED, OwnTexts
 from everlong.memory.progress import Account, LearnProgress, Progress, Reporter
 from everlong.memory.recipes import Recipe
 from everlong.memory.rehearsal import dealt, rehearsed
@@ -35,7 +35,6 @@ from everlong.memory.writer import Writer
 from everlong.reading.attached import AttachedModel
 
 _POOL = 2048  # lessons kept to be rehearsed
-_MEASURED = 64  # texts of its own by which a model is measured
 _TURNS = 8  # passes of training before the student is held to the same again
 
 
@@ -188,7 +187,7 @@ class InfiniteICL:
     def _ask(self) -> None:
         """Let the model write by itself, once; it has no adapter yet."""
         if self._texts is None:
-            count = max(self._turns * self.recipe.anchors, _MEASURED if self._is_judged else 0)
+            count = max(self._turns * self.recipe.anchors, MEASURED if self._is_judged else 0)
             self._texts = self._own_texts.taught_by(self._taught_by(self.model), count)
 
     def _measure(self, adapted: Any) -> None:

@@ -13,7 +13,15 @@ from filelock import FileLock
 
 from everlong.errors import ConfigurationError, MemoryStoreError, UnknownNameError
 from everlong.memory.adapter import Adapter
-from everlong.memory.disk import ANOTHER_FOLDER, UNFINISHED, erase, explained, put_back, put_in_place
+from everlong.memory.disk import (
+    ANOTHER_FOLDER,
+    OWN_TEXTS,
+    UNFINISHED,
+    erase,
+    explained,
+    put_back,
+    put_in_place,
+)
 from everlong.memory.folder import (
     PAIRS_FILE,
     BrokenMemory,
@@ -253,15 +261,16 @@ class MemoryStore:
     def reset(self) -> int:
         """Delete all memories, sound and broken, and return their number.
 
-        What of a text was not learned to its end is deleted, too; other files stay.
+        What of a text was not learned to its end, and what models wrote by themselves, is deleted, too; other
+        files stay.
         """
         paths = memories_in(self.folder)
         for path in paths:
             self.delete(path.name)
-        unfinished = self.folder / UNFINISHED
-        if unfinished.exists():
-            with self._writing("delete what is not finished", "delete what is left of it by hand"):
-                erase(unfinished)
+        for beside in (self.folder / UNFINISHED, self.folder / OWN_TEXTS):
+            if beside.exists():
+                with self._writing(f"delete {beside.name}", "delete what is left of it by hand"):
+                    erase(beside)
         return len(paths)
 
     def _all(self) -> Iterator[Memory | BrokenMemory]:

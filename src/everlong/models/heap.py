@@ -1,8 +1,8 @@
 """How the C library treats what is freed: it keeps some of it, as the next forward will want as much.
 
 What a forward allocates is free when it ends. glibc gives the end of its heap back to the system if that is
-larger than some megabytes, and gets it again, page by page, for the next one: a tenth of the time of reading
-under policies that recall.
+larger than some megabytes, and gets it again, page by page, for the next one, which takes time that reading
+under policies that recall can do without.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import platform
 from functools import cache
 
 KEPT = 2**28
-"""Bytes at the end of the heap that are kept."""
+"""Free bytes at the end of the heap that are kept; holes below what is in use are never given back."""
 
 _LARGEST = 2**25  # bytes of what is taken from the heap, and not from the system: the most that glibc takes
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # as malloc.h calls them
@@ -22,7 +22,7 @@ _SETTINGS = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES
 
 @cache
 def keep_what_is_freed() -> bool:
-    """Have this process keep up to :data:`KEPT` bytes of what it frees; return whether that was done.
+    """Have this process keep the end of its heap, up to :data:`KEPT` bytes; return whether that was done.
 
     It is not where the environment sets what glibc does, and under other C libraries.
     """

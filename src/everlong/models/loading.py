@@ -103,8 +103,8 @@ def load_model(
     ConfigurationError
         If device or dtype cannot be used, or an option does not go with the source.
     """
-    keep_what_is_freed()
     if isinstance(source, PreTrainedModel):
+        keep_what_is_freed()
         return _given(source, tokenizer, device, dtype, revision)
     where = choose_device(device)
     store = store or Store()
@@ -123,6 +123,7 @@ def load_model(
     arguments: dict[str, Any] = {"local_files_only": local_only, "revision": revision or "main"}
     model: Any = read_model(path, name, choose_dtype(own, where), arguments, quiet=kind != "hub")
     model.to(where)
+    keep_what_is_freed()  # of forwards: weights were loaded as ever
     return LoadedModel(
         model=model,
         tokenizer=tokenizer or read_tokenizer(path, name, arguments),
