@@ -7,8 +7,8 @@ A passkey of 7 digits stands in Python's own sources, at some depth. They are re
 512 tokens; what leaves the window goes to a file. At marks on the way are noted: the milliseconds a token
 took of the last 20 pieces (their median; the processor's time beside the clock's, as other work may run), the
 process's memory, and the bytes held by tier; and, asked of a copy, whether the passkey is found once it was
-read. Each text is a row, which is measured in one go. Those of the table were asked in earlier words:
-`--question "What is the passkey?"` goes on with them.
+read. Each text is a row, which is measured in one go. Those of results/needle_before.md were asked in earlier
+words, "What is the passkey?", and by earlier code.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ SHOWN = {
 }
 FAR = ("passkey_far", "passkey_farther")
 PROCESSORS = {"goals": "AVX-512", "avx2/goals": "AVX2"}
-METHODS = ("methods_smollm2-135m", "avx2/methods_smollm2-135m", "methods_gemma-3-270m")
+METHODS = ("methods_smollm2-135m", "methods_gemma-3-270m")
 BASELINES = ("stock", "last", "first-and-last")
 POSITIONS = (2048, 8192, 12288, 16384, 24576, 32768)
 
