@@ -1,4 +1,4 @@
-# Everything from a bare clone, with Python 3.11 or newer and nothing else: make demo, make test, make test-oldest, make test-harness.
+# Everything from a bare clone, with Python 3.11 or newer and nothing else: make demo, make test, and what `make help` tells besides.
 
 PYTHON ?= python3
 # A plain torch brings gigabytes of CUDA on Linux where an index offers no other build; pinned, so that it is known.
@@ -14,12 +14,13 @@ HARNESS_VENV := .venv-harness
 export OMP_WAIT_POLICY = PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo test test-oldest test-harness lint format clean
+.PHONY: help demo test test-all test-oldest test-harness lint format clean
 
 help:
 	@echo "make demo         read 14,000 tokens with and without Everlong (a few minutes; fetches a small model once)"
-	@echo "make test         linter, types, all tests"
-	@echo "make test-oldest  the tests, with fewer combinations of parameters, under the oldest transformers that is supported"
+	@echo "make test         linter, types, all tests, of their parameters' combinations so many that each value of each occurs"
+	@echo "make test-all     the same with every combination"
+	@echo "make test-oldest  the tests under the oldest transformers that is supported, with other combinations"
 	@echo "make test-harness the tests of what lm-evaluation-harness runs, which brings many packages of its own"
 	@echo "make lint         linter and types only;  make format: rewrite the files as the linter wants them"
 	@echo "make clean        remove the virtual environments (models stay: see everlong models)"
@@ -28,12 +29,15 @@ demo: $(VENV)/ready
 	$(VENV)/bin/everlong demo
 
 # There are as many workers as cores: more than one thread each, and they are in each other's way.
-test test-oldest: export OMP_NUM_THREADS = 1
+test test-all test-oldest: export OMP_NUM_THREADS = 1
 
 test: lint
+	$(VENV)/bin/python -m pytest --thin --numprocesses $(WORKERS)
+
+test-all: lint
 	$(VENV)/bin/python -m pytest --numprocesses $(WORKERS)
 
-# Combinations of parameters are for `test`; here each value of each occurs. Benchmarks ask no more of transformers.
+# Benchmarks ask no more of transformers than what they measure.
 test-oldest: $(OLDEST_VENV)/ready
 	$(OLDEST_VENV)/bin/python -m pytest --thin --ignore-glob='tests/test_*benchmark*.py' --numprocesses $(WORKERS)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -19,18 +20,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     is_thin = config.getoption("thin")
-    kept = thinned(items, [item for item in items if is_thin or item.get_closest_marker("thin")])
+    thin = [item for item in items if is_thin or item.get_closest_marker("thin")]
+    kept = thinned(items, thin, seed=version("transformers"))
     dropped = set(items).difference(kept)
     if dropped:
         config.hook.pytest_deselected(items=[item for item in items if item in dropped])
         items[:] = kept
 
 
-def thinned(items: Sequence[Any], thin: Sequence[Any]) -> list[Any]:
+def thinned(items: Sequence[Any], thin: Sequence[Any], seed: str = "") -> list[Any]:
     """Return tests, in order: of those in `thin` so many that each value of each parameter occurs.
 
     Parameters that are given together are one: of cases written down none is lost. Which combinations stay is
-    drawn, the same at any time and in any process.
+    drawn, the same at any time and in any process, and others with another `seed`.
     """
     combinations: dict[str, list[Any]] = {}
     for item in thin:
@@ -38,7 +40,7 @@ def thinned(items: Sequence[Any], thin: Sequence[Any]) -> list[Any]:
     kept = set(items) - set(thin)
     for name, some in combinations.items():
         seen: set[frozenset[tuple[str, str]]] = set()
-        for item in random.Random(name).sample(some, len(some)):
+        for item in random.Random(seed + name).sample(some, len(some)):
             values = _values(item)
             if not values <= seen:
                 seen |= values
