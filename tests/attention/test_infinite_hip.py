@@ -13,6 +13,7 @@ from everlong.attention import InfiniteHiP, Tier, attach, infinite_hip
 from tests.attention.test_exactness import model_of
 from tests.attention.test_recalled import EXACT, off, read, spec_of
 from tests.reference.model import reference_logits
+from tests.ties import on_one_stream
 
 LENGTH, PREFILL = 100, 73
 POLICY = InfiniteHiP(
@@ -36,15 +37,19 @@ def ids():
     return tiny.random_ids(1, LENGTH)
 
 
-def logits_under(policy, tier=EXACT, model="grouped heads"):
+def logits_under(policy, tier=EXACT, model="grouped heads", some=None):
     with attach(model_of(model), policy, tier=tier) as handle:
-        return read(model_of(model), handle.new_cache(), ids(), CHUNKS)
+        return read(model_of(model), handle.new_cache(), ids() if some is None else some, CHUNKS)
 
 
 @pytest.mark.parametrize("model", ["grouped heads", "partial rotary"])
 def test_equals_the_reference_where_every_stage_has_a_choice(model):
-    theirs = reference_logits(model_of(model), ids(), spec_of(POLICY), edges=EDGES)
-    assert off(logits_under(POLICY, model=model), theirs) < 1e-5
+    def check(seed):
+        some = tiny.random_ids(1, LENGTH, seed=seed)
+        theirs = reference_logits(model_of(model), some, spec_of(POLICY), edges=EDGES)
+        assert off(logits_under(POLICY, model=model, some=some), theirs) < 1e-5
+
+    on_one_stream(check)
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def comparison() -> Comparison:
 def shown(comparison: Comparison, *, colour: bool = False) -> list[str]:
     target = io.StringIO()
     system: Any = "standard" if colour else None
-    console = Console(file=target, width=160, force_terminal=colour, color_system=system)
+    console = Console(file=target, width=240, force_terminal=colour, color_system=system)
     console.print(report.table(comparison))
     return target.getvalue().splitlines()
 
