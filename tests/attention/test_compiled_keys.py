@@ -10,6 +10,7 @@ from everlong.errors import StateError
 from everlong.kernels import loading
 from everlong.kernels.direct import Segments, look
 from everlong.kernels.team import has_team
+from everlong.kernels.tiles import in_tiles
 
 pytestmark = pytest.mark.skipif(not (loading.wanted() and has_team()), reason="there are no kernels here")
 
@@ -64,6 +65,13 @@ def cut(keys, first, segment):
     return [keys[:, a - first : b - first] for a, b in zip(begins, stops, strict=True)]
 
 
+def tiles_of(pieces, first, segment):
+    """Return pieces of codes that begin at a token, in tiles, heads apart from one another."""
+    begins = [first, *range(first - first % segment + segment, first + segment * len(pieces), segment)]
+    tiles = [in_tiles(piece, begin) for piece, begin in zip(pieces, begins, strict=False)]
+    return [torch.stack((x, x), 1)[:, 1] for x in tiles]
+
+
 @pytest.mark.parametrize(
     ("count", "first", "begin", "stop", "block"),
     [
@@ -76,11 +84,12 @@ def cut(keys, first, segment):
     ],
 )
 @pytest.mark.parametrize("kind", ["keys", "codes"])
-@pytest.mark.parametrize(("heads", "asking", "d"), [(1, 1, 8), (3, 12, 64), (2, 3, 20)])
+@pytest.mark.parametrize(("heads", "asking", "d"), [(1, 1, 8), (3, 12, 64), (2, 3, 21)])
 def test_maxima_are_those_of_plain_operations(
     heads, asking, d, kind, count, first, begin, stop, block, threads
 ):
-    asked, keys, spread = randn(heads, asking, d), randn(heads, count, d, seed=1), None
+    asked, keys = randn(heads, asking, d), randn(heads, count, d, seed=1)
+    spread, rounding = None, 0.0
     pieces = cut(keys, first, 64)
     if kind == "codes":
         codes = torch.randint(-127, 128, keys.shape, generator=torch.Generator().manual_seed(2))
@@ -88,15 +97,32 @@ def test_maxima_are_those_of_plain_operations(
         pieces = cut(codes.to(torch.int8), first, 64)
         each = zip(pieces, *spread, strict=True)
         keys = torch.cat([center[:, None] + scale[:, None] * x for x, scale, center in each], 1)
+        pieces = tiles_of(pieces, first, 64)
+        steps = (asked[:, :, None] * spread[0].transpose(0, 1)[:, None]).abs().amax() / 32767
+        rounding = float(steps) / 2 * 127 * d
     found = torch.full((heads, asking, -(-(stop - begin) // block)), -torch.inf)
-    segments = Segments(pieces, first=first, segment=64)
+    segments = Segments(pieces, first=first, stop=first + count, segment=64)
     look(asked, segments, spread, found, begin=begin, stop=stop, block=block)
     expected = largest(asked, keys, first, begin, stop, block)
-    torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(found.double(), expected, atol=1e-4 + rounding, rtol=1e-5)
     before = found.clone()
     found += 1
     look(asked, segments, spread, found, begin=begin, stop=stop, block=block)
     assert torch.equal(found, before + 1), "maxima are raised only"
+
+
+@pytest.mark.parametrize("d", [7, 64, 512])
+def test_codes_and_what_asks_are_multiplied_as_whole_numbers(d, threads):
+    draws = torch.Generator().manual_seed(0)
+    codes = torch.randint(-127, 128, (2, 100, d), generator=draws, dtype=torch.int8)
+    asked = torch.randint(-32767, 32768, (2, 8, d), generator=draws).float()
+    asked[..., 0] = 32767  # the largest of each, so that all of them are as they are
+    codes[1, 40], asked[1, 3] = 127, 32767  # as large a sum as there is
+    spread = torch.ones(2, 2, d), torch.zeros(2, 2, d)
+    found = torch.full((2, 8, 100), -torch.inf)
+    pieces = tiles_of(cut(codes, 0, 64), 0, 64)
+    look(asked, Segments(pieces, first=0, stop=100, segment=64), spread, found, begin=0, stop=100, block=1)
+    assert torch.equal(found, (asked.long() @ codes.long().mT).float())
 
 
 @pytest.mark.parametrize("is_exact", [True, False])
@@ -139,23 +165,30 @@ def test_what_it_does_not_take_is_pytorchs(taken, monkeypatch):
 
 def test_what_lies_otherwise_is_refused():
     keys, asked, found = randn(2, 90, 16), randn(2, 3, 16), torch.zeros(2, 3, 12)
-    rest = {"begin": 0, "stop": 90, "block": 8}
-    good = Segments(cut(keys, 0, 64), first=0, segment=64)
+    rest, whole = {"begin": 0, "stop": 90, "block": 8}, {"first": 0, "stop": 90, "segment": 64}
+    good = Segments(cut(keys, 0, 64), **whole)
     look(asked, good, None, found, **rest)
     spread = torch.ones(2, 2, 16), torch.ones(2, 2, 16)
-    codes = Segments(cut(keys.to(torch.int8), 0, 64), first=0, segment=64)
+    tiles = tiles_of(cut(keys.to(torch.int8), 0, 64), 0, 64)
+    codes = Segments(tiles, **whole)
     look(asked, codes, spread, found, **rest)
-    for segments, some, into in (
-        (Segments([keys[:, :50], keys[:, 50:]], first=0, segment=64), None, found),  # cut elsewhere
-        (Segments(cut(keys[..., :8], 0, 64), first=0, segment=64), None, found),
-        (good, spread, found),
-        (codes, None, found),
-        (codes, (spread[0][:1], spread[1]), found),
-        (good, None, found[..., :11]),
-        (good, None, found.double()),
+    many = randn(2, 3, 514), Segments(tiles_of(cut(randn(2, 90, 514).to(torch.int8), 0, 64), 0, 64), **whole)
+    for asking, segments, some, into in (
+        (asked, Segments([keys[:, :50], keys[:, 50:]], **whole), None, found),  # cut elsewhere
+        (asked, Segments(cut(keys[..., :8], 0, 64), **whole), None, found),
+        (asked, Segments(cut(keys.to(torch.int8), 0, 64), **whole), spread, found),  # not in tiles
+        (asked, Segments(tiles[:1], **whole), (spread[0][:1], spread[1][:1]), found),
+        (asked, Segments(tiles, first=0, stop=90, segment=48), spread, found),
+        (asked[..., :12].contiguous(), codes, (spread[0][..., :12].contiguous(),) * 2, found),
+        (many[0], many[1], (torch.ones(2, 2, 514),) * 2, found),  # more than can be added up
+        (asked, good, spread, found),
+        (asked, codes, None, found),
+        (asked, codes, (spread[0][:1], spread[1]), found),
+        (asked, good, None, found[..., :11]),
+        (asked, good, None, found.double()),
     ):
         with pytest.raises(StateError, match="look does not take"):
-            look(asked, segments, some, into, **rest)
+            look(asking, segments, some, into, **rest)
 
 
 def test_a_kernel_that_is_wrong_is_left_with_a_warning(monkeypatch):
@@ -182,7 +215,7 @@ def test_it_follows_neither_the_default_dtype_nor_device(monkeypatch):
     monkeypatch.setattr(compiled_keys, "_is_right", compiled_keys._is_right.__wrapped__)
     keys, asked = randn(2, 90, 16), randn(2, 3, 16, seed=1)
     best = BlockMaxima(asked, 0, 90, 8)
-    segments = Segments([keys], first=0, segment=90)
+    segments = Segments([keys], first=0, stop=90, segment=90)
     torch.set_default_dtype(torch.float64)
     try:
         with torch.device("meta"):

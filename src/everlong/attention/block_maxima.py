@@ -51,7 +51,8 @@ class BlockMaxima:
         if count <= 0:
             return
         if compiled_keys.may_pay(self.asked, count):
-            segments = Segments([keys], first=first, segment=first + keys.shape[1])
+            stop = first + keys.shape[1]
+            segments = Segments([keys], first=first, stop=stop, segment=stop)
             if compiled_keys.pays(self.asked, segments, self.found):
                 look(self.asked, segments, None, self.found, **self.blocks())
                 return

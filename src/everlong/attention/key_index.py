@@ -15,6 +15,7 @@ from everlong.attention.block_maxima import BlockMaxima
 from everlong.attention.positions import working_dtype
 from everlong.attention.slabs import Slabs
 from everlong.kernels.direct import Segments, look
+from everlong.kernels.tiles import codes_at, in_tiles, out_of_tiles
 
 SEGMENT = 1024
 """Tokens that have their scales in common."""
@@ -27,9 +28,9 @@ class KeyIndex:
     """The raw keys of one layer's tokens in a tier: as bytes in whole segments, the latest as they are.
 
     In bytes, a key is ``center + scale * code`` in each channel; center and scale are a segment's own. A byte
-    for each channel is a quarter of what a tier in half precision holds. Without a compiled kernel what is
-    asked for is put into bytes for each segment, too, so that what is added up are whole numbers. Segments
-    are shared between copies.
+    for each channel is a quarter of what a tier in half precision holds. What is asked for is put into whole
+    numbers for each segment, too, of 16 bits, or without a compiled kernel of 8, so that what is added up are
+    whole numbers. Segments are shared between copies.
 
     Parameters
     ----------
@@ -46,7 +47,8 @@ class KeyIndex:
     ) -> None:
         self._is_exact = is_exact
         self._begun = None if is_exact else begun
-        self._segments: list[Tensor] = []  # keys or codes, (batch, key-value heads, n, d)
+        self._in_tiles = not is_exact and compiled_keys.may_come()
+        self._segments: list[Tensor] = []  # keys or codes, (batch, key-value heads, n, d), or tiles of these
         self._slabs = Slabs()
         self._rows: dict[int, Segments] = {}
         self._scales: Tensor | None = None  # (batch, segments, key-value heads, d)
@@ -108,21 +110,27 @@ class KeyIndex:
         else:
             scale, center, self._begun = self._begun["scale"], self._begun["center"], None
         keys = keys - center
-        self._segments.append(self._slabs.keep((keys / scale).round().to(torch.int8)))
+        codes = (keys / scale).round().to(torch.int8)
+        if self._in_tiles:
+            codes = in_tiles(codes, self._next - keys.shape[2])
+        self._segments.append(self._slabs.keep(codes))
         scale, center = scale.transpose(1, 2), center.transpose(1, 2)
         self._scales = scale if self._scales is None else torch.cat((self._scales, scale), 1)
         self._centers = center if self._centers is None else torch.cat((self._centers, center), 1)
 
     def forget(self, first: int) -> None:
         """Let go of segments all of whose tokens come before `first`."""
-        gone = 0
-        while gone < len(self._segments) and self._begin + self._segments[gone].shape[2] <= first:
-            self._begin += self._segments[gone].shape[2]
-            gone += 1
-        if gone:
+        gone = min(first, self._open_begin) // SEGMENT - self._begin // SEGMENT
+        if gone > 0:
+            self._begin = self._tokens_of(gone - 1)[1]
             self._segments, self._rows = self._segments[gone:], {}
             if self._scales is not None and self._centers is not None:
                 self._scales, self._centers = self._scales[:, gone:], self._centers[:, gone:]
+
+    def _tokens_of(self, number: int) -> tuple[int, int]:
+        """Return which tokens a segment is of: from one to before another."""
+        first = (self._begin // SEGMENT + number) * SEGMENT
+        return max(self._begin, first), first + SEGMENT
 
     def pick_rows(self, rows: Tensor) -> None:
         """Keep the given rows of the batch, in that order (repeats allowed)."""
@@ -158,34 +166,35 @@ class KeyIndex:
     def _of_row(self, row: int) -> Segments:
         """Return a row's segments, found once as long as they are the same."""
         if row not in self._rows:
-            keys = [segment[row] for segment in self._segments]
-            self._rows[row] = Segments(keys, first=self._begin, segment=SEGMENT)
+            keys, stop = [segment[row] for segment in self._segments], self._open_begin
+            self._rows[row] = Segments(keys, first=self._begin, stop=stop, segment=SEGMENT)
         return self._rows[row]
 
     def _look_by_segment(self, row: int, best: BlockMaxima) -> None:
         """Look at segments one after another, as PyTorch multiplies them."""
-        wanted, first = list[tuple[int, int]](), self._begin
-        for number, keys in enumerate(self._segments):
-            if best.begin < first + keys.shape[2] and first < best.stop:
-                wanted.append((number, first))
-            first += keys.shape[2]
-        if self._is_exact:
-            for number, first in wanted:
-                best.look(first, self._segments[number][row])
-        elif wanted:
+        low, high = max(best.begin, self._begin), min(best.stop, self._open_begin)
+        wanted = range(
+            low // SEGMENT - self._begin // SEGMENT, (high - 1) // SEGMENT - self._begin // SEGMENT + 1
+        )
+        if not self._is_exact:
             self._look_at_codes(row, wanted, best)
+            return
+        for number in wanted:
+            best.look(self._tokens_of(number)[0], self._segments[number][row])
 
-    def _look_at_codes(self, row: int, wanted: list[tuple[int, int]], best: BlockMaxima) -> None:
-        """Look at segments that follow one another, each a number and its first token."""
+    def _look_at_codes(self, row: int, wanted: range, best: BlockMaxima) -> None:
+        """Look at segments that follow one another."""
         assert self._scales is not None and self._centers is not None
-        asked, which = best.asked.to(self._scales), slice(wanted[0][0], wanted[-1][0] + 1)
+        asked, which = best.asked.to(self._scales), slice(wanted.start, wanted.stop)
         scaled = asked * self._scales[row, which, :, None]  # (segments, key-value heads, c, d)
         steps = (scaled.abs().amax(3, keepdim=True) / 127).clamp(min=_LEAST)
         codes = scaled.div_(steps).round_().to(torch.int8)
         shifts = asked @ self._centers[row, which, ..., None]  # (segments, key-value heads, c, 1)
-        for (number, first), code, step, shift in zip(wanted, codes, steps, shifts, strict=True):
-            found = _whole_products(code, self._segments[number][row])
-            best.take(first, found, partial(_scaled, step, shift))
+        for number, code, step, shift in zip(wanted, codes, steps, shifts, strict=True):
+            (first, stop), keys = self._tokens_of(number), self._segments[number][row]
+            if self._in_tiles:
+                keys = out_of_tiles(keys, first, stop - first, asked.shape[2])
+            best.take(first, _whole_products(code, keys), partial(_scaled, step, shift))
 
     def keys_at(self, row: int, tokens: Tensor) -> Tensor:
         """Return single keys of a row: of what is in bytes, ``center + scale * code``.
@@ -217,10 +226,12 @@ class KeyIndex:
 
     def _single(self, row: int, number: int, heads: Tensor, tokens: Tensor) -> Tensor:
         """Return keys of one segment, or of what is open."""
-        is_open = number == len(self._segments)
-        first = self._open_begin if is_open else max(self._begin, (self._begin // SEGMENT + number) * SEGMENT)
-        segment = self._held() if is_open else self._segments[number]
-        keys: Tensor = segment[row][heads, tokens - first]
+        is_open, first = number == len(self._segments), self._tokens_of(number)[0]
+        segment, d = self._held() if is_open else self._segments[number], self._held().shape[3]
+        if self._in_tiles and not is_open:
+            keys = codes_at(segment[row], first, heads, tokens, d)
+        else:
+            keys = segment[row][heads, tokens - first]
         keys = keys.to(working_dtype(self._held()))
         if is_open or self._is_exact:
             return keys

@@ -47,8 +47,8 @@ def _pointer(kind: Any) -> Any:
     return made
 
 
-floats_at, halves_at, longs_at, bytes_at = map(
-    _pointer, (types.float32, types.uint16, types.int64, types.int8)
+floats_at, halves_at, longs_at, ints_at, shorts_at = map(
+    _pointer, (types.float32, types.uint16, types.int64, types.int32, types.int16)
 )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from everlong.kernels.calls import attends, fit, function, given_to, require
 from everlong.kernels.loading import compiled
 from everlong.kernels.team import asking_addresses, has_team, in_every_thread
+from everlong.kernels.tiles import MOST_CHANNELS, TILE
 
 
 def is_believed(gives_the_same: Callable[[], bool], what_they_do: str) -> bool:
@@ -81,21 +82,24 @@ def attend_parts(parts: Sequence[tuple[Tensor, Tensor, Tensor]], scaling: float)
 
 
 class Segments:
-    """The keys of tokens that follow one another, float32 or int8 codes, where a kernel finds them.
+    """The keys of tokens that follow one another, float32 or int8 codes in tiles, where a kernel finds them.
 
     Parameters
     ----------
     keys : sequence of Tensor
-        Of each segment, shape (heads, n, d). The tokens of one lie behind one another, heads may lie apart.
+        Of each segment, keys, (heads, n, d), or codes as :func:`~everlong.kernels.tiles.in_tiles` lays them.
+        What is of one head lies together, heads may lie apart.
     first : int
         The first token of the first segment.
+    stop : int
+        The token behind the last.
     segment : int
-        Tokens of a segment; all but the first begin at a multiple of it.
+        Tokens of a segment; all but the first begin at a multiple of it. Of codes a multiple of a tile's.
     """
 
-    def __init__(self, keys: Sequence[Tensor], *, first: int, segment: int) -> None:
-        self.first, self.segment, self.stop = first, segment, first + sum(x.shape[1] for x in keys)
-        self.like = keys[0]
+    def __init__(self, keys: Sequence[Tensor], *, first: int, stop: int, segment: int) -> None:
+        self.first, self.stop, self.segment = first, stop, segment
+        self.like, self.are_codes = keys[0], keys[0].dtype == torch.int8
         self._keys = tuple(keys)
 
     def __len__(self) -> int:
@@ -107,30 +111,41 @@ class Segments:
         both = [x.data_ptr() for x in self._keys], [x.stride(0) for x in self._keys]
         return torch.tensor(both, device="cpu")
 
+    def are_of(self, heads: int, d: int) -> bool:
+        """Whether they are of so many heads and channels, lie as a kernel reads them, and are all there."""
+        of_one = (-(-d // 2), TILE, 2) if self.are_codes else (d,)
+        return self._shape == (heads, *of_one)
+
     @cached_property
-    def fit(self) -> bool:
-        """Whether they lie as a kernel reads them, and are as long as it expects."""
-        (heads, _, d), dtype = self.like.shape, self.like.dtype
+    def _shape(self) -> tuple[int, ...] | None:
+        """The shape of each, but for its second number; None: not all of them are as a kernel expects."""
+        size = TILE if self.are_codes else 1
         begins = [
             self.first,
             *range(self.first - self.first % self.segment + self.segment, self.stop, self.segment),
         ]
         ends = [*begins[1:], self.stop]
-        return (
-            dtype in (torch.float32, torch.int8)
-            and [x.shape[1] for x in self._keys]
-            == [stop - begin for begin, stop in zip(begins, ends, strict=True)]
+        counts = [-(-stop // size) - begin // size for begin, stop in zip(begins, ends, strict=True)]
+        kind = self.like.shape[0], *self.like.shape[2:]
+        fit = (
+            self.like.dtype in (torch.float32, torch.int8)
+            and self.segment % size == 0
+            and [x.shape[1] for x in self._keys] == counts
             and all(
-                (*x.shape[::2], *x.stride()[1:], x.dtype, x.device.type) == (heads, d, d, 1, dtype, "cpu")
+                x[0].is_contiguous()
+                and (x.dtype, x.device.type) == (self.like.dtype, "cpu")
+                and (x.shape[0], *x.shape[2:]) == kind
                 for x in self._keys
             )
         )
+        return kind if fit else None
 
 
 def looks(asked: Tensor, segments: Segments, found: Tensor) -> bool:
     """Whether :func:`look` takes what asks, keys and maxima like these."""
-    is_of = asked.shape[::2] == segments.like.shape[::2] and asked.numel() > 0
-    return is_of and fit(asked, found) and segments.fit and has_team()
+    heads, _, d = asked.shape
+    is_of = segments.are_of(heads, d) and asked.numel() > 0 and (d <= MOST_CHANNELS or not segments.are_codes)
+    return is_of and fit(asked, found) and has_team()
 
 
 def look(
@@ -163,7 +178,7 @@ def look(
     heads, c, d = asked.shape
     require(
         looks(asked, segments, found)
-        and (segments.like.dtype == torch.int8) == (spread is not None)
+        and segments.are_codes == (spread is not None)
         and (spread is None or fit(*spread))
         and all(x.shape == (len(segments), heads, d) for x in spread or ())
         and found.shape == (heads, c, -(-(stop - begin) // block)),
@@ -172,8 +187,8 @@ def look(
     low, high = max(segments.first, begin), min(segments.stop, stop)
     if low >= high:
         return
-    threads, looked = torch.get_num_threads(), compiled().LOOKED
-    scratch = asked.new_empty(threads * (4 * d + c * (d + 4 + looked)))
+    threads = torch.get_num_threads()
+    scratch = asked.new_empty(threads * compiled().room(c, d))
     given = given_to(
         *(asked, *segments.lie, *(spread or (0, 0)), found, scratch, *asking_addresses()),
         *(len(segments), heads, c, d, found.shape[2], block, segments.segment),
