@@ -11,10 +11,11 @@ from torch import Tensor
 
 from everlong.attention.kept import KeptMemory
 from everlong.attention.kept_view import KeptView, Stage
-from everlong.attention.parts import Part, Partial, Triangle
+from everlong.attention.parts import Part, Partial
 from everlong.attention.policy import Policy, require_count
 from everlong.attention.view import LayerView, Queries
 from everlong.errors import ConfigurationError
+from everlong.kernels.blocks import Triangle
 
 _GROUP = 64
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
 from typing import NotRequired, TypedDict, TypeGuard, Unpack
 
 import torch
@@ -19,17 +18,11 @@ from torch.nn import functional as F
 from everlong.attention import compiled_parts, few_queries
 from everlong.attention.cuda_parts import fused
 from everlong.attention.positions import working_dtype
+from everlong.kernels.blocks import Triangle, attend_blocks
 from everlong.kernels.direct import attend_parts
 from everlong.kernels.loading import wanted
 
 _FLASH_CPU = torch._scaled_dot_product_flash_attention_for_cpu
-
-
-class Triangle(Enum):
-    """Which of n keys each of n queries sees, where a kernel can leave out the other half."""
-
-    LOWER = "query i sees keys 0 to i"
-    UPPER = "query i sees keys i to n - 1"
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,10 +96,10 @@ def attend(parts: Sequence[Part | Partial], **logits: Unpack[Logits]) -> Tensor:
         Shape (batch, heads, n, d), the dtype of the values.
     """
     scaling, softcap, sink_logits = logits["scaling"], logits.get("softcap"), logits.get("sink_logits")
-    if len(parts) > 1 and softcap is None and sink_logits is None and wanted():
-        seen = [(p.queries.contiguous(), p.keys, p.values) for p in parts if _is_seen_by_one(p)]
-        if len(seen) == len(parts) and compiled_parts.pays(seen):
-            return attend_parts(seen, scaling)
+    if softcap is None and sink_logits is None and wanted():
+        by_kernels = _attend_by_kernels(parts, scaling)
+        if by_kernels is not None:
+            return by_kernels
     partials = [p if isinstance(p, Partial) else _attend_one(p, scaling, softcap) for p in parts]
     if len(partials) == 1 and sink_logits is None:
         return partials[0].output
@@ -119,6 +112,17 @@ def attend(parts: Sequence[Part | Partial], **logits: Unpack[Logits]) -> Tensor:
     for partial, weight in zip(partials[1:], weights[1:], strict=True):
         merged = torch.addcmul(merged, partial.output.to(total.dtype), weight)
     return merged.to(partials[0].output.dtype)
+
+
+def _attend_by_kernels(parts: Sequence[Part | Partial], scaling: float) -> Tensor | None:
+    """Attend to parts by compiled kernels, where there are some that pay."""
+    if all(isinstance(p, Part) and p.queries.shape[2] > 1 for p in parts):
+        many = [(p.queries, p.keys, p.values, p.visible) for p in parts if isinstance(p, Part)]
+        return attend_blocks(many, scaling) if compiled_parts.pay_for_many(many) else None
+    one = [(p.queries.contiguous(), p.keys, p.values) for p in parts if _is_seen_by_one(p)]
+    if 1 < len(one) == len(parts) and compiled_parts.pays(one):
+        return attend_parts(one, scaling)
+    return None
 
 
 def attend_all(query: Tensor, keys: Tensor, values: Tensor, **logits: Unpack[Logits]) -> Tensor:

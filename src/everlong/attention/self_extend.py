@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from everlong.attention.layer_memory import LayerMemory
-from everlong.attention.parts import Part, Partial, Triangle
+from everlong.attention.parts import Part, Partial
 from everlong.attention.placing import placed_keys, placed_queries, row_indices
 from everlong.attention.policy import POLICIES, require_count
 from everlong.attention.positions import Rotation
 from everlong.attention.view import LayerCall, LayerView, Queries
 from everlong.attention.window import WindowPolicy
+from everlong.kernels.blocks import Triangle
 
 _NEIGHBOURS = 1024
 _FAR = ("far_keys", "far_values")

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from everlong.attention.branches import Branches
-from everlong.attention.parts import Part, Triangle
+from everlong.attention.parts import Part
 from everlong.attention.positions import Rotation
+from everlong.kernels.blocks import Triangle
 
 if TYPE_CHECKING:
     from everlong.attention.layer_memory import LayerMemory

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import cfunc, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -32,6 +32,9 @@ def kernel(function: Any) -> Any:
 
 f32, u32 = np.float32, np.uint32
 
+HAS_WIDE_VECTORS = bool(binding.get_host_cpu_features().get("avx512f"))
+"""Whether a vector of the processor has 16 numbers of 32 bits."""
+
 
 def _pointer(kind: Any) -> Any:
     """Return what makes a pointer to numbers of some kind of an address."""
@@ -47,8 +50,8 @@ def _pointer(kind: Any) -> Any:
     return made
 
 
-floats_at, halves_at, longs_at, ints_at, shorts_at = map(
-    _pointer, (types.float32, types.uint16, types.int64, types.int32, types.int16)
+floats_at, halves_at, longs_at, ints_at, shorts_at, bytes_at = map(
+    _pointer, (types.float32, types.uint16, types.int64, types.int32, types.int16, types.int8)
 )
 
 

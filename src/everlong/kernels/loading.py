@@ -46,12 +46,12 @@ def wanted() -> bool:
 
 
 @functools.cache
-def compiled() -> Any:
-    """Return the module of the kernels; None: there are none."""
+def compiled(name: str = "compiled") -> Any:
+    """Return a module of kernels, "compiled" or "attending"; None: there are none."""
     if not wanted():
         return None
     try:
-        return import_module("everlong.kernels.compiled")
+        return import_module(f"everlong.kernels.{name}")
     except Exception as error:  # of a compiler's many ways to fail none is worth a user's text
         warnings.warn(
             f"no compiled kernels, and writing is slower: {type(error).__name__}: {error}", stacklevel=2

@@ -5,15 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from everlong.kernels.compiling import answer_of, f32, floats_at, inner, ints_at, kernel, longs_at, shorts_at
+from everlong.kernels.compiling import (
+    HAS_WIDE_VECTORS,
+    answer_of,
+    f32,
+    floats_at,
+    inner,
+    ints_at,
+    kernel,
+    longs_at,
+    shorts_at,
+)
 from everlong.kernels.tiles import TILE
 
-_MADE_OF = "17d4afde3a38a8b0"  # of compiling.py: when that changes, what Numba keeps of these is outdated
+_MADE_OF = "57db3b532fac103b"  # of compiling.py: when that changes, what Numba keeps of these is outdated
 
 LOOKED = 256
 """Keys that a thread looks at before it seeks the largest products."""
@@ -21,7 +31,7 @@ LOOKED = 256
 TOGETHER = 6
 """Of those that ask, how many are multiplied with codes at once: their sums stay in the processor."""
 
-_WIDTH = TILE if binding.get_host_cpu_features().get("avx512f") else TILE // 2  # keys multiplied at once
+_WIDTH = TILE if HAS_WIDE_VECTORS else TILE // 2  # keys multiplied at once
 _STRIDE = LOOKED + TILE  # of products: whole tiles, wherever the first token stands in its own
 _TINY, _STEPS, _SMALLEST = f32(np.finfo(np.float32).tiny), f32(32767), np.int32(-(2**31))
 
