@@ -40,6 +40,7 @@ def taken(monkeypatch):
 
     monkeypatch.setattr(parts, "attend_blocks", counted)
     monkeypatch.setattr(compiled_parts, "_LEAST_PRODUCTS", 0)
+    monkeypatch.setattr(compiled_parts, "_FEWEST", 2)
     return seen
 
 
@@ -201,12 +202,16 @@ def test_what_lies_otherwise_is_refused(wrong):
         attend_blocks([wrong], 0.3)
 
 
-def test_few_products_are_left_to_pytorch(taken, monkeypatch):
+def test_few_products_and_few_queries_are_left_to_pytorch(taken, monkeypatch):
     some = some_parts(10, (20, 30))
     monkeypatch.setattr(compiled_parts, "_LEAST_PRODUCTS", 10 * 6 * 16 * 50 + 1)
     attend(some, scaling=0.3)
     assert taken == []
     monkeypatch.setattr(compiled_parts, "_LEAST_PRODUCTS", 10 * 6 * 16 * 50)
+    monkeypatch.setattr(compiled_parts, "_FEWEST", 11)
+    attend(some, scaling=0.3)
+    assert taken == []
+    monkeypatch.setattr(compiled_parts, "_FEWEST", 10)
     attend(some, scaling=0.3)
     assert taken == [2]
 

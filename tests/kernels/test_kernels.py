@@ -404,7 +404,7 @@ def test_a_compiler_that_fails_costs_a_warning_and_nothing_else(monkeypatch):
         loading.compiled.cache_clear()
 
 
-@pytest.mark.parametrize("name", ["attending", "compiled", "looking"])
+@pytest.mark.parametrize("name", ["attending", "compiled", "looking", "turning"])
 def test_kernels_name_what_they_are_made_of(name):
     """Numba looks at a kernel's own file alone to know whether what it keeps is outdated."""
     folder = Path(loading.__file__).parent

@@ -19,6 +19,8 @@ from everlong.kernels.direct import attend_parts, attends_parts, is_believed
 _LEAST = 2**17  # numbers in all keys: what is smaller does without a compiler
 
 _LEAST_PRODUCTS = 2**22  # of numbers, of many queries and all keys
+_FEWEST = 64
+"""Queries from which on turning keys around pays: tried with AVX-512, heads of 64 and of 256 numbers."""
 
 Seen = tuple[Tensor, Tensor, Tensor]
 """Queries, shape (rows, heads, 1, d), and the keys and values that all of them see."""
@@ -34,7 +36,8 @@ def pays(parts: Sequence[Seen]) -> bool:
 
 def pay_for_many(parts: Sequence[SeenByMany]) -> bool:
     """Whether there are compiled kernels that take parts of many queries, as :func:`pays` says for one."""
-    if sum(query.numel() * keys.shape[2] for query, keys, *_ in parts) < _LEAST_PRODUCTS:
+    products = sum(query.numel() * keys.shape[2] for query, keys, *_ in parts)
+    if parts[0][0].shape[2] < _FEWEST or products < _LEAST_PRODUCTS:
         return False
     tensors = [x for part in parts for x in part if isinstance(x, Tensor)]
     has_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)

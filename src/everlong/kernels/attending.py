@@ -25,9 +25,10 @@ from everlong.kernels.compiling import (
     inner,
     kernel,
     number_of,
+    plus_product,
 )
 
-_MADE_OF = "57db3b532fac103b"  # of compiling.py: when that changes, what Numba keeps of these is outdated
+_MADE_OF = "6a5a34c8a4686c37"  # of compiling.py: when that changes, what Numba keeps of these is outdated
 
 QUERIES, KEYS = 64, 128
 """Queries and keys of a block: what comes of their products fits into a processor's own cache."""
@@ -78,12 +79,6 @@ def _store(builder: Any, value: Any, pointer: Any) -> None:
     builder.store(value, builder.bitcast(pointer, _vector.as_pointer()), align=4)
 
 
-def _plus_product(builder: Any, total: Any, one: Any, other: Any) -> Any:
-    """Return total + one · other: in one instruction, where the processor has it."""
-    flags = ("contract",)
-    return builder.fadd(builder.fmul(one, other, flags=flags), total, flags=flags)
-
-
 def _larger(builder: Any, one: Any, other: Any) -> Any:
     return builder.select(builder.fcmp_ordered(">", one, other), one, other)
 
@@ -101,7 +96,7 @@ def _power(builder: Any, x: Any) -> Any:
     whole = builder.call(cgutils.get_or_insert_function(builder.module, rint, f"llvm.rint.{name}"), [x])
     rest, power = builder.fsub(x, whole), number(_TAYLOR[-1])
     for coefficient in _TAYLOR[-2::-1]:
-        power = _plus_product(builder, number(coefficient), power, rest)
+        power = plus_product(builder, number(coefficient), power, rest)
     exponent = builder.shl(builder.fptosi(whole, kind), number(23, kind))
     return builder.bitcast(builder.add(builder.bitcast(power, kind), exponent), x.type)
 
@@ -143,7 +138,7 @@ def _products(adds: bool) -> Any:
             some = _load(builder, _place(builder, columns, (loop.index, column)))
             for one, total in enumerate(totals):
                 number = builder.load(_place(builder, rows, (row, one), (loop.index, 1)), align=4)
-                more = _plus_product(builder, builder.load(total), _spread(builder, number), some)
+                more = plus_product(builder, builder.load(total), _spread(builder, number), some)
                 builder.store(more, total)
         for place, total in zip(places, totals, strict=True):
             _store(builder, builder.load(total), place)

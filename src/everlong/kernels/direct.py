@@ -14,6 +14,9 @@ from everlong.kernels.loading import compiled
 from everlong.kernels.team import asking_addresses, has_team, in_every_thread
 from everlong.kernels.tiles import MOST_CHANNELS, TILE
 
+PAIRS = 8
+"""Pairs of numbers that are rotated at once."""
+
 
 def is_believed(gives_the_same: Callable[[], bool], what_they_do: str) -> bool:
     """Whether there are kernels, compiled now if they were not, that give what plain operations give here.
@@ -195,3 +198,32 @@ def look(
         *(segments.first, begin, low, high),
     )
     in_every_thread(compiled().look.address)(given, threads)
+
+
+def turns(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """Whether :func:`turn` takes these: float32 on the CPU, the numbers of a token's head in one piece."""
+    return (
+        all((y.dtype, y.device.type, y.stride(-1)) == (torch.float32, "cpu", 1) for y in (x, cos, sin))
+        and cos.shape == sin.shape
+        and (cos.dim() == 2 or cos.shape[:2] == (x.shape[0], 1))
+        and cos.shape[-2] in (1, x.shape[2])
+        and cos.shape[-1] <= x.shape[3]
+        and cos.shape[-1] % (2 * PAIRS) == 0
+        and x.numel() > 0
+        and has_team()
+    )
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate many tokens, as :func:`~everlong.models.rotary.rotate` does pairs in halves; shapes as there."""
+    require(turns(x, cos, sin), "turn")
+    rows, heads, n, d = x.shape
+    out, threads = x.new_empty(x.shape), torch.get_num_threads()
+    angles = [y.expand(rows, 1, n, y.shape[-1]) for y in (cos, sin)]
+    strides = [y.stride(i) for y in angles for i in (0, 2)]
+    given = given_to(
+        *(x, cos, sin, out, *asking_addresses(), rows, heads, n, d, cos.shape[-1]),
+        *(*x.stride()[:3], *strides),
+    )
+    in_every_thread(compiled("turning").turn.address)(given, threads)
+    return out

@@ -47,7 +47,7 @@ def wanted() -> bool:
 
 @functools.cache
 def compiled(name: str = "compiled") -> Any:
-    """Return a module of kernels, "compiled" or "attending"; None: there are none."""
+    """Return a module of kernels, "compiled", "attending" or "turning"; None: there are none."""
     if not wanted():
         return None
     try:

@@ -9,6 +9,7 @@ computed in float64.
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,12 +18,16 @@ from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from everlong.errors import UnsupportedUseError
+from everlong.kernels.direct import is_believed, turn, turns
+from everlong.kernels.loading import wanted
 
 Layout = Literal["halves", "interleaved"]
 LAYOUTS: tuple[Layout, ...] = ("halves", "interleaved")
 
 Positions = int | range | Tensor
 """One position for all tokens, a range (one each), or a tensor of shape (n,) or (batch, n)."""
+
+_LEAST = 2**15  # numbers: what is smaller does without a compiler
 
 _CHANGING_TYPES = ("dynamic", "longrope")
 
@@ -84,6 +89,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
     layout : {"halves", "interleaved"}
         Which dimensions form a pair: i and i + r/2, or 2i and 2i + 1.
     """
+    if layout == "halves" and _pays(x, cos, sin):
+        return turn(x, cos, sin)
+    return _rotate(x, cos, sin, layout)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
     width = cos.shape[-1]
     turning = (x if width == x.shape[-1] else x[..., :width]).to(cos.dtype)
     if layout == "halves":
@@ -95,6 +106,29 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
         return turned
     still = x[..., width:].expand(*turned.shape[:-1], -1)
     return torch.cat((turned, still), -1)
+
+
+def _pays(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """Whether there is a compiled kernel that rotates many tokens, and no gradient is wanted."""
+    if x.shape[2] == 1 or x.numel() < _LEAST or not wanted() or not turns(x, cos, sin):
+        return False
+    has_gradient = torch.is_grad_enabled() and any(y.requires_grad for y in (x, cos, sin))
+    return not has_gradient and _is_right()
+
+
+@functools.cache
+def _is_right() -> bool:
+    return is_believed(_gives_the_same, "rotate")
+
+
+def _gives_the_same() -> bool:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 5, 3, 48, generator=generator, dtype=torch.float32, device="cpu").transpose(1, 2)
+    for shape in ((5, 48), (1, 16), (2, 1, 5, 32)):
+        cos, sin = (torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu") for _ in "cs")
+        if not torch.allclose(turn(x, cos, sin), _rotate(x, cos, sin, "halves"), atol=1e-5, rtol=1e-5):
+            return False
+    return True
 
 
 def fresh_copy(module: nn.Module) -> nn.Module:
