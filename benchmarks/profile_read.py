@@ -3,36 +3,42 @@
     python benchmarks/profile_read.py
 
 SmolLM2 reads pieces of 512 tokens, as a session does, under LM-Infinite, whose window is full. Operators are
-timed by PyTorch's profiler; what a piece takes is measured without it, in turn, and what is left of that is
-Python. Beside the rate of each kind of operator, in operations that the definition needs, stands that of a
-large matrix product. Some two minutes on 2 CPU cores, which must be quiet.
+timed by PyTorch's profiler, to which compiled kernels are named; what a piece takes is measured without it,
+in turn, and what is left of that is Python. Beside the rate of each kind of operator, in operations that the
+definition needs, stands that of a large matrix product. Some two minutes on 2 CPU cores, which must be quiet.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from common import RESULTS, Rows, in_own_process, table
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
-from everlong.attention import LMInfinite
+from everlong.attention import LMInfinite, parts
 from everlong.evaluation.rooflines import Rooflines
 from everlong.evaluation.speed import fill, prefill_seconds, random_ids
 from everlong.evaluation.streams import open_stream
 from everlong.evaluation.work import work_of
+from everlong.kernels.blocks import Seen, Triangle
+from everlong.models import rotary
 from everlong.models.loading import load_model
 
 PIECE, REPEATS = 512, 15
 PRODUCTS = ("aten::addmm", "aten::mm")
 ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
+KERNEL = "everlong::attend_blocks"
 KINDS = {
     "products": "products with weights",
+    "at once": "attention to all parts at once, by a compiled kernel",
     "whole": "attention to keys that all of a group of queries see",
     "triangle": "attention to keys that come or go within the group",
     "sinks": "attention to sinks, each at its distance",
@@ -82,9 +88,14 @@ def measure(model: str, window: int) -> dict[str, Any]:
         stream.read(ids)
         for _ in range(REPEATS):
             rate, milliseconds = rooflines.flops(), 1000 * prefill_seconds(stream, ids)
-            with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
+            with (
+                kernels_named() as noted,
+                profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled,
+            ):
                 stream.read(ids)
-            turns.append((rate, milliseconds, by_kind(profiled.key_averages(True), policy.sinks)))
+            found = by_kind(profiled.key_averages(True), policy.sinks)
+            found["at once"][2] = sum(noted)
+            turns.append((rate, milliseconds, found))
     needed = work.prefill_flops(stream.seen, PIECE, window)
     kinds = {
         kind: {
@@ -106,6 +117,26 @@ def measure(model: str, window: int) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def kernels_named() -> Iterator[list[int]]:
+    """Let the profiler see compiled kernels; yield the operations that each call to attend needs."""
+    needed, attend, turn = list[int](), parts.attend_blocks, rotary.turn
+
+    def attend_named(some: list[Seen], scaling: float) -> torch.Tensor:
+        for query, keys, _, visible in some:
+            rectangle = 4 * query.numel() * keys.shape[2]
+            needed.append(rectangle // 2 if isinstance(visible, Triangle) else rectangle)
+        with record_function(KERNEL):
+            return attend(some, scaling)
+
+    def turn_named(*given: torch.Tensor) -> torch.Tensor:
+        with record_function("everlong::turn"):
+            return turn(*given)
+
+    with patch.object(parts, "attend_blocks", attend_named), patch.object(rotary, "turn", turn_named):
+        yield needed
+
+
 def by_kind(events: Iterable[Any], sinks: int) -> dict[str, list[float]]:
     """Return milliseconds, calls and needed operations of each kind, of events grouped by shapes."""
     found: dict[str, list[float]] = {kind: [0.0, 0, 0] for kind in KINDS}
@@ -123,7 +154,7 @@ def kind_of(operator: str, shapes: list[list[int]], sinks: int) -> tuple[str, in
         (n, inner), (_, outer) = shapes[-2:] if operator == "aten::mm" else shapes[1:3]
         return "products", 2 * n * inner * outer
     if operator != ATTENTION:
-        return "others", 0
+        return ("at once" if operator == KERNEL else "others"), 0
     (batch, heads, n, d), (_, _, keys, _) = shapes[:2]
     rectangle = 4 * batch * heads * n * keys * d
     if keys == n:
