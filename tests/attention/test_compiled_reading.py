@@ -132,6 +132,15 @@ def test_what_a_query_does_not_see_leaves_no_trace(taken):
         torch.testing.assert_close(attend(order, scaling=0.3), alone, atol=1e-6, rtol=1e-6)
 
 
+def test_a_query_that_is_no_number_sees_none_and_no_other_does(taken):
+    some = some_parts(70, (Triangle.LOWER, 200))
+    some[0].queries[:, 1, 5] = torch.nan
+    found = attend(some, scaling=0.3).isnan()
+    expected = torch.zeros_like(found)
+    expected[:, 1, 5] = True
+    assert torch.equal(found, expected) and taken
+
+
 def test_large_logits_are_no_trouble(taken):
     some = [Part(30 * p.queries, p.keys, p.values, p.visible) for p in some_parts(70, (Triangle.LOWER, 200))]
     found = attend(some, scaling=1.0)

@@ -91,7 +91,8 @@ def _power(builder: Any, x: Any) -> Any:
     def number(value: float, of: Any = x.type) -> Any:
         return _all_of(value, of) if is_vector else ir.Constant(of, value)
 
-    x = _larger(builder, x, number(_LEAST))
+    is_less = builder.fcmp_ordered("<", x, number(_LEAST))
+    x = builder.select(is_less, number(_LEAST), x)  # what is no number stays that
     rint = ir.FunctionType(x.type, [x.type])
     whole = builder.call(cgutils.get_or_insert_function(builder.module, rint, f"llvm.rint.{name}"), [x])
     rest, power = builder.fsub(x, whole), number(_TAYLOR[-1])
