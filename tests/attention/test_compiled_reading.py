@@ -111,12 +111,13 @@ def test_parts_are_one_softmax(n, sizes, rows, heads, d, threads, taken):
     assert taken == [len(sizes)]
 
 
+@pytest.mark.parametrize("d", [16, 64])
 @pytest.mark.parametrize("n", [2, 70, 130])
 @pytest.mark.parametrize("shape", [(1, 1, True), (2, 1, True), (1, 6, True), (2, 6, True), (2, 1, False)])
-def test_masks_hide_keys_of_rows_heads_and_queries(n, shape, threads, taken):
+def test_masks_hide_keys_of_rows_heads_and_queries(n, shape, d, threads, taken):
     rows, heads, of_queries = shape
     masks = [mask(rows, heads, n if of_queries else 1, m, seed=m) for m in (5, 150)]
-    some = some_parts(n, [masks[0], Triangle.LOWER, masks[1]], rows=2)
+    some = some_parts(n, [masks[0], Triangle.LOWER, masks[1]], rows=2, d=d)
     found = attend(some, scaling=0.3)
     torch.testing.assert_close(found.double(), one_softmax(some, 0.3), atol=2e-5, rtol=1e-5)
     assert taken == [3]
@@ -171,6 +172,34 @@ def test_what_is_read_is_what_pytorchs_kernels_give(family, policy, rows, taken,
             found.append(torch.cat(read, 1))
             assert (len(taken) > before) == takes
     torch.testing.assert_close(*found, atol=2e-5 * float(found[1].abs().max()), rtol=0)
+
+
+def test_padded_rows_are_read_as_by_pytorchs_kernels(taken, monkeypatch):
+    model, ids, found = tiny.build("llama"), tiny.random_ids(3, 120), []
+    mask = torch.ones(3, 120, dtype=torch.long)
+    mask[0, :70] = mask[1, :3] = 0
+    for takes in (True, False):
+        with attach(model, LMInfinite(window=40, sinks=3)) as handle, torch.no_grad():
+            if not takes:
+                monkeypatch.setattr(parts, "wanted", lambda: False)
+            before = len(taken)
+            read = model(ids, attention_mask=mask, **tiny.cached(handle.new_cache())).logits
+            found.append(read[mask.bool()])
+            assert (len(taken) > before) == takes
+    torch.testing.assert_close(*found, atol=2e-5 * float(found[1].abs().max()), rtol=0)
+
+
+def test_keys_that_are_many_rows_in_one_place_are_read_there(taken):
+    some = some_parts(70, (Triangle.LOWER, 130), heads=(6, 1), d=64)
+    few = [
+        Part(
+            p.queries.expand(3, -1, -1, -1), *(x.expand(3, 2, -1, -1) for x in (p.keys, p.values)), p.visible
+        )
+        for p in some
+    ]
+    found = attend(few, scaling=0.3)
+    torch.testing.assert_close(found.double(), one_softmax(few, 0.3), atol=2e-5, rtol=1e-5)
+    assert taken == [2]
 
 
 def test_what_they_do_not_take_is_pytorchs(taken):

@@ -18,6 +18,7 @@ from everlong.attention.tiers import BLOCK, BlockStore
 from everlong.kernels import loading
 from everlong.kernels.direct import look
 from everlong.kernels.team import has_team
+from everlong.kernels.tiles import codes_at, in_tiles, out_of_tiles
 
 ROWS, HEADS, SIZE = 2, 3, 8
 
@@ -137,6 +138,18 @@ def test_single_keys_are_those_that_came_each_head_its_own(is_exact, first):
         most = 0 if is_exact else spread[row][:, None] / 127 / 2 * 1.01  # half a step, of the larger side
         assert (off <= most + 1e-5).all()
         assert (off[tokens + first >= (first + keys.shape[2]) // (2 * BLOCK) * 2 * BLOCK] == 0).all()
+
+
+@pytest.mark.parametrize(("first", "count"), [(0, 1), (0, 32), (31, 1), (7, 20), (5, 300)])
+@pytest.mark.parametrize("d", [1, 7, 64])
+def test_tiles_are_taken_apart_into_what_was_laid_in_them(first, count, d):
+    codes = torch.randint(-127, 128, (2, 3, count, d), generator=torch.Generator().manual_seed(0)).to(
+        torch.int8
+    )
+    tiles = in_tiles(codes, first)
+    assert torch.equal(out_of_tiles(tiles, first, count, d), codes)
+    heads, tokens = torch.tensor([2, 0, 1]), torch.tensor([0, count - 1, count // 2])
+    assert torch.equal(codes_at(tiles[1], first, heads, tokens + first, d), codes[1][heads, tokens])
 
 
 def test_single_keys_are_what_products_are_of():

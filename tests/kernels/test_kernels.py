@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from everlong.attention import compiled_keys, compiled_parts
 from everlong.attention.call_tape import CallTapes
 from everlong.errors import StateError
 from everlong.kernels import calls, loading
@@ -25,6 +27,7 @@ from everlong.kernels.calls import (
     window_fits,
 )
 from everlong.kernels.team import has_team
+from everlong.models import rotary
 from everlong.models.rotary import rotate
 
 pytestmark = pytest.mark.skipif(not loading.wanted(), reason="Numba is not installed")
@@ -391,22 +394,49 @@ def test_they_can_be_switched_off(monkeypatch):
     assert loading.wanted.__wrapped__()
 
 
-def test_a_compiler_that_fails_costs_a_warning_and_nothing_else(monkeypatch):
+@pytest.fixture
+def compiler_fails(monkeypatch):
     def fail(name):
         raise ImportError("no such processor")
 
     monkeypatch.setattr(loading, "import_module", fail)
     loading.compiled.cache_clear()
-    try:
-        with loading.recording(), pytest.warns(UserWarning, match="no such processor"):
-            assert not loading.in_use()
-    finally:
-        loading.compiled.cache_clear()
+    yield
+    loading.compiled.cache_clear()
+
+
+def test_a_compiler_that_fails_costs_a_warning_and_nothing_else(compiler_fails):
+    with loading.recording(), pytest.warns(UserWarning, match="no such processor"):
+        assert not loading.in_use()
+
+
+@pytest.mark.parametrize(
+    "is_right",
+    [compiled_keys._is_right, compiled_parts._is_right, compiled_parts._is_right_for_many, rotary._is_right],
+)
+def test_nothing_is_believed_of_a_compiler_that_fails(is_right, compiler_fails):
+    with pytest.warns(UserWarning, match="no such processor"):
+        assert not is_right.__wrapped__()
+
+
+def test_kernels_for_a_lesser_processor_give_the_same(tmp_path):
+    """Vectors are narrower there, and what multiplies and adds is two instructions."""
+    script = """
+from everlong.attention import compiled_keys, compiled_parts
+from everlong.kernels.compiling import HAS_WIDE_VECTORS
+from everlong.models import rotary
+assert not HAS_WIDE_VECTORS
+asked = compiled_keys._is_right, compiled_parts._is_right_for_many, rotary._is_right
+assert all(is_right() for is_right in asked)
+"""
+    lesser = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", script], env={**os.environ, **lesser}, check=True)
 
 
 @pytest.mark.parametrize("name", ["attending", "compiled", "looking", "turning"])
 def test_kernels_name_what_they_are_made_of(name):
     """Numba looks at a kernel's own file alone to know whether what it keeps is outdated."""
     folder = Path(loading.__file__).parent
-    made_of = hashlib.sha256((folder / "compiling.py").read_bytes()).hexdigest()[:16]
+    others = b"".join((folder / other).read_bytes() for other in ("compiling.py", "tiles.py"))
+    made_of = hashlib.sha256(others).hexdigest()[:16]
     assert f'_MADE_OF = "{made_of}"' in (folder / f"{name}.py").read_text()

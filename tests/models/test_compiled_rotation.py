@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+import tests.tiny as tiny
+from everlong.attention import LMInfinite, attach
 from everlong.errors import StateError
 from everlong.kernels import loading
 from everlong.kernels.direct import turn
@@ -61,6 +63,25 @@ def test_it_rotates_as_plain_operations(positions, d, width, threads, taken):
     torch.set_num_threads(before)
     torch.testing.assert_close(found.double(), true(x, cos, sin), atol=1e-6, rtol=1e-6)
     assert taken == [1] and found.is_contiguous()
+
+
+def test_a_step_is_recorded_without_it_and_repeats_what_it_rotates(taken):
+    """Sinks of all layers are rotated at once, and are many enough; no tape could repeat the kernel."""
+    model = tiny.build("llama", head_dim=64)
+    ids, found = tiny.random_ids(2, 90), []
+    with attach(model, LMInfinite(window=24, sinks=4)) as handle, torch.inference_mode():
+        caches = [handle.new_cache() for _ in range(2)]
+        for cache in caches:
+            handle.model(ids[:, :30], **tiny.cached(cache))
+        assert taken
+        for at in range(30, 90):
+            token = ids[:, at : at + 1]
+            repeated = handle.step(caches[0], token)
+            eager = handle.model(token, **tiny.cached(caches[1])).logits
+            found.append((repeated.view(-1), eager.view(-1)))
+        assert caches[0].recorded.replay is not None
+    for repeated, eager in found:
+        torch.testing.assert_close(repeated, eager, atol=1e-4, rtol=1e-4)
 
 
 def test_what_it_does_not_take_is_pytorchs(taken):

@@ -13,14 +13,15 @@ from torch import Tensor
 
 from everlong.kernels.direct import Segments, is_believed, look, looks
 from everlong.kernels.loading import wanted
-from everlong.kernels.tiles import TILE, in_tiles
+from everlong.kernels.team import has_team
+from everlong.kernels.tiles import MOST_CHANNELS, TILE, in_tiles
 
 _LEAST = 2**17  # products of numbers: what is smaller does without a compiler
 
 
-def may_come() -> bool:
-    """Whether the kernel may be had later on: codes are laid in tiles for it; PyTorch wants them plain."""
-    return wanted()
+def may_take(keys: Tensor) -> bool:
+    """Whether the kernel may take codes of keys like these: they are laid in tiles for it, else plain."""
+    return wanted() and has_team() and keys.dtype != torch.float64 and keys.shape[-1] <= MOST_CHANNELS
 
 
 def may_pay(asked: Tensor, tokens: int) -> bool:

@@ -47,7 +47,7 @@ class KeyIndex:
     ) -> None:
         self._is_exact = is_exact
         self._begun = None if is_exact else begun
-        self._in_tiles = not is_exact and compiled_keys.may_come()
+        self._in_tiles = False  # codes, where the kernel may look at them
         self._segments: list[Tensor] = []  # keys or codes, (batch, key-value heads, n, d), or tiles of these
         self._slabs = Slabs()
         self._rows: dict[int, Segments] = {}
@@ -103,6 +103,8 @@ class KeyIndex:
         if self._is_exact:
             self._segments.append(self._slabs.keep(keys))
             return
+        if not self._segments:
+            self._in_tiles = compiled_keys.may_take(keys)
         keys = keys.float()
         if self._begun is None:
             center = keys.mean(2, keepdim=True)

@@ -119,8 +119,10 @@ def _attend_by_kernels(parts: Sequence[Part | Partial], scaling: float) -> Tenso
     if all(isinstance(p, Part) and p.queries.shape[2] > 1 for p in parts):
         many = [(p.queries, p.keys, p.values, p.visible) for p in parts if isinstance(p, Part)]
         return attend_blocks(many, scaling) if compiled_parts.pay_for_many(many) else None
+    if len(parts) == 1:
+        return None
     one = [(p.queries.contiguous(), p.keys, p.values) for p in parts if _is_seen_by_one(p)]
-    if 1 < len(one) == len(parts) and compiled_parts.pays(one):
+    if len(one) == len(parts) and compiled_parts.pays(one):
         return attend_parts(one, scaling)
     return None
 

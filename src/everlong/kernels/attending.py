@@ -28,7 +28,7 @@ from everlong.kernels.compiling import (
     plus_product,
 )
 
-_MADE_OF = "6a5a34c8a4686c37"  # of compiling.py: when that changes, what Numba keeps of these is outdated
+_MADE_OF = "106b627f519cf9eb"  # of compiling.py and tiles.py: when they change, what Numba keeps is outdated
 
 QUERIES, KEYS = 64, 128
 """Queries and keys of a block: what comes of their products fits into a processor's own cache."""

@@ -62,8 +62,13 @@ def attend_blocks(parts: Sequence[Seen], scaling: float) -> Tensor:
     (rows, heads, n, d), kv_heads = query.shape, parts[0][1].shape[1]
     columns, groups, out = kernels.columns_of(d), rows * kv_heads, query.new_empty(query.shape)
     scratch = query.new_empty(threads * kernels.room(d, columns))
-    given: list[Tensor | float] = [out, scratch, *asking_addresses(), len(parts)]
-    given += [rows, heads, kv_heads, n, d, float(scaling)]  # which holds what the kernels read and write
+    given: list[Tensor | float] = [
+        out,
+        scratch,
+        *asking_addresses(),
+        len(parts),
+    ]  # held until they are through
+    given += [rows, heads, kv_heads, n, d, float(scaling)]
     for asking, keys, values, visible in parts:
         count, kind, mask = keys.shape[2], kernels.ALL, [0, 0, 0, 0]
         turned = query.new_empty(groups * kernels.blocks_of(count) * kernels.KEYS * d)

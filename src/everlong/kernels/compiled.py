@@ -27,7 +27,7 @@ from everlong.kernels.looking import look, room
 
 __all__ = ["RUN", "attend_runs", "gated", "look", "merge_runs", "rms_norm", "room", "turn_and_put"]
 
-_MADE_OF = "6a5a34c8a4686c37"  # of compiling.py: when that changes, what Numba keeps of these is outdated
+_MADE_OF = "106b627f519cf9eb"  # of compiling.py and tiles.py: when they change, what Numba keeps is outdated
 
 RUN = 128
 """Keys that a thread attends to at once: with their values they fit into its own cache."""

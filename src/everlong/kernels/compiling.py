@@ -1,7 +1,7 @@
 """How kernels are compiled, and what all of them are made of; imported only where Numba is installed.
 
-What Numba keeps of a kernel it takes for outdated by the kernel's own file alone. So these name this one's
-hash.
+What Numba keeps of a kernel it takes for outdated by the kernel's own file alone. So these name the hash of
+this one and of `tiles`.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import cfunc, njit, types
 from numba.core import cgutils
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 _OPTIONS: dict[str, Any] = {
@@ -32,8 +33,8 @@ def kernel(function: Any) -> Any:
 
 f32, u32 = np.float32, np.uint32
 
-HAS_WIDE_VECTORS = bool(binding.get_host_cpu_features().get("avx512f"))
-"""Whether a vector of the processor has 16 numbers of 32 bits."""
+HAS_WIDE_VECTORS = "+avx512f" in cpu_target.target_context.codegen().magic_tuple()[2]
+"""Whether a vector of the processor that Numba compiles for has 16 numbers of 32 bits."""
 
 
 def _pointer(kind: Any) -> Any:

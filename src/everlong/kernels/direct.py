@@ -12,13 +12,10 @@ from torch import Tensor
 from everlong.kernels.calls import attends, fit, function, given_to, require
 from everlong.kernels.loading import compiled
 from everlong.kernels.team import asking_addresses, has_team, in_every_thread
-from everlong.kernels.tiles import MOST_CHANNELS, TILE
-
-PAIRS = 8
-"""Pairs of numbers that are rotated at once."""
+from everlong.kernels.tiles import MOST_CHANNELS, PAIRS, TILE
 
 
-def is_believed(gives_the_same: Callable[[], bool], what_they_do: str) -> bool:
+def is_believed(gives_the_same: Callable[[], bool], what_they_do: str, module: str = "compiled") -> bool:
     """Whether there are kernels, compiled now if they were not, that give what plain operations give here.
 
     Parameters
@@ -27,8 +24,10 @@ def is_believed(gives_the_same: Callable[[], bool], what_they_do: str) -> bool:
         Holds them against plain operations.
     what_they_do : str
         For a warning where they differ.
+    module : str
+        Which has them, see :func:`~everlong.kernels.loading.compiled`.
     """
-    if compiled() is None or not has_team():
+    if compiled(module) is None or not has_team():
         return False
     with torch.autocast("cpu", enabled=False):  # whoever asks first
         is_right = gives_the_same()

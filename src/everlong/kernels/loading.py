@@ -1,9 +1,10 @@
 """Whether there are kernels, and whether what runs now may take them.
 
 Most are taken only in steps that are recorded: there what they give is held against PyTorch's before it is
-believed, and there what they save is not lost among the calls around them. Attention to several parts, and
-looking at keys, save enough by themselves, and are held against plain operations by themselves
-(:mod:`everlong.attention.compiled_parts`, :mod:`everlong.attention.compiled_keys`).
+believed, and there what they save is not lost among the calls around them. Attention to several parts, that
+of many queries, their rotation, and looking at keys save enough by themselves, and are held against plain
+operations by themselves (:mod:`everlong.attention.compiled_parts`, :mod:`everlong.models.rotary`,
+:mod:`everlong.attention.compiled_keys`).
 """
 
 from __future__ import annotations
@@ -39,6 +40,11 @@ def in_use() -> bool:
     return _records.get() and compiled() is not None
 
 
+def is_recorded() -> bool:
+    """Whether what runs is being recorded, and what no tape takes note of must not run."""
+    return _records.get()
+
+
 @functools.cache
 def wanted() -> bool:
     """Whether there is what compiles kernels, and nobody does without."""
@@ -54,6 +60,6 @@ def compiled(name: str = "compiled") -> Any:
         return import_module(f"everlong.kernels.{name}")
     except Exception as error:  # of a compiler's many ways to fail none is worth a user's text
         warnings.warn(
-            f"no compiled kernels, and writing is slower: {type(error).__name__}: {error}", stacklevel=2
+            f"no compiled kernels, and all is slower: {type(error).__name__}: {error}", stacklevel=2
         )
         return None

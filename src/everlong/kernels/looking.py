@@ -23,7 +23,7 @@ from everlong.kernels.compiling import (
 )
 from everlong.kernels.tiles import TILE
 
-_MADE_OF = "6a5a34c8a4686c37"  # of compiling.py: when that changes, what Numba keeps of these is outdated
+_MADE_OF = "106b627f519cf9eb"  # of compiling.py and tiles.py: when they change, what Numba keeps is outdated
 
 LOOKED = 256
 """Keys that a thread looks at before it seeks the largest products."""

@@ -1,4 +1,4 @@
-"""How the codes of keys lie, so that a processor multiplies many of them at once and adds up in no lane.
+"""How the codes of keys lie, so that a processor multiplies many at once, and has no lanes to add up.
 
 A tile has the codes of `TILE` tokens that follow one another, two channels of one token side by side, then
 those of the next token: what instructions for products of whole numbers take. Tiles begin at tokens whose
@@ -15,6 +15,9 @@ from torch.nn.functional import pad
 TILE = 32
 """Tokens of a tile."""
 
+PAIRS = 8
+"""Pairs of channels that are rotated at once."""
+
 MOST_CHANNELS = 512
 """Channels whose products with 16 bits are added up in 32 without an overflow."""
 
@@ -29,7 +32,7 @@ def in_tiles(codes: Tensor, first: int) -> Tensor:
 def out_of_tiles(tiles: Tensor, first: int, n: int, d: int) -> Tensor:
     """Return the codes that :func:`in_tiles` was given, (..., n, d)."""
     before, pairs = first % TILE, tiles.view(torch.int16)[..., 0]  # moved as what is twice as wide
-    codes = pairs.transpose(-2, -1).flatten(-3, -2).view(torch.int8)
+    codes = pairs.transpose(-2, -1).flatten(-3, -2).contiguous().view(torch.int8)
     return codes[..., before : before + n, :d]
 
 

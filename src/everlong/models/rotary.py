@@ -19,7 +19,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from everlong.errors import UnsupportedUseError
 from everlong.kernels.direct import is_believed, turn, turns
-from everlong.kernels.loading import wanted
+from everlong.kernels.loading import is_recorded, wanted
 
 Layout = Literal["halves", "interleaved"]
 LAYOUTS: tuple[Layout, ...] = ("halves", "interleaved")
@@ -110,7 +110,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
 
 def _pays(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
     """Whether there is a compiled kernel that rotates many tokens, and no gradient is wanted."""
-    if x.shape[2] == 1 or x.numel() < _LEAST or not wanted() or not turns(x, cos, sin):
+    if x.shape[2] == 1 or x.numel() < _LEAST or is_recorded() or not wanted() or not turns(x, cos, sin):
         return False
     has_gradient = torch.is_grad_enabled() and any(y.requires_grad for y in (x, cos, sin))
     return not has_gradient and _is_right()
@@ -118,7 +118,7 @@ def _pays(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
 
 @functools.cache
 def _is_right() -> bool:
-    return is_believed(_gives_the_same, "rotate")
+    return is_believed(_gives_the_same, "rotate", "turning")
 
 
 def _gives_the_same() -> bool:
