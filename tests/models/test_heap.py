@@ -56,6 +56,59 @@ def test_what_is_freed_is_not_given_back_to_the_system():
     assert told("leave")[1] > 0.5, "glibc by itself has each forward get its pages anew"
 
 
+HOLES = """
+import ctypes, resource, sys
+from everlong.models.heap import TOKENS, give_holes_back, keep_what_is_freed
+c, size = ctypes.CDLL(None), ctypes.c_size_t
+c.malloc.restype, c.malloc.argtypes = ctypes.c_void_p, [size]
+c.free.argtypes, c.memset.argtypes = [ctypes.c_void_p], [ctypes.c_void_p, ctypes.c_int, size]
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+if sys.argv[1] == "keep":
+    keep_what_is_freed()
+else:
+    c.mallopt(-3, 2**25), c.mallopt(-1, 2**28)
+come_and_go = []
+for _ in range(200):
+    come_and_go.append(c.malloc(2**19))
+    c.memset(come_and_go[-1], 1, 2**19)
+    c.malloc(2**15)  # stays
+held = resident()
+for each in come_and_go:
+    c.free(each)
+shares = []
+for tokens in (0, TOKENS - 1, 1, TOKENS - 1):
+    give_holes_back(tokens)
+    shares.append((held - resident()) / (200 * 2**19))
+print(*shares)
+"""
+"""Tells which share of what was freed, and does not lie at the end, the system has again, at four moments."""
+
+
+@needs_glibc
+@pytest.mark.parametrize("keeps", [True, False])
+def test_holes_are_given_back_once_so_many_tokens_were_read(keeps):
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    argument = "keep" if keeps else "leave"
+    done = subprocess.run(
+        [sys.executable, "-c", HOLES, argument], env=plain, stdout=subprocess.PIPE, check=True, text=True
+    )
+    first, early, now, later = map(float, done.stdout.split())
+    assert max(first, early) < 0.1
+    assert (now > 0.9) == (later > 0.9) == keeps
+
+
+def test_forwards_tell_how_many_tokens_they_read(monkeypatch):
+    import tests.tiny as tiny
+    from everlong.attention import LMInfinite, attach, forward
+
+    told = []
+    monkeypatch.setattr(forward, "give_holes_back", told.append)
+    with attach(tiny.build("llama"), LMInfinite(window=24, sinks=3)) as handle:
+        handle.model(tiny.random_ids(1, 50), **tiny.cached(handle.new_cache()))
+    assert told == [50]
+
+
 @needs_glibc
 @pytest.mark.parametrize("name", ["MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"])
 def test_what_the_environment_sets_is_left_alone(name):

@@ -22,6 +22,7 @@ from everlong.attention.view import LayerCall, LayerView
 from everlong.attention.window import LocalWindow
 from everlong.errors import UnsupportedUseError
 from everlong.models.anatomy import LayerAnatomy
+from everlong.models.heap import give_holes_back
 from everlong.models.rotary import Rotary
 
 GROUP = 256
@@ -285,6 +286,7 @@ class Forward:
             for view in self._given.values():
                 view.memory.settle(view)
         self.cache.end(self.tokens)
+        give_holes_back(self.tokens)
 
 
 def _groups(first: int, stop: int, policy: Policy, *, is_padded: bool) -> list[tuple[int, int]]:
