@@ -1,7 +1,8 @@
 """Attention over several parts as one softmax.
 
-A policy answers, for a group of queries, a list of parts. Each is attended with the best kernel there
-is, and the partial results are merged by their log-sum-exp in float32: exactly one softmax.
+A policy answers, for a group of queries, a list of parts. A compiled kernel attends to all of them at once,
+where there is one; else each is attended with the best kernel there is, and the partial results are merged by
+their log-sum-exp in float32: exactly one softmax.
 """
 
 from __future__ import annotations
