@@ -321,14 +321,16 @@ def attend_blocks(given):
             if columns != d:
                 values_at, stride = part[19] + 4 * group * count * columns, columns
             masks = part[14] + row * part[15] + head * part[16]
-            low = first // KEYS * KEYS if kind == UPPER else 0
+            begin = first if kind == UPPER else 0
             high = min(count, first + some) if kind == LOWER else count
-            for begin in range(low, high, KEYS):
-                there = min(KEYS, count - begin)
+            while begin < high:
+                block, inside = begin // KEYS, begin % KEYS
+                there = min(KEYS - inside, high - begin)
                 vectors = (there + _WIDTH - 1) // _WIDTH
                 for k in range(0, vectors * _WIDTH, _WIDTH):
                     for q in range(0, together, _TOGETHER):
-                        keys_at, to = turned_at + 4 * (begin * d + k), logits_at + 4 * (q * KEYS + k)
+                        keys_at = turned_at + 4 * (block * KEYS * d + inside + k)
+                        to = logits_at + 4 * (q * KEYS + k)
                         _multiply(queries_at + 4 * q * d, d, keys_at, KEYS, d, to, KEYS, 0)
                 if kind != ALL or there % _WIDTH:
                     _hide(logits, some, kind, first, begin, there, masks, part[17])
@@ -340,6 +342,7 @@ def attend_blocks(given):
                         at, factors = logits_at + 4 * q * KEYS, factors_at + 4 * q
                         seen_at, to = values_at + 4 * (begin * stride + i), output_at + 4 * (q * columns + i)
                         _multiply_and_add(at, KEYS, seen_at, stride, there, to, columns, factors)
+                begin += there
         given_back = carray(floats_at(a[0] + 4 * ((row * heads + head) * n + first) * d), (some, d))
         for q in range(some):
             total = f32(0)
