@@ -15,14 +15,6 @@ from everlong.kernels.tiles import in_tiles
 pytestmark = pytest.mark.skipif(not (loading.wanted() and has_team()), reason="there are no kernels here")
 
 
-@pytest.fixture(params=[1, 3], ids=["one thread", "three threads"])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(autouse=True)
 def for_few(monkeypatch):
     monkeypatch.setattr(compiled_keys, "_LEAST", 0)

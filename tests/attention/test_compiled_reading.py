@@ -21,14 +21,6 @@ POLICIES = {
 }
 
 
-@pytest.fixture(params=[1, 3], ids=["one thread", "three threads"])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def taken(monkeypatch):
     """The number of parts, each time that the kernels attend; they are taken for few products, too."""
