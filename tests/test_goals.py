@@ -17,7 +17,10 @@ import pytest
 import torch
 
 import tests.test_benchmarks
+from everlong.attention import compiled_parts
 from everlong.evaluation import rooflines
+from everlong.kernels.loading import wanted
+from everlong.kernels.team import has_team
 from tests.test_benchmarks import Script, linux, measured
 
 folder, scripts = tests.test_benchmarks.folder, tests.test_benchmarks.scripts
@@ -221,9 +224,17 @@ def test_what_is_besides_is_a_share_of_the_step_of_the_same_turn(
 
 
 @pytest.mark.usefixtures("scripts")
+@pytest.mark.parametrize("by_kernels", [False, True])
 def test_reading_is_profiled_by_kinds_of_operators(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    by_kernels: bool,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    if by_kernels and not (wanted() and has_team()):
+        pytest.skip("there are no kernels here")
+    monkeypatch.setattr(compiled_parts, "_LEAST_PRODUCTS", 0 if by_kernels else 2**40)
     script = Script("profile_read", monkeypatch, tmp_path / "profile_read.json")
     monkeypatch.setattr(script.module, "PIECE", 64)
     monkeypatch.setattr(script.module, "REPEATS", 3)
@@ -235,12 +246,15 @@ def test_reading_is_profiled_by_kinds_of_operators(
     row = script.rows["a window of 100"]
     kinds, layers = row["kinds"], 2  # of the tiny model
     assert kinds["products"]["calls"] == 7 * layers
-    assert [kinds[name]["calls"] for name in ("whole", "triangle", "sinks")] == [layers, 2 * layers, layers]
+    of_attention = ("at once", "whole", "triangle", "sinks")
+    expected = [layers, 0, 0, 0] if by_kernels else [0, layers, 2 * layers, layers]
+    assert [kinds[name]["calls"] for name in of_attention] == expected
     counted = sum(kind["flops"] for kind in kinds.values())
     assert counted == pytest.approx(row["flops"], rel=0.01), "as the definition counts them"
     assert kinds["others"]["calls"] > 100 and kinds["others"]["flops"] == 0
     shown = script.table(0)
-    assert [line[0] for line in shown[1:-1]] == list(script.module.KINDS.values())
+    expected = [words for name, words in script.module.KINDS.items() if kinds[name]["calls"]]
+    assert [line[0] for line in shown[1:-1]] == expected
     spent = sum(kind["milliseconds"] for kind in kinds.values())
     assert shown[-1][1] == f"{row['milliseconds'] - spent:.0f}"
     assert shown[0][-1] == f"{row['share']:.0%}"
