@@ -21,17 +21,10 @@ POLICIES = {
 
 
 @pytest.fixture
-def taken(monkeypatch):
-    """One entry for each time that the kernels attend to parts; they are taken for few keys, too."""
-    seen = []
-
-    def counted(some, scaling):
-        seen.append(len(some))
-        return attend_parts(some, scaling)
-
-    monkeypatch.setattr(parts, "attend_parts", counted)
+def taken(counted, monkeypatch):
+    """The number of parts, each time that the kernels attend; they are taken for few keys, too."""
     monkeypatch.setattr(compiled_parts, "_LEAST", 0)
-    return seen
+    return counted("attend_parts")
 
 
 def randn(*shape, seed=0):

@@ -22,18 +22,11 @@ POLICIES = {
 
 
 @pytest.fixture
-def taken(monkeypatch):
+def taken(counted, monkeypatch):
     """The number of parts, each time that the kernels attend; they are taken for few products, too."""
-    seen = []
-
-    def counted(some, scaling):
-        seen.append(len(some))
-        return attend_blocks(some, scaling)
-
-    monkeypatch.setattr(parts, "attend_blocks", counted)
     monkeypatch.setattr(compiled_parts, "_LEAST_PRODUCTS", 0)
     monkeypatch.setattr(compiled_parts, "_FEWEST", 2)
-    return seen
+    return counted("attend_blocks")
 
 
 def randn(*shape, seed=0):
