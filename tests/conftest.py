@@ -39,12 +39,12 @@ def thinned(items: Sequence[Any], thin: Sequence[Any], seed: str = "") -> list[A
         combinations.setdefault(item.nodeid.partition("[")[0], []).append(item)
     kept = set(items) - set(thin)
     for name, some in combinations.items():
-        seen: set[frozenset[tuple[str, str]]] = set()
-        for item in random.Random(seed + name).sample(some, len(some)):
-            values = _values(item)
-            if not values <= seen:
-                seen |= values
-                kept.add(item)
+        left = {item: _values(item) for item in random.Random(seed + name).sample(some, len(some))}
+        while left:
+            best = max(left, key=lambda item: len(left[item]))
+            seen = left.pop(best)
+            kept.add(best)
+            left = {item: new for item, values in left.items() if (new := values - seen)}
     return [item for item in items if item in kept]
 
 

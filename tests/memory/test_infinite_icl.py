@@ -28,6 +28,7 @@ from everlong.models.head import Head
 from everlong.reading.attached import AttachedModel
 from tests.memory.students import lesson, plain_logits, student_of
 from tests.reading.small_tokenizers import trained
+from tests.tiny import BYTE_VOCAB
 
 SENTENCES = (
     "Orla Finch keeps bees in Sligo. ",
@@ -507,9 +508,15 @@ def test_a_loss_that_is_not_finite_ends_it_with_the_segments_before_intact(
     assert same(resumed, expected) and resumed.account.tokens == expected.account.tokens
 
 
+@pytest.mark.parametrize("words, teachers", [(BYTE_VOCAB,) * 2, (BYTE_VOCAB, 300), (300, BYTE_VOCAB)])
 @pytest.mark.parametrize("teachers_bos", [True, False])
-def test_another_model_may_teach(model: AttachedModel, teachers_bos: bool) -> None:
-    with student_of(seed=7, hidden_size=64, add_bos=teachers_bos) as teacher:
+def test_another_model_may_teach_whatever_vocabularies_are_padded_to(
+    words: int, teachers: int, teachers_bos: bool
+) -> None:
+    with (
+        student_of(vocab_size=words) as model,
+        student_of(seed=7, hidden_size=64, add_bos=teachers_bos, vocab_size=teachers) as teacher,
+    ):
         settings = {"hidden_weight": 0.1, "segment_tokens": 512, "passes": 1}
         recipe = recipe_of(generators=("cloze", "text"), targets="soft", **settings)
         progress = InfiniteICL(model, recipe, teacher=teacher).learn(TEXT)
@@ -517,7 +524,7 @@ def test_another_model_may_teach(model: AttachedModel, teachers_bos: bool) -> No
         for ours in progress.pool:
             assert ours.query[0] == 256, "the student reads its own start token"
             ids = [*teacher.coder.bos, *TEXT.encode(), *b"\n\n", *ours.query[1:], *ours.response]
-            logs = plain_logits(teacher, ids)[-len(ours.response) - 1 : -1].log_softmax(-1)
+            logs = plain_logits(teacher, ids)[-len(ours.response) - 1 : -1, :BYTE_VOCAB].log_softmax(-1)
             torch.testing.assert_close(ours.log_probs, logs.topk(64).values, atol=1e-3, rtol=1e-3)
             without = plain_logits(model, [*ours.query, *ours.response])[len(ours.query) - 1 : -1]
             tokens = torch.tensor(ours.response)[:, None]

@@ -344,7 +344,7 @@ class InfiniteICL:
 
     def _taught_by(self, teacher: AttachedModel | None) -> Teacher:
         """Return a model as teacher, if its tokens are the student's; else the student itself."""
-        if teacher is None or teacher.tokenizer_hash != self.model.tokenizer_hash:
+        if teacher is None or not teacher.has_tokens_of(self.model):
             teacher = self.model
         keeps_hidden = self.recipe.hidden_weight > 0 and teacher is self.model
         return Teacher(teacher, top_k=self.recipe.top_k, hidden=keeps_hidden, student=self.model)

@@ -179,8 +179,9 @@ class Teacher:
     ) -> None:
         self.model = model
         self.student = student or model
-        self.head = Head(model.attachment.model)
-        self.top_k = min(top_k, model.vocabulary)
+        words = min(model.vocabulary, self.student.vocabulary)  # what only pads the larger, nobody learns
+        self.head = Head(model.attachment.model).of_first(words)
+        self.top_k = min(top_k, words)
         self.keeps_hidden = hidden
 
     @torch.inference_mode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 import torch
@@ -41,6 +42,13 @@ class Head:
         self.factor /= float(getattr(config, "logits_scaling", None) or 1.0)
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self._check(model)
+
+    def of_first(self, words: int) -> Head:
+        """Return the head of the first words of the vocabulary alone, which knows of no others."""
+        head = copy(self)
+        head.weight = self.weight[:words]
+        head.bias = None if self.bias is None else self.bias[:words]
+        return head
 
     @torch.inference_mode()
     def surprisal(self, hidden: Tensor, targets: Tensor) -> Tensor:

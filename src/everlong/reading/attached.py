@@ -85,10 +85,21 @@ class AttachedModel:
     @cached_property
     def tokenizer_hash(self) -> str:
         """What the tokenizer is told by: how it reads a text in several scripts, and its chat template."""
+        read, _, template = self._tokens
+        return hashlib.sha256(repr((read, self.vocabulary, template)).encode()).hexdigest()
+
+    @cached_property
+    def _tokens(self) -> tuple[list[int], int, str]:
+        """How a text in several scripts is read, how many tokens there are, and the chat template."""
         template = str(getattr(self.tokenizer, "chat_template", None))
-        return hashlib.sha256(
-            repr((self.coder.encode(_PROBE), self.vocabulary, template)).encode()
-        ).hexdigest()
+        return self.coder.encode(_PROBE), len(self.tokenizer), template
+
+    def has_tokens_of(self, other: AttachedModel) -> bool:
+        """Whether both make the same tokens of a text and lay conversations out alike.
+
+        Their vocabularies may differ in size: in larger models of a family they are often padded further.
+        """
+        return self._tokens == other._tokens
 
     def require_attached(self) -> None:
         """Raise if the model was detached."""
