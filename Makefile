@@ -13,6 +13,8 @@ HARNESS_VENV := .venv-harness
 # Threads that spin while they wait make tiny models up to a hundred times slower on a busy machine.
 export OMP_WAIT_POLICY = PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# Tests start many processes: what one compiled, the others need not compile again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo test test-all test-oldest test-harness lint format clean
 

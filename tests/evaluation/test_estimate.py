@@ -214,13 +214,15 @@ def test_time_that_seems_to_fall_is_taken_as_its_mean(monkeypatch: pytest.Monkey
     assert found.seconds == pytest.approx(100 * (60 - 25))  # measured at 10, 20, 30 and 40 keys
 
 
-def test_five_chunks_are_read_however_long_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_chunks_are_read_however_long_the_text_and_fewer_of_a_short_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(estimate_module, "Driver", Line)
     with attach(build("llama"), FullAttention()) as handle:
-        for tokens, length in ((1_000_000, 16), (7, 7)):
+        for tokens, expected in ((1_000_000, 5 * [16]), (48, 4 * [16]), (7, 3 * [7])):
             monkeypatch.setattr(Line, "runs", [])
             estimate(handle, tokens, chunk=16)
-            assert Line.runs == 5 * [length]
+            assert Line.runs == expected
 
 
 def test_the_model_stays_as_it_was_and_only_a_read_with_surprisal_computes_it() -> None:

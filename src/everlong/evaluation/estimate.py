@@ -17,7 +17,7 @@ from everlong.reading.driver import Driver
 from everlong.reading.source import Source, open_source
 from everlong.reading.tokens import TextCoder, TokenStream
 
-_SAMPLES = 4  # chunks measured, after one that warms up
+_FEWEST, _MOST = 2, 4  # chunks measured, after one that warms up
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def estimate(attachment: Attachment, tokens: int, *, chunk: int = 512, surprisal
     is_bounded = policy.forgets or policy.lookup_group() is not None
     span = policy.span if is_bounded else None
     before, seconds = [], []
-    for _ in range(_SAMPLES + 1):
+    for _ in range(min(_MOST, max(_FEWEST, -(-tokens // chunk))) + 1):
         ids = random_ids(attachment.decoder, chunk).tolist()
         before.append(_keys(driver.cache.seen, span))
         started = time.perf_counter()
