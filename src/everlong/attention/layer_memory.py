@@ -179,15 +179,20 @@ class LayerMemory:
         self._fill_sinks(raw_keys, values, pads)
         self._reserve(self.seen + 1, keys, values)
         assert self.keys is not None and self.values is not None
-        at = self.slot(self.seen)
-        if self.tier is not None and self.window is not None and self.seen >= self.window:
-            assert self.raw is not None
-            self.tier.append(self.raw[:, :, at : at + 1], self.values[:, :, at : at + 1])
+        at = self.let_go()
         self.keys.narrow(2, at, 1).copy_(keys)
         self.values.narrow(2, at, 1).copy_(values)
         if self.raw is not None:
             self.raw.narrow(2, at, 1).copy_(raw_keys)
         self.seen += 1
+
+    def let_go(self) -> int:
+        """Return the slot of the next token; the one that stands in it has left for the tier, if need be."""
+        at = self.slot(self.seen)
+        if self.tier is not None and self.window is not None and self.seen >= self.window:
+            assert self.raw is not None and self.values is not None
+            self.tier.append(self.raw[:, :, at : at + 1], self.values[:, :, at : at + 1])
+        return at
 
     def put_at(self, slot: Tensor, keys: Tensor, values: Tensor) -> None:
         """Write one token a row into the slot that a tensor of shape (1,) names; it is not counted."""
@@ -240,8 +245,7 @@ class LayerMemory:
         if self.tier is not None and local is not None:
             begin, end = self.sinks + len(self.tier), stop - local
             if end > begin:
-                raw, values = view.raw(begin, end), view.values(begin, end)
-                self.tier.append(raw, values)
+                self.tier.append(view.raw(begin, end), view.values(begin, end))
         new_keys, new_values, new_raw = view.new
         self._reserve(stop, new_keys, new_values)
         begin = self.seen
@@ -295,12 +299,11 @@ class LayerMemory:
         """Bytes it will hold when `tokens` were seen, by tier, spare room aside; asked once some were."""
         assert self.keys is not None and self.values is not None
         held = tokens if self.window is None else min(tokens, self.window)
-        keys, values = (buffer.nbytes // buffer.shape[2] for buffer in (self.keys, self.values))
+        buffers = self.keys, self.values
+        keys, values = (buffer.nbytes // buffer.shape[2] for buffer in buffers)
         sinks = sum(buffer.nbytes for buffer in (self.sink_keys, self.sink_values) if buffer is not None)
-        a_token = keys * (2 if self.keep_raw else 1) + values
-        like = self.keys, self.values
-        below = _NOTHING if self.tier is None else self.tier.nbytes_at(tokens - held, like)
-        return {"window": held * a_token + sinks, **below}
+        below = _NOTHING if self.tier is None else self.tier.nbytes_at(tokens - held, buffers)
+        return {"window": held * ((1 + self.keep_raw) * keys + values) + sinks, **below}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return tensors and numbers from which :meth:`load` continues bit by bit."""
@@ -331,8 +334,7 @@ class LayerMemory:
         if self.tier is not None:
             if "tier" not in numbers:
                 raise StateError(
-                    "it was saved by an earlier version, which kept what left the window in another form: "
-                    "read the text again"
+                    "it was saved by an earlier version, whose tier had another form: read the text again"
                 )
             self.tier.load(tensors, numbers["tier"])
 
@@ -370,9 +372,8 @@ class LayerMemory:
         have = 0 if self.keys is None else self.keys.shape[2]
         if have >= needed:
             return
-        capacity = max(needed, self.grown(have))
-        if self.window is not None:
-            capacity = min(capacity, self.window)
+        room = self.grown(have) if self.window is None else min(self.grown(have), self.window)
+        capacity = max(needed, room)
         for name, like in (("keys", keys), ("values", values), ("raw", keys)):
             if name == "raw" and not self.keep_raw:
                 continue

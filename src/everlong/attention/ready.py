@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from everlong.attention.layer_memory import LayerMemory
     from everlong.attention.positions import Rotation
     from everlong.attention.view import LayerView
+    from everlong.kernels.standing import Standing
 
 Span = tuple[int, int]
 """Tokens [begin, stop) of a row, its padding not counted."""
@@ -39,6 +40,7 @@ class ReadyTokens:
         self._held: tuple[Tensor, Tensor] | None = None
         self._placed: tuple[Tensor, Tensor, Frequencies | None] | None = None
         self._left: dict[_Place, tuple[Tensor, Tensor]] = {}  # the latest last
+        self.call: Standing | None = None  # what attends to those wanted now
         self._coded = 0  # index of the first token that was not in a whole block of the tier
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:

@@ -13,6 +13,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
+from everlong.attention import compiled_standing
 from everlong.attention.layer_memory import LayerMemory
 from everlong.attention.parts import Logits, Part, attend
 from everlong.attention.policy import Policy
@@ -40,6 +41,8 @@ class StandingStep:
         What rotates its query to where it sees what stands.
     pads : tuple of int or None
         The rows' padding.
+    may_compile : bool
+        Whether compiled kernels rotate to where it stands and sees from.
     """
 
     policy: Policy
@@ -51,6 +54,7 @@ class StandingStep:
     here: Angles
     far: Angles
     pads: tuple[int, ...] | None
+    may_compile: bool
 
     def fits(self, memory: LayerMemory, layer: int) -> bool:
         """Whether the memory of a layer stands where the step was made for, and what it recalled stays."""
@@ -66,6 +70,9 @@ class StandingStep:
         self, memory: LayerMemory, query: Tensor, key: Tensor, value: Tensor, **logits: Unpack[Logits]
     ) -> Tensor:
         """Put the token into a layer's memory, and attend; parameters as of :meth:`Forward.attend`."""
+        compiled = self._compiled(memory, query, key, value, **logits)
+        if compiled is not None:
+            return compiled
         turned_query, turned_key = turned(query, key, self.rotation, self.here)
         memory.put(turned_key, value, key, self.pads)
         keys, values = memory.keys, memory.values
@@ -74,6 +81,27 @@ class StandingStep:
         parts = [Part(self.rotation.turned(query, self.far), *memory.ready.standing())]
         parts += [Part(turned_query, keys[:, :, run], values[:, :, run]) for run in runs]
         return attend(parts, **logits)
+
+    def _compiled(
+        self, memory: LayerMemory, query: Tensor, key: Tensor, value: Tensor, **logits: Unpack[Logits]
+    ) -> Tensor | None:
+        """Do the same by compiled kernels; None: they do not take this, and nothing was done."""
+        keys, values, raw, ready = memory.keys, memory.values, memory.raw, memory.ready
+        is_plain = logits.get("softcap") is None and logits.get("sink_logits") is None
+        if not (self.may_compile and is_plain):
+            return None
+        assert keys is not None and values is not None and raw is not None
+        assert self.here is not None and self.far is not None
+        window, stands = (keys, values, raw), ready.standing()
+        given = window, stands, self.latest, logits["scaling"]
+        call = ready.call = compiled_standing.standing_call(ready.call, (query, key, value), *given)
+        if call is None:
+            return None
+        slot = memory.let_go()
+        runs = memory.runs(memory.seen + 1 - self.latest, memory.seen + 1)
+        output = call.attend(query, key, value, self.here, self.far, slot, runs)
+        memory.seen += 1
+        return output
 
 
 def standing_step(
@@ -105,4 +133,5 @@ def standing_step(
     if stands is None:
         return None
     here, far = (rotation.angles(at, like) for at in (memory.frame(memory.seen), stands[1]))
-    return StandingStep(policy, rotation, memory.seen, memory.origin, *stands, here, far, pads)
+    may_compile = compiled_standing.turns(rotation.layout, here, far)
+    return StandingStep(policy, rotation, memory.seen, memory.origin, *stands, here, far, pads, may_compile)

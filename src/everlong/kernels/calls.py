@@ -237,7 +237,7 @@ def _turn_and_put(
         *(0 if x is None else x for x in (sinks, raw)),
         out,
         *(x.stride(0) for x in (query, key, value)),
-        *(keys.stride(1), rows, query.shape[1], kv_heads, d, cos.shape[-1], count),
+        *(keys.stride(1), rows, query.shape[1], kv_heads, d, cos.shape[-1], count, 0, 0, 0),
     )
 
 

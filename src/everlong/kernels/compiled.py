@@ -96,9 +96,10 @@ def turn_and_put(given):
 
     Given: queries, keys, values, cos, sin, slot, the window's keys and values, sinks, where keys go unrotated
     or 0, output; the strides of rows of queries, keys and values, and of the window's heads; rows, heads,
-    key-value heads, d, how many of these are rotated, and how many sinks there are.
+    key-value heads, d, how many of these are rotated, and how many sinks there are; cos and sin by which
+    queries are rotated to a second place, and output for these, or 0, 0 and 0.
     """
-    a = carray(given, (21,))
+    a = carray(given, (24,))
     rows, heads, kv_heads, d, width, sinks = a[15], a[16], a[17], a[18], a[19], a[20]
     cos, sin = carray(floats_at(a[3]), (width,)), carray(floats_at(a[4]), (width,))
     slot = carray(longs_at(a[5]), (1,))[0]
@@ -109,6 +110,11 @@ def turn_and_put(given):
         output = carray(floats_at(a[10] + 4 * row * heads * d), (heads, d))
         for head in range(heads):
             _turn(queries[head], cos, sin, output[head], width)
+        if a[23]:
+            far_cos, far_sin = carray(floats_at(a[21]), (width,)), carray(floats_at(a[22]), (width,))
+            far = carray(floats_at(a[23] + 4 * row * heads * d), (heads, d))
+            for head in range(heads):
+                _turn(queries[head], far_cos, far_sin, far[head], width)
         for head in range(kv_heads):
             group = row * kv_heads + head
             window_keys = carray(floats_at(a[6] + 4 * group * a[14]), (slot + 1, d))
