@@ -124,6 +124,10 @@ def test_it_is_prepared_once_for_what_stays_where_it_is(taken):
         assert cache.memories[0].nbytes()["window"] <= held + notes, "and nothing is held for it"
         twin = copy.deepcopy(cache)
         assert all(memory.ready.call is None for memory in twin.memories.values())
+        ready = cache.memories[0].ready
+        assert ready.call is not None
+        ready._empty()
+        assert ready.call is None, "it would hold on to what nobody shows any more"
 
 
 def test_threads_that_become_more_are_all_given_room(taken):

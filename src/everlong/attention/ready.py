@@ -40,7 +40,7 @@ class ReadyTokens:
         self._held: tuple[Tensor, Tensor] | None = None
         self._placed: tuple[Tensor, Tensor, Frequencies | None] | None = None
         self._left: dict[_Place, tuple[Tensor, Tensor]] = {}  # the latest last
-        self.call: Standing | None = None  # what attends to those wanted now
+        self.call: Standing | None = None  # what attends to those wanted now; it holds on to them
         self._coded = 0  # index of the first token that was not in a whole block of the tier
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -141,11 +141,11 @@ class ReadyTokens:
             with torch.inference_mode(False), torch.no_grad():  # later forwards, in whatever mode, see it
                 held = _stacked([self._row(row, choice, view) for row, choice in enumerate(wanted)])
                 self._set_aside(wanted, held[0].shape[1])
-            self._chosen, self._held, self._placed = wanted, held, None
+            self._chosen, self._held, self._placed, self.call = wanted, held, None, None
         return self._held
 
     def _forget(self) -> None:
-        self._chosen, self._held, self._placed, self._left = [], None, None, {}
+        self._chosen, self._held, self._placed, self._left, self.call = [], None, None, {}, None
 
     def _drop_what_was_coded(self, view: LayerView) -> None:
         """Let go of spans that were exact when they were read, and since are coded in the tier."""

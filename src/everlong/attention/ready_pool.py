@@ -97,6 +97,7 @@ class ReadyPool(ReadyTokens):
 
     def _empty(self) -> None:
         self._pool, self._buffers, self._placed, self._slots, self._wanted = None, None, None, [], []
+        self.call = None
 
     def _drop_coded_blocks(self, view: LayerView) -> None:
         """Let go of blocks that were exact when they were read, and since are coded in the tier."""
@@ -147,6 +148,7 @@ class ReadyPool(ReadyTokens):
         length = sinks + self._block * max(map(len, self._wanted))
         if self._buffers is None or self._buffers[0].shape[2] != length:
             shapes = [(*pool.shape[:2], length, pool.shape[3] // self._block) for pool in self._pool]
+            self._buffers, self.call = None, None  # before there are others
             self._buffers = self._pool[0].new_empty(shapes[0]), self._pool[1].new_empty(shapes[1])
         if sinks:
             keys, values = view.sinks()
