@@ -9,7 +9,7 @@ import tests.tiny as tiny
 from everlong.attention import LMInfinite, Recall, attach, compiled_standing
 from everlong.errors import StateError
 from everlong.kernels import loading
-from everlong.kernels.standing import Standing, standing_fits
+from everlong.kernels.standing import Shown, Standing
 from everlong.kernels.team import has_team
 from everlong.models.rotary import rotate
 
@@ -75,7 +75,7 @@ def by_hand(token, window, stood, angles, slot, runs, scaling):
 @pytest.mark.parametrize(("d", "width"), [(16, 16), (20, 12), (64, 64)])
 def test_it_is_one_softmax_and_the_token_is_put_into_the_window(rows, heads, d, width, threads):
     window, stood, angles, token = some(rows, *heads, slots=300, stands=70, d=d, width=width)
-    call = Standing(heads[0], *window, stood, 200, 0.3)
+    call = Standing(Shown(heads[0], *window, *stood, 200, 0.3))
     for slot, runs in (
         (9, [slice(250, 300), slice(0, 150)]),
         (199, [slice(0, 200)]),
@@ -132,13 +132,13 @@ def test_it_is_prepared_once_for_what_stays_where_it_is(taken):
 
 def test_threads_that_become_more_are_all_given_room(taken):
     window, stood, angles, token = some(1, 6, 2, slots=300, stands=70, d=16, width=16)
-    given, before = (window, stood, 200, 0.3), torch.get_num_threads()
+    shown, before = Shown(6, *window, *stood, 200, 0.3), torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        one = compiled_standing.standing_call(None, token, *given)
-        assert compiled_standing.standing_call(one, token, *given) is one
+        one = compiled_standing.standing_call(None, shown, *token)
+        assert compiled_standing.standing_call(one, shown, *token) is one
         torch.set_num_threads(3)
-        three = compiled_standing.standing_call(one, token, *given)
+        three = compiled_standing.standing_call(one, shown, *token)
         assert three is not one
         runs = [slice(100, 300)]
         expected, _ = by_hand(token, window, stood, angles, 299, runs, 0.3)
@@ -151,26 +151,29 @@ def test_threads_that_become_more_are_all_given_room(taken):
 
 def test_what_kernels_do_not_take_is_left_to_pytorch(taken, monkeypatch):
     window, stood, (here, far), token = some(1, 6, 2, slots=300, stands=70, d=16, width=16)
-    given = window, stood, 200, 0.3
-    assert compiled_standing.standing_call(None, token, *given) is not None
+    shown = Shown(6, *window, *stood, 200, 0.3)
+    assert compiled_standing.standing_call(None, shown, *token) is not None
     for other in (
         (token[0].double(), *token[1:]),
         (token[0][:, :5], *token[1:]),
         (token[0], token[1], token[2].mT),
     ):
-        assert compiled_standing.standing_call(None, other, *given) is None
+        assert compiled_standing.standing_call(None, shown, *other) is None
     apart = tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in window)
-    assert not standing_fits(6, *apart, stood) and not standing_fits(
-        6, *window, (stood[0], stood[1][:, :, 1:])
-    )
-    assert not standing_fits(5, *window, stood)
+    for changes in (
+        dict(zip(("keys", "values", "raw"), apart, strict=True)),
+        {"raw": apart[2]},
+        {"stood_values": stood[1][:, :, 1:]},
+        {"heads": 5},
+    ):
+        assert shown.fits and not shown._replace(**changes).fits
     assert compiled_standing.turns("halves", here, far) and not compiled_standing.turns(
         "interleaved", here, far
     )
     assert not compiled_standing.turns("halves", here, None)
     assert not compiled_standing.turns("halves", here, (far[0].double(), far[1].double()))
     monkeypatch.setattr(compiled_standing, "_LEAST", 2 * 16 * 270 + 1)
-    assert compiled_standing.standing_call(None, token, *given) is None, "few keys"
+    assert compiled_standing.standing_call(None, shown, *token) is None, "few keys"
 
 
 @pytest.mark.parametrize(
@@ -185,7 +188,7 @@ def test_what_kernels_do_not_take_is_left_to_pytorch(taken, monkeypatch):
 )
 def test_places_that_a_window_does_not_have_are_refused(slot, runs):
     window, stood, angles, token = some(1, 6, 2, slots=300, stands=70, d=16, width=16)
-    call = Standing(6, *window, stood, 200, 0.3)
+    call = Standing(Shown(6, *window, *stood, 200, 0.3))
     before = [x.clone() for x in window]
     with pytest.raises(StateError, match="does not take"):
         call.attend(*token, *angles, slot, runs)
@@ -207,4 +210,4 @@ def test_kernels_that_are_wrong_are_left_with_a_warning(taken, monkeypatch):
     monkeypatch.setattr(compiled_standing, "_is_right", compiled_standing._is_right.__wrapped__)
     window, stood, _, token = some(1, 6, 2, slots=300, stands=70, d=16, width=16)
     with pytest.warns(UserWarning, match="attend wrongly"):
-        assert compiled_standing.standing_call(None, token, window, stood, 200, 0.3) is None
+        assert compiled_standing.standing_call(None, Shown(6, *window, *stood, 200, 0.3), *token) is None

@@ -10,7 +10,7 @@ from torch import Tensor
 from everlong.kernels.calls import fit, token_fits
 from everlong.kernels.direct import is_believed
 from everlong.kernels.loading import is_recorded, wanted
-from everlong.kernels.standing import Standing, standing_fits
+from everlong.kernels.standing import Shown, Standing
 from everlong.models.rotary import rotate
 
 _LEAST = 2**17  # numbers in all keys: what is smaller does without a compiler
@@ -19,12 +19,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 def standing_call(
-    known: Standing | None,
-    token: tuple[Tensor, Tensor, Tensor],
-    window: tuple[Tensor, Tensor, Tensor],
-    stands: Pair,
-    latest: int,
-    scaling: float,
+    known: Standing | None, shown: Shown, query: Tensor, key: Tensor, value: Tensor
 ) -> Standing | None:
     """Return what attends by kernels, if there are some that take this and pay.
 
@@ -32,20 +27,19 @@ def standing_call(
     ----------
     known : Standing or None
         What did so for this layer before.
-    token : tuple of Tensor
-        Query, key and value, unrotated, one token a row.
-    window, stands, latest, scaling
-        See :class:`~everlong.kernels.standing.Standing`; the window is keys, values, and raw keys.
+    shown : Shown
+        What the token sees.
+    query, key, value : Tensor
+        Unrotated, one token a row.
     """
-    query, heads = token[0], token[0].shape[1]
-    if not token_fits(*token, window[0]):
+    if not token_fits(query, key, value, shown.keys):
         return None
-    if known is not None and known.is_of(heads, *window, stands, latest, scaling):
+    if known is not None and known.is_of(shown):
         return known
-    keys = query.shape[0] * window[0].shape[1] * query.shape[3] * (latest + stands[0].shape[2])
-    if keys < _LEAST or is_recorded() or not wanted() or not standing_fits(heads, *window, stands):
+    numbers = key.numel() * (shown.latest + shown.stood_keys.shape[2])
+    if numbers < _LEAST or is_recorded() or not wanted() or not shown.fits:
         return None
-    return Standing(heads, *window, stands, latest, scaling) if _is_right() else None
+    return Standing(shown) if _is_right() else None
 
 
 def turns(layout: str, *angles: Pair | None) -> bool:
@@ -70,7 +64,7 @@ def _gives_the_same() -> bool:
     window = drawn(2, 2, 300, 20), drawn(2, 2, 300, 20), drawn(2, 2, 300, 20)
     stands = drawn(2, 2, 70, 20), drawn(2, 2, 70, 20)
     here, far = (drawn(1, 12), drawn(1, 12)), (drawn(1, 12), drawn(1, 12))
-    call, ours = Standing(6, *window, stands, 200, 0.25), [x.clone() for x in window]
+    call, ours = Standing(Shown(6, *window, *stands, 200, 0.25)), [x.clone() for x in window]
     for slot, runs in ((10, [slice(250, 300), slice(0, 150)]), (90, [slice(100, 300)])):
         query, key, value = drawn(2, 6, 1, 20), drawn(2, 2, 1, 20), drawn(2, 2, 1, 20)
         found = call.attend(query, key, value, here, far, slot, runs)

@@ -19,6 +19,7 @@ from everlong.attention.parts import Logits, Part, attend
 from everlong.attention.policy import Policy
 from everlong.attention.positions import Angles, Rotation
 from everlong.attention.token_step import turned
+from everlong.kernels.standing import Shown
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,9 +93,8 @@ class StandingStep:
             return None
         assert keys is not None and values is not None and raw is not None
         assert self.here is not None and self.far is not None
-        window, stands = (keys, values, raw), ready.standing()
-        given = window, stands, self.latest, logits["scaling"]
-        call = ready.call = compiled_standing.standing_call(ready.call, (query, key, value), *given)
+        shown = Shown(query.shape[1], keys, values, raw, *ready.standing(), self.latest, logits["scaling"])
+        call = ready.call = compiled_standing.standing_call(ready.call, shown, query, key, value)
         if call is None:
             return None
         slot = memory.let_go()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,54 +15,68 @@ from everlong.kernels.team import asking_addresses, in_every_thread
 _FIRST_PART, _PART = 15, 5  # of what attend_runs is given: where its second part begins, and numbers of one
 
 
-class Standing:
-    """One layer's attention to what stands, and to the latest tokens of its window: one token a row.
+class Shown(NamedTuple):
+    """What a layer's tokens see while what was recalled stands.
 
-    Where things lie is noted once. It holds on to them.
-
-    Parameters
+    Attributes
     ----------
     heads : int
         Of a query.
     keys, values, raw : Tensor
         The window, full, and its keys unrotated; shape (rows, key-value heads, slots, d), heads may lie
         apart, all alike.
-    stands : tuple of Tensor
-        Keys and values that are seen from a second place, shape (rows, key-value heads, m, d), as the window
-        lies.
+    stood_keys, stood_values : Tensor
+        What stands, seen from a second place; shape (rows, key-value heads, m, d), as the window lies.
     latest : int
         Tokens of the window that are seen, the new one included.
     scaling : float
         Factor on the products.
     """
 
-    def __init__(
-        self,
-        heads: int,
-        keys: Tensor,
-        values: Tensor,
-        raw: Tensor,
-        stands: tuple[Tensor, Tensor],
-        latest: int,
-        scaling: float,
-    ) -> None:
-        require(standing_fits(heads, keys, values, raw, stands), "attend_runs")
-        self._made_of = heads, latest, scaling, torch.get_num_threads()
-        self._window, self._stands = (keys, values, raw), stands
+    heads: int
+    keys: Tensor
+    values: Tensor
+    raw: Tensor
+    stood_keys: Tensor
+    stood_values: Tensor
+    latest: int
+    scaling: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether kernels take tensors that lie like these."""
+        rows, kv_heads, _, d = self.keys.shape
+        return (
+            window_fits(self.keys, self.values)
+            and window_fits(self.raw, self.keys)
+            and window_fits(self.stood_keys, self.stood_values)
+            and (*self.stood_keys.shape[:2], self.stood_keys.shape[3]) == (rows, kv_heads, d)
+            and self.heads % kv_heads == 0
+        )
+
+
+class Standing:
+    """One layer's attention to what it is shown, one token a row: where that lies is noted once, and held."""
+
+    def __init__(self, shown: Shown) -> None:
+        require(shown.fits, "attend_runs")
+        self._shown, self._threads = shown, torch.get_num_threads()
+        heads, keys, values, raw, *_, latest, scaling = shown
+        stood = shown.stood_keys, shown.stood_values
         rows, kv_heads, _, d = keys.shape
         groups, g, run = rows * kv_heads, heads // kv_heads, compiled().RUN
-        runs = -(-stands[0].shape[2] // run) + -(-latest // run) + 1  # the latest lie in two pieces, at times
+        runs = -(-stood[0].shape[2] // run) + -(-latest // run) + 1  # the latest lie in two pieces, at times
         turned = rows * heads * d
         self._places = 0, turned, 2 * turned, 2 * turned + groups * runs * g * (d + 2)
-        self._numbers = self._places[-1] + self._made_of[-1] * g * run
-        self._slot_and_counts = (ctypes.c_int64 * 4)(0, stands[0].shape[2], 0, 0)
+        self._numbers = self._places[-1] + self._threads * g * run
+        self._slot_and_counts = (ctypes.c_int64 * 4)(0, stood[0].shape[2], 0, 0)
         slot, *counts = (ctypes.addressof(self._slot_and_counts) + 8 * number for number in range(4))
         self._turning = given_to(
             *(0, 0, 0, 0, 0, slot, keys, values, 0, raw, 0, 0, 0, 0, keys.stride(1)),
             *(rows, heads, kv_heads, d, 0, 0, 0, 0, 0),
         )
         self._attending = given_to(
-            *(0, *stands, counts[0], stands[0].stride(1), 0, 0, 0, *asking_addresses()),
+            *(0, *stood, counts[0], stood[0].stride(1), 0, 0, 0, *asking_addresses()),
             *(groups, g, d, float(scaling), 2),
             *(0 for count in counts[1:] for _ in range(_PART)),
         )
@@ -69,20 +84,11 @@ class Standing:
             at = _FIRST_PART + _PART * number
             self._attending[at + 3 : at + 5] = [count, keys.stride(1)]
 
-    def is_of(
-        self,
-        heads: int,
-        keys: Tensor,
-        values: Tensor,
-        raw: Tensor,
-        stands: tuple[Tensor, Tensor],
-        latest: int,
-        scaling: float,
-    ) -> bool:
-        """Whether it was made of these, for as many threads as there are."""
-        held = zip((*self._window, *self._stands), (keys, values, raw, *stands), strict=True)
-        return self._made_of == (heads, latest, scaling, torch.get_num_threads()) and all(
-            one is other for one, other in held
+    def is_of(self, shown: Shown) -> bool:
+        """Whether it was made of this, for as many threads as there are."""
+        return self._threads == torch.get_num_threads() and all(
+            one is other or (not isinstance(one, Tensor) and one == other)
+            for one, other in zip(self._shown, shown, strict=True)
         )
 
     def attend(
@@ -114,7 +120,7 @@ class Standing:
         Tensor
             Shape (rows, heads, 1, d).
         """
-        keys, values, _ = self._window
+        keys, values = self._shown.keys, self._shown.values
         width, d = here[0].shape[-1], keys.shape[3]
         require(
             token_fits(query, key, value, keys)
@@ -124,7 +130,7 @@ class Standing:
             and 0 <= slot < keys.shape[2]
             and 0 < len(runs) <= 2
             and all(0 <= run.start < run.stop <= keys.shape[2] for run in runs)
-            and sum(run.stop - run.start for run in runs) == self._made_of[1],
+            and sum(run.stop - run.start for run in runs) == self._shown.latest,
             "attend_runs",
         )
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
@@ -141,19 +147,6 @@ class Standing:
             attending[at : at + 3] = [turned, *(x.data_ptr() + 4 * d * run.start for x in (keys, values))]
             numbers[2 + number] = run.stop - run.start
         function("turn_and_put")(turning)
-        in_every_thread(compiled().attend_runs.address)(attending, self._made_of[-1])
+        in_every_thread(compiled().attend_runs.address)(attending, self._threads)
         function("merge_runs")(attending)
         return out
-
-
-def standing_fits(
-    heads: int, keys: Tensor, values: Tensor, raw: Tensor, stands: tuple[Tensor, Tensor]
-) -> bool:
-    """Whether :class:`Standing` takes a window, and what stands, like these."""
-    return (
-        window_fits(keys, values)
-        and window_fits(raw, keys)
-        and window_fits(*stands)
-        and [*stands[0].shape[:2], stands[0].shape[3]] == [*keys.shape[:2], keys.shape[3]]
-        and heads % keys.shape[1] == 0
-    )
