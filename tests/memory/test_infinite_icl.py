@@ -527,7 +527,7 @@ def test_another_model_may_teach_whatever_vocabularies_are_padded_to(
             logs = plain_logits(teacher, ids)[-len(ours.response) - 1 : -1, :BYTE_VOCAB].log_softmax(-1)
             torch.testing.assert_close(ours.log_probs, logs.topk(64).values, atol=1e-3, rtol=1e-3)
             without = plain_logits(model, [*ours.query, *ours.response])[len(ours.query) - 1 : -1]
-            tokens = torch.tensor(ours.response)[:, None]
+            without, tokens = without[:, :BYTE_VOCAB], torch.tensor(ours.response)[:, None]
             gain = (logs.gather(1, tokens) - without.log_softmax(-1).gather(1, tokens)).mean()
             assert ours.pair.gain == pytest.approx(float(gain), abs=1e-3)
             assert ours.hidden is None

@@ -32,21 +32,26 @@ def standing_call(
     query, key, value : Tensor
         Unrotated, one token a row.
     """
-    if not token_fits(query, key, value, shown.keys):
+    if is_recorded() or not token_fits(query, key, value, shown.keys):
         return None
     if known is not None and known.is_of(shown):
         return known
     numbers = key.numel() * (shown.latest + shown.stood_keys.shape[2])
-    if numbers < _LEAST or is_recorded() or not wanted() or not shown.fits:
+    if numbers < _LEAST or not wanted() or not shown.fits:
         return None
     return Standing(shown) if _is_right() else None
 
 
-def turns(layout: str, *angles: Pair | None) -> bool:
-    """Whether kernels rotate a token to all of these places."""
+def turns(layout: str, d: int, *angles: Pair | None) -> bool:
+    """Whether kernels rotate a token's heads, of d numbers each, to all of these places."""
+    tables = [table for both in angles for table in both or (None,)]
     return layout == "halves" and all(
-        both is not None and fit(*both) and both[0].shape == both[1].shape == (1, both[0].shape[-1])
-        for both in angles
+        table is not None
+        and fit(table)
+        and tables[0] is not None
+        and table.shape == (1, tables[0].shape[-1])
+        and table.shape[-1] <= d
+        for table in tables
     )
 
 

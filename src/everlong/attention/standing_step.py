@@ -133,5 +133,5 @@ def standing_step(
     if stands is None:
         return None
     here, far = (rotation.angles(at, like) for at in (memory.frame(memory.seen), stands[1]))
-    may_compile = compiled_standing.turns(rotation.layout, here, far)
+    may_compile = compiled_standing.turns(rotation.layout, like.shape[-1], here, far)
     return StandingStep(policy, rotation, memory.seen, memory.origin, *stands, here, far, pads, may_compile)

@@ -2,8 +2,9 @@
 
 Most are taken only in steps that are recorded: there what they give is held against PyTorch's before it is
 believed, and there what they save is not lost among the calls around them. Attention to several parts, that
-of many queries, their rotation, and looking at keys save enough by themselves, and are held against plain
-operations by themselves (:mod:`everlong.attention.compiled_parts`, :mod:`everlong.models.rotary`,
+of many queries, their rotation, a token's while what was recalled stands, and looking at keys save enough by
+themselves, and are held against plain operations by themselves (:mod:`everlong.attention.compiled_parts`,
+:mod:`everlong.models.rotary`, :mod:`everlong.attention.compiled_standing`,
 :mod:`everlong.attention.compiled_keys`).
 """
 

@@ -207,7 +207,9 @@ class Teacher:
 
     def _untold(self, asked: Sequence[tuple[Elicited, Lesson]]) -> list[float]:
         """Return the mean log-likelihood of each response to a student without the text, in nats a token."""
-        head = self.head if self.student is self.model else Head(self.student.attachment.model)
+        head = self.head
+        if self.student is not self.model:
+            head = Head(self.student.attachment.model).of_first(len(head.weight))
         texts = [
             _Text(None, lesson.query, lesson.response)
             if item.untold is None

@@ -97,7 +97,8 @@ class AttachedModel:
     def has_tokens_of(self, other: AttachedModel) -> bool:
         """Whether both make the same tokens of a text and lay conversations out alike.
 
-        Their vocabularies may differ in size: in larger models of a family they are often padded further.
+        Their embeddings may have more rows than there are tokens: in larger models of a family they are often
+        padded further. One token added to one of them makes them others.
         """
         return self._tokens == other._tokens
 
