@@ -45,6 +45,14 @@ def test_each_value_of_each_parameter_occurs_and_a_test_without_any_stays() -> N
     assert other != [item.nodeid for item in kept], "more of them occur in all environments together"
 
 
+def test_of_what_need_not_vary_one_value_is_enough() -> None:
+    every = items()
+    for vary, count in (["name"], len(NAMES)), (["size"], len(SIZES)), (["other"], 1):
+        kept = thinned(every, every, vary=vary)
+        assert len(kept) == 1 + count
+        assert all(len({item.callspec.params[name] for item in kept[1:]}) == count for name in vary if count > 1)
+
+
 @pytest.mark.parametrize("names", ["a, b", ["a", "b"]])
 def test_cases_that_are_written_down_are_all_kept(names: Any) -> None:
     cases = [(1, 2), (1, 3), (2, 2), (2, 3)]
@@ -53,6 +61,7 @@ def test_cases_that_are_written_down_are_all_kept(names: Any) -> None:
     for mark in (both, named):
         every = [Item(f"file.py::it[{a}-{b}]", mark, a=a, b=b) for a, b in cases]
         assert thinned(every, every) == every
+        assert thinned(every, every, vary=["b", "c"]) == every and len(thinned(every, every, vary=["c"])) == 1
         other = pytest.mark.parametrize("c", [5, 6])
         more = [
             Item(f"file.py::it[{a}-{b}-{c}]", other, mark, a=a, b=b, c=c) for a, b in cases for c in (5, 6)
