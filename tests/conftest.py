@@ -37,10 +37,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def thinned(
     items: Sequence[Any], thin: Sequence[Any], seed: str = "", vary: Sequence[str] | None = None
 ) -> list[Any]:
-    """Return tests, in order: of those in `thin` so many that each value of each parameter (of `vary`) occurs.
+    """Return tests, in order: of those in `thin` so many that each value of each parameter occurs.
 
     Parameters that are given together are one: of cases written down none is lost. Which combinations stay is
-    drawn, the same at any time and in any process, and others with another `seed`.
+    drawn, the same at any time and in any process, and others with another `seed`. With `vary`, only
+    values of parameters of these names must occur; a test always keeps one.
     """
     combinations: dict[str, list[Any]] = {}
     for item in thin:
@@ -57,7 +58,7 @@ def thinned(
 
 
 def _values(item: Any, vary: Sequence[str] | None) -> set[frozenset[tuple[str, str]]]:
-    """Return the values of a test's parameters (of `vary`), those that are given together as one; never none."""
+    """Return the values of what must vary in a test, those that are given together as one; never none."""
     params = item.callspec.params if hasattr(item, "callspec") else {}
     left, found = {name: repr(value) for name, value in params.items()}, set()
     for mark in item.iter_markers("parametrize"):

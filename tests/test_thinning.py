@@ -50,7 +50,9 @@ def test_of_what_need_not_vary_one_value_is_enough() -> None:
     for vary, count in (["name"], len(NAMES)), (["size"], len(SIZES)), (["other"], 1):
         kept = thinned(every, every, vary=vary)
         assert len(kept) == 1 + count
-        assert all(len({item.callspec.params[name] for item in kept[1:]}) == count for name in vary if count > 1)
+        assert all(
+            len({item.callspec.params[name] for item in kept[1:]}) == count for name in vary if count > 1
+        )
 
 
 @pytest.mark.parametrize("names", ["a, b", ["a", "b"]])
